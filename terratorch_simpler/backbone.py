@@ -1,0 +1,254 @@
+"""SimplerBackbone: an encoder that can lose blocks and still answers as if it had all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from terratorch_simpler.encoders import find_adapter
+from terratorch_simpler.errors import CheckpointError, DepthError
+from terratorch_simpler.plan import SlimmingPlan, feature_position, resolve_keep
+
+KEPT_KEY = "kept_blocks"
+DEPTH_KEY = "total_blocks"
+
+
+class SimplerBackbone(nn.Module):
+    """An encoder for TerraTorch's factories that can be cut in place.
+
+    Feature i of the intact encoder is answered by kept block ceil((i + 1) k / L) - 1, so the list of features keeps its
+    length and necks, indices and decoders built for the intact encoder go on working. The final norm follows the last
+    kept block, so every index that maps to it receives the normed tensor, as in an encoder built with k blocks.
+    When nothing is cut the features are those of the inner encoder, bit for bit.
+
+    The kept blocks are buffers, so every checkpoint says what shape it has; loading one cuts, or grows back, to match
+    before the weights of the blocks are read.
+
+    Args:
+        encoder: Encoder of a supported family, with all its blocks.
+        name: Its name in TerraTorch's registry; by default the name of its class.
+        out_indices: Blocks whose features are returned, numbered as in the intact encoder; by default all.
+        keep: First n blocks, or block numbers (0-based), to keep from the start.
+        plan: A plan, or the path of a plan.json, to apply from the start.
+        pretrained: Whether the encoder holds pretrained weights; None if unknown.
+
+    Raises:
+        UnsupportedEncoderError: If the encoder is of no supported family.
+        DepthError: If ``keep`` or ``out_indices`` do not fit the encoder, or both ``keep`` and ``plan`` are given.
+        PlanError: If the plan is damaged or made for another encoder.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        name: str | None = None,
+        out_indices: Sequence[int] | None = None,
+        keep: int | Sequence[int] | None = None,
+        plan: SlimmingPlan | str | Path | None = None,
+        pretrained: bool | None = None,
+    ) -> None:
+        """Take over an encoder."""
+        super().__init__()
+        self._adapter = find_adapter(encoder)
+        self._adapter.prepare(encoder)
+        self.encoder = encoder
+        self.name = name or type(encoder).__name__
+        self.pretrained = pretrained
+        self.full_num_blocks = len(self._adapter.blocks(encoder))
+        channels = self._adapter.out_channels(encoder)
+        # Negative indices count from the end of the intact encoder.
+        wanted = range(self.full_num_blocks) if out_indices is None else out_indices
+        self._out_indices = tuple(int(i) for i in wanted)
+        for index in self._out_indices:
+            feature_position(index, self.full_num_blocks, self.full_num_blocks)  # refuses what does not exist
+        self.out_channels = [channels[i] for i in self._out_indices]
+        self._plan: SlimmingPlan | None = None
+        self.register_buffer(DEPTH_KEY, torch.tensor(self.full_num_blocks))
+        self._set_kept(tuple(range(self.full_num_blocks)))
+        self.register_load_state_dict_pre_hook(_match_checkpoint)
+        if keep is not None and plan is not None:
+            msg = f"Found both keep {keep} and a plan, expected one of them: remove backbone_keep or backbone_plan."
+            raise DepthError(msg)
+        if keep is not None:
+            self.keep_blocks(resolve_keep(keep, self.full_num_blocks))
+        if plan is not None:
+            self.slim(plan if isinstance(plan, SlimmingPlan) else SlimmingPlan.load(plan))
+
+    @property
+    def plan(self) -> SlimmingPlan | None:
+        """The plan that was applied, or None."""
+        return self._plan
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Kept blocks in the numbering of the intact encoder, 0-based."""
+        return self._kept
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of kept blocks."""
+        return len(self._kept)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The kept blocks, in order."""
+        return self._adapter.blocks(self.encoder)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Number of tokens before the patch tokens in a block's output."""
+        return self._adapter.prefix_tokens(self.encoder)
+
+    @property
+    def patch_size_px(self) -> tuple[int, int, int]:
+        """Extent of a patch token as (frames, rows, columns)."""
+        return self._adapter.patch_size(self.encoder)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one native input image, (C, H, W) or (C, T, H, W)."""
+        return self._adapter.input_shape(self.encoder)
+
+    def num_parameters(self) -> int:
+        """Parameters of the encoder as it stands now."""
+        return sum(parameter.numel() for parameter in self.encoder.parameters())
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Features of the encoder; arguments, coordinates among them, go to it unchanged.
+
+        Returns:
+            One tensor per requested index, (B, tokens, D); indices that share a kept block share a tensor.
+        """
+        features = self.encoder(*args, **kwargs)
+        return [features[position] for position in self._positions]
+
+    def slim(self, plan: SlimmingPlan) -> tuple[int, ...]:
+        """Cut the encoder in place and free what is dropped.
+
+        Args:
+            plan: What to keep.
+
+        Returns:
+            The kept blocks.
+
+        Raises:
+            PlanError: If the plan was made for another encoder.
+            DepthError: If a block to keep has been dropped before.
+        """
+        plan.check_encoder(self.name, self.full_num_blocks)
+        self.keep_blocks(plan.kept_blocks)
+        self._plan = plan
+        return self.kept
+
+    def keep_blocks(self, blocks: Sequence[int]) -> None:
+        """Drop all blocks but these.
+
+        Args:
+            blocks: Blocks to keep, numbered as in the intact encoder.
+
+        Raises:
+            DepthError: If one does not exist or has been dropped before.
+        """
+        kept = resolve_keep(list(blocks), self.full_num_blocks)
+        if gone := sorted(set(kept) - set(self._kept)):
+            msg = f"Found blocks {gone} to keep, expected some of {list(self._kept)}, the blocks this encoder still holds."
+            raise DepthError(msg)
+        if kept != self._kept:
+            self._reshape(kept)
+
+    def match_checkpoint(self, kept: Sequence[int]) -> None:
+        """Take the shape of a checkpoint, growing blocks back where needed; their weights are to be loaded next.
+
+        Args:
+            kept: Kept blocks of the checkpoint, numbered as in the intact encoder.
+        """
+        kept = resolve_keep(list(kept), self.full_num_blocks)
+        if kept != self._kept:
+            self._plan = None  # it described another shape
+            self._reshape(kept)
+
+    def _reshape(self, kept: tuple[int, ...]) -> None:
+        # A block that is not there any more is grown as a copy of the first one: same shape, weights to be loaded.
+        held = {block: position for position, block in enumerate(self._kept)}
+        self._adapter.rearrange(self.encoder, [held.get(block, 0) for block in kept])
+        self._set_kept(kept)
+
+    def _set_kept(self, kept: tuple[int, ...]) -> None:
+        self._kept = kept
+        device = self.get_buffer(DEPTH_KEY).device
+        self.register_buffer(KEPT_KEY, torch.tensor(kept, device=device))
+        self._positions = [feature_position(i, len(kept), self.full_num_blocks) for i in self._out_indices]
+
+    def freeze(self) -> None:
+        """Freeze the encoder, the way the encoder itself does it if it has one (Prithvi keeps VPT prompts trainable)."""
+        if callable(getattr(self.encoder, "freeze", None)):
+            self.encoder.freeze()  # type: ignore[operator]
+        else:
+            self.encoder.requires_grad_(False)
+
+    def __getattr__(self, name: str) -> Any:
+        """Offer ``prepare_features_for_image_model`` only if the encoder does: TerraTorch asks whether it exists."""
+        if name == "prepare_features_for_image_model":
+            return getattr(self.encoder, name)
+        return super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        """Name and depth."""
+        return f"name={self.name}, num_blocks={self.num_blocks} of {self.full_num_blocks}"
+
+
+def kept_in_checkpoint(state_dict: Mapping[str, Tensor], source: str) -> tuple[int, ...]:
+    """Kept blocks that a checkpoint says it has.
+
+    Args:
+        state_dict: Weights of a whole model.
+        source: Where they came from, for messages.
+
+    Raises:
+        CheckpointError: If there is no SimplerBackbone in it.
+    """
+    for key, value in state_dict.items():
+        if key.rpartition(".")[2] == KEPT_KEY:
+            return tuple(int(block) for block in value.tolist())
+    msg = (
+        f"Found no '{KEPT_KEY}' in checkpoint {source}, expected one written with a 'simpler_' backbone: remove 'simpler_' "
+        "and the callback to go on with it, or start a new run."
+    )
+    raise CheckpointError(msg)
+
+
+def _match_checkpoint(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _local_metadata: object,
+    strict: bool,
+    *_lists: list[str],
+) -> None:
+    """Reshape the backbone to the checkpoint before its children are visited."""
+    assert isinstance(module, SimplerBackbone)
+    if prefix + KEPT_KEY not in state_dict or prefix + DEPTH_KEY not in state_dict:
+        if strict:
+            kept_in_checkpoint({}, f"at '{prefix}'")
+        return
+    depth = int(state_dict[prefix + DEPTH_KEY])
+    if depth != module.full_num_blocks:
+        msg = (
+            f"Found a checkpoint of an encoder with {depth} blocks, expected one of '{module.name}' with "
+            f"{module.full_num_blocks}: give the configuration the checkpoint was trained with."
+        )
+        raise CheckpointError(msg)
+    kept = kept_in_checkpoint({KEPT_KEY: state_dict[prefix + KEPT_KEY]}, "")
+    for key, value in module.encoder.state_dict().items():
+        other = state_dict.get(f"{prefix}encoder.{key}")
+        if other is not None and other.shape != value.shape:
+            msg = (
+                f"Found '{prefix}encoder.{key}' of shape {tuple(other.shape)} in the checkpoint, expected "
+                f"{tuple(value.shape)} of '{module.name}': give the configuration the checkpoint was trained with."
+            )
+            raise CheckpointError(msg)
+    module.match_checkpoint(kept)

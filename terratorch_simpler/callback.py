@@ -1,0 +1,199 @@
+"""SimplerCallback: cuts the encoder in ``setup``, before the optimizer exists and before weights are restored."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import nn
+
+from terratorch_simpler.backbone import SimplerBackbone, kept_in_checkpoint
+from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
+from terratorch_simpler.errors import ConfigurationError
+from terratorch_simpler.measure import Tokens, count_macs
+from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.report import plan_figure, plan_table, save_figure
+from terratorch_simpler.selection import Selection, find_backbone, select
+from terratorch_simpler.tiles import GeoTiffTiles
+
+PLAN_FILE = "plan.json"
+FIGURE_FILE = "report.png"
+FAST_DEV_RUN_TILES = 64
+DEPLOY_CONFIG = "config_deploy.yaml"
+
+
+class SimplerCallback(Callback):
+    """Chooses how much of the encoder to keep from unlabeled tiles, and cuts it, before fit.
+
+    The choice is made once. A run that resumes takes the shape of its checkpoint; an encoder that is cut already
+    (``backbone_keep``, ``backbone_plan``) is left as it is.
+
+    Args:
+        tiles: Unlabeled tiles to stream; by default the datamodule's training images, without labels or augmentation.
+        criterion: Name of a rule ("simpler", "fixed"), or a rule.
+        drop_blocks: Number of blocks to drop, for rules that need a budget.
+        min_depth: Least number of blocks to keep.
+        max_depth: Largest number of blocks to keep.
+        tokens: Rows used for similarity: "patch", "cls", "mean" (of the patch tokens) or "all".
+        min_tiles: Tiles before the stream may stop early because one depth has won.
+        max_tiles: Tiles after which it ends.
+        plan: A plan.json to apply; nothing is streamed.
+        output_dir: Folder for plan.json and report.png; by default ``<trainer.log_dir>/simpler``.
+        seed: Same data and seed give the same plan.
+
+    Attributes:
+        written: Folder that holds plan.json, once it was written.
+
+    Raises:
+        ConfigurationError: If options contradict each other.
+    """
+
+    def __init__(
+        self,
+        tiles: GeoTiffTiles | None = None,
+        criterion: str | Criterion = "simpler",
+        drop_blocks: int | None = None,
+        min_depth: int | None = None,
+        max_depth: int | None = None,
+        tokens: Tokens = "patch",
+        min_tiles: int = 256,
+        max_tiles: int = 4096,
+        plan: str | None = None,
+        output_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Check the options; nothing is read yet."""
+        if not 1 <= min_tiles <= max_tiles:
+            msg = (
+                f"Found min_tiles {min_tiles} and max_tiles {max_tiles}, expected 1 <= min_tiles <= max_tiles: change them."
+            )
+            raise ConfigurationError(msg)
+        if min_depth is not None and max_depth is not None and min_depth > max_depth:
+            msg = f"Found min_depth {min_depth} above max_depth {max_depth}, expected at most that: change one of them."
+            raise ConfigurationError(msg)
+        self.tiles = tiles
+        self.plan = plan
+        self.output_dir = output_dir
+        self.written: Path | None = None
+        self._how = Selection(
+            criterion=build_criterion(criterion, drop_blocks),
+            bounds=Bounds(min_depth, max_depth),
+            tokens=tokens,
+            min_tiles=min_tiles,
+            max_tiles=max_tiles,
+            seed=seed,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose and cut, or take the shape of the checkpoint to resume from."""
+        if stage != "fit":
+            return
+        backbone = find_backbone(pl_module)
+        self._refuse_copies(trainer, backbone)
+        checkpoint = _checkpoint_to_resume(trainer)
+        if checkpoint is not None:
+            weights = trainer.strategy.checkpoint_io.load_checkpoint(checkpoint, weights_only=True)["state_dict"]
+            backbone.match_checkpoint(kept_in_checkpoint(weights, str(checkpoint)))
+            rank_zero_info(f"Resuming with {_depth(backbone)} as in {checkpoint}; nothing is selected again.")
+        elif backbone.num_blocks < backbone.full_num_blocks:
+            rank_zero_info(f"{backbone.name} is cut already to {_depth(backbone)}; nothing is selected.")
+        else:
+            self._cut(trainer, pl_module, backbone)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Keep the deployment file loadable: TerraTorch drops all callbacks there, and with them our import."""
+        folder = trainer.log_dir  # a collective call, so on every rank
+        path = Path(folder or trainer.default_root_dir) / DEPLOY_CONFIG
+        if trainer.is_global_zero and path.is_file():
+            config = yaml.safe_load(path.read_text())
+            config["trainer"]["callbacks"] = [{"class_path": "terratorch_simpler.SimplerCallback"}]
+            part = path.with_suffix(".part")
+            part.write_text(yaml.safe_dump(config))
+            part.replace(path)
+
+    def _cut(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> None:
+        plan = self._make_plan(trainer, pl_module, backbone)
+        plan.check_encoder(backbone.name, backbone.full_num_blocks)
+        backbone.keep_blocks(plan.kept_blocks)
+        if plan.parameters is not None and plan.macs is not None and self.plan is None:
+            shape = tuple((plan.data or {}).get("input_shape", backbone.input_shape))
+            plan = replace(
+                plan,
+                parameters={**plan.parameters, "after": backbone.num_parameters()},
+                macs={**plan.macs, "after": count_macs(backbone, shape)},
+            )
+        backbone.slim(plan)
+        self._report(trainer, plan)
+
+    def _make_plan(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> SlimmingPlan:
+        if self.plan is not None:
+            return SlimmingPlan.load(self.plan)
+        how = replace(self._how, max_tiles=FAST_DEV_RUN_TILES) if trainer.fast_dev_run else self._how
+        plan = select(trainer, pl_module, backbone, self.tiles, how)
+        # Every process streamed the same tiles; rank zero decides, should rounding differ between devices.
+        return trainer.strategy.broadcast(plan)
+
+    def _report(self, trainer: Trainer, plan: SlimmingPlan) -> None:
+        folder = trainer.log_dir  # a collective call, so on every rank
+        if not trainer.is_global_zero:
+            return
+        Console().print(plan_table(plan))
+        if trainer.fast_dev_run:
+            return
+        output = Path(self.output_dir) if self.output_dir else Path(folder or trainer.default_root_dir) / "simpler"
+        plan.save(output / PLAN_FILE)
+        if plan.similarity is not None:
+            figure = plan_figure(plan)
+            _log_figure(trainer, figure, save_figure(figure, output / FIGURE_FILE))
+        self.written = output
+        rank_zero_info(f"The plan is in {output / PLAN_FILE}.")
+
+    def _refuse_copies(self, trainer: Trainer, backbone: SimplerBackbone) -> None:
+        """Refuse callbacks that have copied the uncut model in their own setup (weight averaging)."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[: callbacks.index(self)]:
+            held = [part for value in vars(callback).values() if isinstance(value, nn.Module) for part in value.modules()]
+            if any(isinstance(part, SimplerBackbone) and part is not backbone for part in held):
+                msg = (
+                    f"Found {type(callback).__name__}, which has copied the uncut model, before SimplerCallback, expected "
+                    "it after: list SimplerCallback first."
+                )
+                raise ConfigurationError(msg)
+
+
+def _depth(backbone: SimplerBackbone) -> str:
+    return f"{backbone.num_blocks} of {backbone.full_num_blocks} blocks"
+
+
+def _checkpoint_to_resume(trainer: Trainer) -> str | os.PathLike[str] | None:
+    """The checkpoint this fit resumes from, or None.
+
+    Lightning resolves ``ckpt_path`` ("last", "hpc", a file) into a local variable of ``Trainer._run`` and tells no
+    callback before the weights are restored. Without it the encoder would be measured again for nothing; the result
+    would still be right, since loading a checkpoint brings its own shape.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
+            return frame.f_locals.get("ckpt_path")
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _log_figure(trainer: Trainer, figure: Figure, path: Path) -> None:
+    """Hand the figure to every logger that takes one."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure("simpler/report", figure)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_figure(logger.run_id, figure, "simpler/report.png")
+        elif hasattr(logger, "log_image"):
+            logger.log_image(key="simpler/report", images=[str(path)])

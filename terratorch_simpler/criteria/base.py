@@ -1,0 +1,184 @@
+"""What every rule has in common: bounds, ties, bootstrap votes, and the table of names."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from terratorch_simpler.errors import ConfigurationError, DepthError
+from terratorch_simpler.similarity import normalise_hsic, resample
+
+TIE = 1e-9
+"""Scores closer than this are a tie, which goes to the smaller depth; float64 sums differ by less (ours)."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds on the kept depth given by the user, both inclusive; None leaves a side open."""
+
+    min_depth: int | None = None
+    max_depth: int | None = None
+
+    def within(self, depths: range, num_blocks: int) -> list[int]:
+        """Depths that respect the bounds.
+
+        Args:
+            depths: Depths the rule can judge.
+            num_blocks: Blocks of the intact encoder.
+
+        Raises:
+            DepthError: If none is left.
+        """
+        low = depths.start if self.min_depth is None else self.min_depth
+        high = depths.stop - 1 if self.max_depth is None else self.max_depth
+        allowed = [depth for depth in depths if low <= depth <= high]
+        if not allowed:
+            msg = (
+                f"Found min_depth {self.min_depth} and max_depth {self.max_depth} for an encoder of {num_blocks} blocks, "
+                f"expected bounds that leave a depth between {depths.start} and {depths.stop - 1}: widen them, or give "
+                "the depth by hand with backbone_keep."
+            )
+            raise DepthError(msg)
+        return allowed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rule decided.
+
+    Attributes:
+        kept_blocks: Blocks to keep, 0-based, ascending.
+        scores: Score of every depth that was judged, or None if the rule does not score.
+    """
+
+    kept_blocks: tuple[int, ...]
+    scores: Mapping[int, float] | None = None
+
+
+class Criterion(ABC):
+    """A rule that turns block similarity into a choice of blocks to keep.
+
+    Attributes:
+        name: Name in YAML and in plan.json.
+        needs_similarity: False if no tile has to be streamed to decide.
+    """
+
+    name: ClassVar[str]
+    needs_similarity: ClassVar[bool] = True
+
+    @property
+    def args(self) -> dict[str, object]:
+        """Settings of the rule as they go to plan.json."""
+        return {}
+
+    @abstractmethod
+    def depths(self, num_blocks: int) -> range:
+        """Depths the rule can judge in an encoder of ``num_blocks`` blocks.
+
+        Raises:
+            DepthError: If the encoder is too shallow for the rule.
+        """
+
+    @abstractmethod
+    def score(self, similarity: Tensor, depths: list[int]) -> Tensor:
+        """Score of every depth, the larger the better.
+
+        Args:
+            similarity: Similarity of shape (..., L, L).
+            depths: C depths to judge.
+
+        Returns:
+            Scores of shape (..., C).
+        """
+
+    def choose(self, similarity: Tensor | None, num_blocks: int, bounds: Bounds) -> Choice:
+        """Pick the depth with the highest score; ties go to the smaller one.
+
+        Args:
+            similarity: Similarity S of shape (L, L); None only if the rule needs none.
+            num_blocks: Blocks L of the intact encoder.
+            bounds: Bounds on the kept depth.
+        """
+        assert similarity is not None  # a rule without similarity brings its own choose
+        depths = bounds.within(self.depths(num_blocks), num_blocks)
+        scores = self.score(similarity, depths)
+        depth = depths[int(_first_best(scores))]
+        return Choice(tuple(range(depth)), dict(zip(depths, scores.tolist(), strict=True)))
+
+
+def _first_best(scores: Tensor) -> Tensor:
+    """Index of the first score that is within ``TIE`` of the best, along the last dimension."""
+    best = scores.amax(dim=-1, keepdim=True)
+    return (scores >= best - TIE).int().argmax(dim=-1)
+
+
+def vote(criterion: Criterion, numerators: Tensor, bounds: Bounds, seed: int, resamples: int = 1000) -> dict[int, float]:
+    """How often each depth wins when the groups of tiles are drawn again with replacement.
+
+    Args:
+        criterion: The rule.
+        numerators: HSIC numerators of each group, shape (G, L, L).
+        bounds: Bounds on the kept depth.
+        seed: Seed of the draws.
+        resamples: Number of draws.
+
+    Returns:
+        Share of draws won by each judged depth, summing to 1.
+    """
+    num_blocks = numerators.shape[-1]
+    depths = bounds.within(criterion.depths(num_blocks), num_blocks)
+    winners = _first_best(criterion.score(normalise_hsic(resample(numerators, resamples, seed)), depths))
+    shares = torch.bincount(winners, minlength=len(depths)).double() / resamples
+    return dict(zip(depths, shares.tolist(), strict=True))
+
+
+_CRITERIA: dict[str, type[Criterion]] = {}
+
+
+def register(criterion: type[Criterion]) -> type[Criterion]:
+    """Make a rule known by its name.
+
+    Raises:
+        ConfigurationError: If another rule has that name.
+    """
+    known = _CRITERIA.setdefault(criterion.name, criterion)
+    if known is not criterion:
+        msg = f"Found two criteria named '{criterion.name}', expected a name of its own for each: rename one."
+        raise ConfigurationError(msg)
+    return criterion
+
+
+def build_criterion(criterion: str | Criterion, drop_blocks: int | None = None) -> Criterion:
+    """Turn a name into a rule; a rule is returned as it is.
+
+    Args:
+        criterion: Name of a registered rule, or a rule.
+        drop_blocks: Budget, for rules that take one.
+
+    Raises:
+        ConfigurationError: If the name is unknown, or a budget is given to a rule that takes none.
+    """
+    if isinstance(criterion, Criterion):
+        if drop_blocks is not None:
+            msg = (
+                f"Found drop_blocks {drop_blocks} beside a criterion built by class_path, expected the budget among its "
+                "init_args: move it there."
+            )
+            raise ConfigurationError(msg)
+        return criterion
+    if criterion not in _CRITERIA:
+        msg = f"Found criterion '{criterion}', expected one of {', '.join(sorted(_CRITERIA))}, or a class_path."
+        raise ConfigurationError(msg)
+    rule = _CRITERIA[criterion]
+    if drop_blocks is None:
+        return rule()
+    if "drop_blocks" not in inspect.signature(rule).parameters:
+        msg = f"Found drop_blocks {drop_blocks} for criterion '{criterion}', which needs no budget: remove drop_blocks."
+        raise ConfigurationError(msg)
+    return rule(drop_blocks=drop_blocks)  # type: ignore[call-arg]

@@ -1,0 +1,62 @@
+"""A depth or a list of blocks given by hand."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from terratorch_simpler.criteria.base import Bounds, Choice, Criterion
+from terratorch_simpler.errors import ConfigurationError, DepthError
+from terratorch_simpler.plan import resolve_keep
+
+
+class Fixed(Criterion):
+    """Keep what the user says; nothing is measured.
+
+    Args:
+        keep: First n blocks, or a list of block numbers (0-based).
+        drop_blocks: Instead of ``keep``: how many of the last blocks to drop.
+    """
+
+    name = "fixed"
+    needs_similarity = False
+
+    def __init__(self, keep: int | list[int] | None = None, drop_blocks: int | None = None) -> None:
+        """Take one of the two."""
+        if (keep is None) == (drop_blocks is None):
+            msg = (
+                f"Found keep {keep} and drop_blocks {drop_blocks} for criterion 'fixed', expected exactly one of them: "
+                "give drop_blocks, or a class_path with init_args keep."
+            )
+            raise ConfigurationError(msg)
+        self.keep = keep
+        self.drop_blocks = drop_blocks
+
+    @property
+    def args(self) -> dict[str, object]:
+        """The depth or blocks that were given."""
+        return {"keep": self.keep} if self.drop_blocks is None else {"drop_blocks": self.drop_blocks}
+
+    def depths(self, num_blocks: int) -> range:
+        """Any depth."""
+        return range(1, num_blocks + 1)
+
+    def score(self, similarity: Tensor, depths: list[int]) -> Tensor:
+        """All depths alike: nothing is judged."""
+        return similarity.new_zeros(*similarity.shape[:-2], len(depths))
+
+    def choose(self, similarity: Tensor | None, num_blocks: int, bounds: Bounds) -> Choice:  # noqa: ARG002
+        """Return what was given, checked against the encoder.
+
+        Raises:
+            DepthError: If a block does not exist, or the bounds forbid the depth.
+        """
+        keep = self.keep if self.drop_blocks is None else num_blocks - self.drop_blocks
+        kept = resolve_keep(keep, num_blocks)  # type: ignore[arg-type]
+        allowed = bounds.within(self.depths(num_blocks), num_blocks)
+        if len(kept) not in allowed:
+            msg = (
+                f"Found {len(kept)} blocks given by hand, expected {allowed[0]} to {allowed[-1]} by min_depth and "
+                "max_depth: change one of them."
+            )
+            raise DepthError(msg)
+        return Choice(kept)

@@ -1,0 +1,88 @@
+"""The whole path on generated scenes, offline, on a CPU: plan, fit, test, predict, with TerraTorch's own commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from terratorch_simpler.demo.scenes import write_scenes
+from terratorch_simpler.errors import SimplerError
+
+HERE = Path(__file__).parent
+ENCODER = HERE / "encoder.pt"
+CONFIG = HERE / "demo.yaml"
+SPLITS = {"train": 288, "val": 32, "test": 32}
+
+
+class DemoError(SimplerError, RuntimeError):
+    """A step of the demo failed."""
+
+
+def run(folder: Path, official_weights: bool = False) -> None:
+    """Generate scenes, then run ``terratorch fit``, ``test`` and ``predict`` on them.
+
+    Args:
+        folder: Where everything goes; scenes that are there already are used again.
+        official_weights: Take Prithvi-EO-2.0-tiny-TL from the Hugging Face Hub instead of the encoder that ships here.
+
+    Raises:
+        DemoError: If one of the commands fails.
+    """
+    folder = folder.resolve()
+    console = Console()
+    scenes = folder / "scenes"
+    if not all((scenes / "splits" / f"{split}.txt").is_file() for split in SPLITS):
+        console.print(f"Generating {sum(SPLITS.values())} scenes in {scenes}")
+        write_scenes(scenes, SPLITS)
+    config = write_config(folder, scenes, None if official_weights else ENCODER)
+    _terratorch("fit", "--config", config)
+    logs = max((folder / "lightning_logs").glob("version_*"), key=os.path.getmtime)
+    checkpoint = next((logs / "checkpoints").glob("*_state_dict.ckpt"))
+    _terratorch("test", "--config", config, "--ckpt_path", checkpoint, "--trainer.logger", "false")
+    predictions = folder / "predictions"
+    _terratorch(
+        "predict", "--config", logs / "config_deploy.yaml", "--ckpt_path", checkpoint,
+        "--predict_output_dir", predictions, "--data.init_args.img_grep", "scene_03[2-4]*_image.tif",
+    )  # fmt: skip
+    console.print(f"\nThe config:      {config}", f"The plan:        {logs / 'simpler' / 'plan.json'}", sep="\n")
+    console.print(f"The report:      {logs / 'simpler' / 'report.png'}", f"The checkpoint:  {checkpoint}", sep="\n")
+    console.print(f"The predictions: {predictions}, {len(list(predictions.glob('*.tif')))} GeoTIFF files")
+
+
+def write_config(folder: Path, scenes: Path, encoder: Path | None) -> Path:
+    """Fill the paths into the demo's config.
+
+    Args:
+        folder: Where the config goes; logs go there too.
+        scenes: Folder of scenes.
+        encoder: Pretrained weights, or None for those of the Hub.
+
+    Returns:
+        Path of the config, which ``terratorch fit`` takes as it is.
+    """
+    config = yaml.safe_load(CONFIG.read_text())
+    data, model = config["data"]["init_args"], config["model"]["init_args"]["model_args"]
+    for key, value in data.items():
+        if isinstance(value, str) and value.startswith("scenes/"):
+            data[key] = str(scenes / value.removeprefix("scenes/"))
+    config["trainer"]["default_root_dir"] = str(folder)
+    model.pop("backbone_ckpt_path")
+    if encoder is not None:
+        model["backbone_ckpt_path"] = str(encoder)
+    path = folder / "demo.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def _terratorch(*args: str | Path) -> None:
+    command = [sys.executable, "-m", "terratorch", *map(str, args)]
+    print("\n$ terratorch", *command[3:], flush=True)
+    done = subprocess.run(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, check=False)
+    if done.returncode:
+        msg = f"terratorch {args[0]} ended with status {done.returncode}, expected 0: read its output above."
+        raise DemoError(msg)

@@ -1,0 +1,51 @@
+"""Every error and warning of the package: what was found, what was expected, what to do, in one sentence each."""
+
+from __future__ import annotations
+
+
+class SimplerError(Exception):
+    """Base of all errors that terratorch_simpler raises on purpose."""
+
+
+class ConfigurationError(SimplerError, ValueError):
+    """The run is set up in a way that cannot work: an option, a callback order, a missing part."""
+
+
+class UnsupportedEncoderError(SimplerError, TypeError):
+    """The encoder has no stack of equal blocks that could be cut, or no adapter knows where it is."""
+
+
+class DepthError(SimplerError, ValueError):
+    """Block numbers, a depth or bounds on it do not fit the encoder."""
+
+
+class PlanError(SimplerError, ValueError):
+    """A plan file is damaged, of another version, or made for another encoder."""
+
+
+class CheckpointError(SimplerError, RuntimeError):
+    """A checkpoint does not fit the encoder it is loaded into."""
+
+
+class DegenerateFeaturesError(SimplerError, ValueError):
+    """A block's output cannot be compared: constant, not finite, or too few rows."""
+
+
+class TilesError(SimplerError, ValueError):
+    """There are too few usable tiles, or they do not fit the encoder."""
+
+
+class SimplerWarning(UserWarning):
+    """Something is unusual but the result is still what was asked for."""
+
+
+class UntrainedEncoderWarning(SimplerWarning):
+    """The encoder holds random weights, so a depth chosen on it means nothing."""
+
+
+class FewTilesWarning(SimplerWarning):
+    """Fewer tiles than ``min_tiles`` were available; all were used."""
+
+
+class SkippedTilesWarning(SimplerWarning):
+    """Some tiles could not be used and were counted instead."""

@@ -1,0 +1,384 @@
+"""Runs an intact encoder over tiles and gathers the statistics of its blocks. No mathematics, no files."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.criteria import Bounds, Criterion, vote
+from terratorch_simpler.errors import TilesError
+from terratorch_simpler.similarity import GroupedCKA, TileGroups
+from terratorch_simpler.tiles import Batch, TileSource
+
+Tokens = Literal["patch", "cls", "mean", "all"]
+
+ROWS_PER_TILE = 16
+TILES_PER_GROUP = 64
+TILES_PER_SMALL_GROUP = 32
+GROUPS_TO_TRUST = 8
+"""With fewer groups of 64 tiles than this, groups of 32 are used."""
+GROUPS_TO_VOTE = 4
+"""With fewer groups than this, a bootstrap over groups says nothing."""
+SETTLED_SHARE = 0.95
+"""Streaming stops once one depth has won this share of resamples."""
+FEWEST_TILES = 32
+"""Below this there is not even one small group."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a pass over the tiles found.
+
+    Attributes:
+        similarity: Similarity S of the blocks, (L, L), float64, on the CPU.
+        votes: Share of bootstrap resamples won by each depth, or None with too few groups.
+        tiles_seen: Tiles measured.
+        rows_seen: Rows of tokens drawn from them.
+        settled: Whether the stream was stopped early because one depth had won.
+        input_shape: Shape of one input of the encoder as it was seen, without the batch.
+    """
+
+    similarity: Tensor
+    votes: Mapping[int, float] | None
+    tiles_seen: int
+    rows_seen: int
+    settled: bool
+    input_shape: tuple[int, ...]
+
+
+class _Grouping:
+    """One way to pool the tiles, and the statistics of its groups."""
+
+    def __init__(self, tiles_per_group: int, num_blocks: int, max_groups: int, device: torch.device) -> None:
+        self._groups = TileGroups(tiles_per_group)
+        self.metric = GroupedCKA(num_blocks, max_groups, sync_on_compute=False).to(device)
+        self.count = 0
+        self.tiles = 0
+
+    def add(self, tile: Tensor) -> bool:
+        """Take a tile; tell whether it completed a group."""
+        return self._update(self._groups.add(tile))
+
+    def finish(self) -> None:
+        """Close the last group."""
+        self._update(self._groups.finish())
+
+    def _update(self, group: tuple[Tensor, int] | None) -> bool:
+        if group is None:
+            return False
+        features, tiles = group
+        self.metric.update(features, tiles, self.count)
+        self.metric.check()  # the one wait for the device: once a group, not once a batch
+        self.count += 1
+        self.tiles += tiles
+        return True
+
+
+class _Pool:
+    """Pools tiles in large groups, and in small ones until there are enough large ones."""
+
+    def __init__(self, num_blocks: int, max_tiles: int, device: torch.device) -> None:
+        self._large = _Grouping(TILES_PER_GROUP, num_blocks, max_tiles // TILES_PER_GROUP + 1, device)
+        self._small = _Grouping(TILES_PER_SMALL_GROUP, num_blocks, 2 * (GROUPS_TO_TRUST + 1), device)
+
+    @property
+    def best(self) -> _Grouping:
+        """The grouping to believe for the tiles so far."""
+        return self._large if self._large.count >= GROUPS_TO_TRUST else self._small
+
+    def add(self, tile: Tensor) -> bool:
+        """Take a tile; tell whether the statistics to believe have changed."""
+        grown = self._large.add(tile)
+        return self._small.add(tile) if self.best is self._small else grown
+
+    def finish(self) -> None:
+        """Close the last groups."""
+        self._large.finish()
+        if self.best is self._small:
+            self._small.finish()
+
+    def votes(self, criterion: Criterion, bounds: Bounds, seed: int) -> Mapping[int, float] | None:
+        """Bootstrap votes, or None with too few groups."""
+        if self.best.count < GROUPS_TO_VOTE:
+            return None
+        return vote(criterion, self.best.metric.filled(), bounds, seed)
+
+
+def measure(
+    forward: Callable[[Batch], object],
+    backbone: SimplerBackbone,
+    source: TileSource,
+    criterion: Criterion,
+    bounds: Bounds,
+    *,
+    tokens: Tokens = "patch",
+    min_tiles: int = 256,
+    max_tiles: int = 4096,
+    seed: int = 0,
+    stop_after: nn.Module | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Measurement:
+    """Stream tiles through the encoder and compare the outputs of its blocks.
+
+    Rows are drawn per tile from a seed of its own and pooled into fixed groups of tiles, so the result does not depend
+    on the batch size in flight or the number of workers.
+
+    Args:
+        forward: Sends one batch of the source through the model, on the model's device.
+        backbone: The intact encoder, somewhere inside the model.
+        source: The tiles.
+        criterion: Rule whose bootstrap votes decide when to stop.
+        bounds: Bounds on the kept depth.
+        tokens: Which rows are compared: patch tokens, the class token, the mean of the patch tokens, or all tokens.
+        min_tiles: Tiles before the stream may stop early.
+        max_tiles: Tiles after which it ends.
+        seed: Seed of the rows and of the bootstrap.
+        stop_after: Module after which the rest of the model need not run; by default the backbone.
+        progress: Told the number of tiles measured so far.
+
+    Returns:
+        Similarity and votes.
+
+    Raises:
+        TilesError: If fewer than 32 tiles could be measured, or they do not fit the encoder.
+        DegenerateFeaturesError: If a block's output is constant or not finite.
+    """
+    device = next(backbone.parameters()).device
+    pool = _Pool(backbone.num_blocks, max_tiles, device)
+
+    def settled() -> bool:
+        votes = pool.votes(criterion, bounds, seed) if pool.best.tiles >= min_tiles else None
+        return votes is not None and max(votes.values()) >= SETTLED_SHARE
+
+    seen, early = 0, False
+    batches = iter(source)
+    with _borrowed(stop_after or backbone), _Tap(backbone, stop_after or backbone, tokens, seed) as tap:
+        # Tile by tile, so that neither max_tiles nor the early stop depends on the batch size in flight.
+        for tile in _tiles(batches, tap, forward, source):
+            seen += 1
+            if progress is not None:
+                progress(seen)
+            early = pool.add(tile) and settled()
+            if early or seen == max_tiles:
+                break
+    if isinstance(batches, Generator):
+        batches.close()  # stop reading ahead
+    if seen < FEWEST_TILES:
+        skips = f" ({source.skips})" if source.skips.counts else ""
+        msg = f"Found {seen} usable tiles{skips}, expected at least {FEWEST_TILES} to compare blocks: give more tiles."
+        raise TilesError(msg)
+    if not early:
+        pool.finish()
+    metric = pool.best.metric
+    return Measurement(
+        similarity=metric.similarity().cpu(),
+        votes=pool.votes(criterion, bounds, seed),
+        tiles_seen=pool.best.tiles,
+        rows_seen=int(metric.rows.sum()),
+        settled=early,
+        input_shape=tap.input_shape,
+    )
+
+
+def _tiles(batches: Iterator[Batch], tap: _Tap, forward: Callable[[Batch], object], source: TileSource) -> Iterator[Tensor]:
+    """Rows (L, rows, D) of one tile after the other."""
+    for batch in batches:
+        features, rows_per_tile = tap.run(forward, batch)
+        for tile, number in zip(features.split(rows_per_tile, dim=1), batch["index"], strict=True):
+            if tile.shape[1]:
+                yield tile
+            else:
+                source.skips.add("nodata", f"tile {number}")
+
+
+def count_macs(backbone: SimplerBackbone, input_shape: tuple[int, ...]) -> int:
+    """Multiply-accumulate operations of the encoder for one tile, counted by PyTorch's own FLOP counter.
+
+    Args:
+        backbone: The encoder as it stands now.
+        input_shape: Shape of one input, (C, H, W) or (C, T, H, W).
+    """
+    parameter = next(backbone.parameters())
+    image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
+    # Fused attention kernels are not counted on every device; the plain one is made of products that are.
+    with _borrowed(backbone), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        backbone(image)
+    return int(counter.get_total_flops()) // 2  # a multiply and an add are one MAC
+
+
+@contextmanager
+def _borrowed(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random state come back, whatever happens."""
+    modes = [(part, part.training) for part in module.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
+            module.eval()
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+class _EncoderDone(Exception):
+    """Ends a forward pass once the encoder has answered: the decoder is of no interest."""
+
+
+class _Tap:
+    """Draws rows from the raw output of every block while a batch passes.
+
+    Hooks fire before any final norm, for whatever wraps the encoder (TemporalWrapper, PEFT, the task's padding).
+    """
+
+    def __init__(self, backbone: SimplerBackbone, stop_after: nn.Module, tokens: Tokens, seed: int) -> None:
+        self.input_shape: tuple[int, ...] = ()
+        self._backbone = backbone
+        self._stop_after = stop_after
+        self._tokens = tokens
+        self._seed = seed
+        self._hooks = ExitStack()
+        self._rows: list[Tensor] = []
+        self._drawn = _Draw(index=torch.empty(0, dtype=torch.long), weights=None, counts=[])
+        self._batch: Batch = {}
+
+    def __enter__(self) -> _Tap:
+        handles = [self._backbone.register_forward_pre_hook(self._before, with_kwargs=True)]
+        handles += [block.register_forward_hook(self._after_block) for block in self._backbone.blocks]
+        handles += [self._stop_after.register_forward_hook(self._after_encoder)]
+        for handle in handles:
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.close()
+
+    def run(self, forward: Callable[[Batch], object], batch: Batch) -> tuple[Tensor, list[int]]:
+        """Send a batch through the model.
+
+        Returns:
+            Rows after every block, (L, R, D), and how many of the R rows came from each tile.
+        """
+        self._batch, self._rows = batch, []
+        with suppress(_EncoderDone):
+            forward(batch)
+        return torch.stack(self._rows), self._drawn.counts
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        image = args[0] if args else next(iter(kwargs.values()))
+        self._check_bands(image)
+        self.input_shape = tuple(image.shape[1:])
+        tokens = _valid_tokens(self._batch["valid"], image.shape, self._backbone.patch_size_px)
+        self._drawn = _draw(
+            tokens, self._backbone.prefix_tokens, self._batch["index"], self._tokens, self._seed, image.device
+        )
+
+    def _check_bands(self, image: Tensor) -> None:
+        found, expected = image.shape[1], self._backbone.input_shape[0]
+        if found != expected:
+            msg = (
+                f"Found tiles with {found} bands, expected the {expected} bands of '{self._backbone.name}': choose bands "
+                "with output_bands in the datamodule or bands in GeoTiffTiles, or set backbone_bands."
+            )
+            raise TilesError(msg)
+
+    def _after_block(self, _module: nn.Module, _args: object, output: Tensor) -> None:
+        self._rows.append(self._drawn.take(output))
+
+    def _after_encoder(self, _module: nn.Module, _args: object, _output: object) -> None:
+        raise _EncoderDone
+
+
+class _Draw(NamedTuple):
+    """Which rows of a block's output are compared, for the tiles of a batch."""
+
+    index: Tensor  # (R,) into the tokens of all tiles, laid out one tile after the other
+    weights: Tensor | None  # (B, patch tokens) for the mean over patch tokens
+    counts: list[int]  # rows of each tile
+
+    def take(self, output: Tensor) -> Tensor:
+        """Rows (R, D) of a block's output (B * T, N, D), where T > 1 if frames pass as separate images."""
+        tiles, width = len(self.counts), output.shape[-1]
+        per_image = output.reshape(tiles, -1, output.shape[-2], width)
+        if self.weights is None:
+            return per_image.reshape(-1, width).index_select(0, self.index)
+        patches = per_image[:, :, -(self.weights.shape[1] // per_image.shape[1]) :].reshape(tiles, -1, width)
+        means = torch.einsum("bn,bnd->bd", self.weights, patches.to(self.weights.dtype))
+        return means.index_select(0, self.index)
+
+
+def _valid_tokens(valid: Tensor, shape: torch.Size, patch: tuple[int, int, int]) -> Tensor:
+    """Which patch tokens show at least one valid pixel.
+
+    Args:
+        valid: Valid pixels of the tiles, (B, H, W) or (B, T, H, W).
+        shape: Shape of the encoder's input, (B, C, H', W') or (B, C, T', H', W'); frames may have become images, and
+            the model may have padded the images evenly on both sides. What is padded mirrors pixels that count already.
+        patch: Extent of a patch as (frames, rows, columns).
+
+    Returns:
+        Bool of shape (B, images of a tile, tokens of an image).
+    """
+    tiles = valid.shape[0]
+    height, width = shape[-2:]
+    frames = (shape[2] if len(shape) == 5 else 1) * (shape[0] // tiles)
+    pixels = valid if valid.ndim == 4 else valid[:, None].expand(-1, frames, -1, -1)
+    if pixels.shape[1] != frames:
+        pixels = pixels.all(dim=1, keepdim=True).expand(-1, frames, -1, -1)
+    extra_rows, extra_columns = height - pixels.shape[2], width - pixels.shape[3]
+    if min(extra_rows, extra_columns) < 0:  # the model resized the images
+        pixels = nn.functional.interpolate(pixels.float(), size=(height, width)) > 0
+        extra_rows = extra_columns = 0
+    top, left = extra_rows // 2, extra_columns // 2
+    pixels = nn.functional.pad(pixels.float(), (left, extra_columns - left, top, extra_rows - top))
+    images = shape[0] // tiles
+    per_image = pixels.reshape(tiles * images, 1, frames // images, height, width)
+    return nn.functional.max_pool3d(per_image, patch).gt(0).reshape(tiles, images, -1)
+
+
+def _draw(valid: Tensor, prefix: int, numbers: list[int], tokens: Tokens, seed: int, device: torch.device) -> _Draw:
+    """Draw rows for every tile from a seed of its own.
+
+    Args:
+        valid: Valid patch tokens, (B, images of a tile, N).
+        prefix: Tokens before the patch tokens of an image.
+        numbers: Each tile's own number.
+        tokens: Which rows to draw.
+        seed: Seed of the pass.
+        device: Where the rows will be taken.
+    """
+    if tokens == "cls" and prefix == 0:
+        msg = "Found tokens 'cls' for an encoder without a class token, expected 'patch', 'mean' or 'all': change tokens."
+        raise TilesError(msg)
+    tiles, images, patches = valid.shape
+    usable = valid.any(dim=(1, 2))
+    if tokens == "mean":
+        weights = valid.reshape(tiles, -1).float()
+        weights = (weights / weights.sum(dim=1, keepdim=True).clamp(min=1)).to(device, non_blocking=True)
+        index = usable.nonzero().flatten()
+        return _Draw(index.to(device, non_blocking=True), weights, usable.int().tolist())
+    candidates = torch.zeros(tiles, images, prefix + patches, dtype=torch.bool)
+    if tokens in ("patch", "all"):
+        candidates[:, :, prefix:] = valid
+    if tokens in ("cls", "all"):
+        candidates[:, :, : 1 if tokens == "cls" else prefix] = usable[:, None, None]
+    per_tile = candidates.reshape(tiles, -1).numpy()
+    chosen = []
+    for tile, (number, row) in enumerate(zip(numbers, per_tile, strict=True)):
+        allowed = np.flatnonzero(row)
+        picked = np.random.default_rng([seed, number]).permutation(allowed)[:ROWS_PER_TILE]
+        chosen.append(np.sort(picked) + tile * per_tile.shape[1])
+    index = torch.from_numpy(np.concatenate(chosen))
+    return _Draw(index.to(device, non_blocking=True), None, [len(rows) for rows in chosen])

@@ -1,0 +1,308 @@
+"""What is kept of an encoder and why: :class:`SlimmingPlan`, its file format, and the numbering of blocks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from terratorch_simpler.errors import DepthError, PlanError
+
+FORMAT = "terratorch-simpler/plan"
+VERSION = 1
+
+
+def resolve_keep(keep: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
+    """Turn "the first n blocks" or a list of block numbers into the kept blocks.
+
+    This is the one place that says what a depth or a block number means; reading, cutting and loading all use it.
+
+    Args:
+        keep: A count n of first blocks, or block numbers, 0-based.
+        num_blocks: Blocks of the intact encoder.
+
+    Returns:
+        Block numbers in ascending order.
+
+    Raises:
+        DepthError: If there are none, one does not exist, or one is repeated.
+
+    Example:
+        >>> resolve_keep(3, 12), resolve_keep([0, 5], 12)
+        ((0, 1, 2), (0, 5))
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int | Sequence) or isinstance(keep, str):
+        msg = f"Found keep {keep!r}, expected a number of first blocks or a list of block numbers: give one of these."
+        raise DepthError(msg)
+    if isinstance(keep, int):
+        if not 1 <= keep <= num_blocks:
+            msg = f"Found keep {keep}, expected 1 to {num_blocks}, the number of blocks of this encoder: change keep."
+            raise DepthError(msg)
+        return tuple(range(keep))
+    wrong = [i for i in keep if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < num_blocks]
+    if wrong or not keep:
+        msg = (
+            f"Found keep {list(keep)}, expected at least one block number and all between 0 and {num_blocks - 1}: "
+            "block numbers are 0-based, change keep."
+        )
+        raise DepthError(msg)
+    if len(set(keep)) < len(keep):
+        msg = f"Found keep {list(keep)} with a repeated block, expected each block at most once: remove the repetition."
+        raise DepthError(msg)
+    return tuple(sorted(keep))
+
+
+def feature_position(index: int, num_kept: int, num_blocks: int) -> int:
+    """Which kept block answers feature ``index`` of the intact encoder: ceil((i + 1) k / L) - 1.
+
+    Args:
+        index: Block number in the intact encoder, 0-based; negative counts from the end.
+        num_kept: Kept blocks k.
+        num_blocks: Blocks L of the intact encoder.
+
+    Returns:
+        Position among the kept blocks, 0-based.
+
+    Raises:
+        DepthError: If the index is outside the intact encoder.
+
+    Example:
+        >>> [feature_position(i, 5, 24) for i in (5, 11, 17, 23)]
+        [1, 2, 3, 4]
+    """
+    if not -num_blocks <= index < num_blocks:
+        msg = f"Found feature index {index}, expected {-num_blocks} to {num_blocks - 1}: the encoder has no such block."
+        raise DepthError(msg)
+    return math.ceil((index % num_blocks + 1) * num_kept / num_blocks) - 1
+
+
+@dataclass(frozen=True)
+class SlimmingPlan:
+    """What to keep of an encoder, and everything the choice was made from.
+
+    Attributes:
+        backbone: Name of the intact encoder in TerraTorch's registry.
+        full_num_blocks: Blocks L of the intact encoder.
+        kept_blocks: Kept blocks, 0-based, ascending.
+        criterion: ``name`` and ``args`` of the rule.
+        width: Kept share of attention and MLP width; 1.0 is all of it.
+        recovery: How the cut was repaired; "none" or "linear".
+        scores: Score of every judged depth.
+        similarity: Similarity S of the intact encoder's blocks, L x L.
+        votes: Share of bootstrap resamples won by each depth; None with too few groups of tiles.
+        tiles_seen: Tiles the similarity was measured on.
+        rows_seen: Rows of tokens drawn from them.
+        parameters: Parameters of the encoder, ``before`` and ``after``.
+        macs: Multiply-accumulate operations of the encoder for one tile, ``before`` and ``after``.
+        data: What was streamed, with a fingerprint.
+        versions: Package versions.
+    """
+
+    backbone: str
+    full_num_blocks: int
+    kept_blocks: tuple[int, ...]
+    criterion: Mapping[str, Any]
+    width: float = 1.0
+    recovery: str = "none"
+    scores: Mapping[int, float] | None = None
+    similarity: Sequence[Sequence[float]] | None = None
+    votes: Mapping[int, float] | None = None
+    tiles_seen: int = 0
+    rows_seen: int = 0
+    parameters: Mapping[str, int] | None = None
+    macs: Mapping[str, int] | None = None
+    data: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] | None = None
+
+    def check_encoder(self, backbone: str, num_blocks: int) -> None:
+        """Raise unless the plan was made for this encoder.
+
+        Args:
+            backbone: Name of the encoder at hand.
+            num_blocks: Its number of blocks when intact.
+
+        Raises:
+            PlanError: If name or depth differ.
+        """
+        if (self.backbone, self.full_num_blocks) != (backbone, num_blocks):
+            msg = (
+                f"Found a plan for backbone '{self.backbone}' with full_num_blocks {self.full_num_blocks}, expected "
+                f"'{backbone}' with {num_blocks}: make a plan for this encoder."
+            )
+            raise PlanError(msg)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as JSON, whole or not at all.
+
+        Args:
+            path: File to write; missing folders are made.
+
+        Returns:
+            The path.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, allow_nan=False)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(part).chmod(0o666 & ~umask)  # mkstemp made it private; colleagues read plans
+            Path(part).replace(path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SlimmingPlan:
+        """Read a plan and check every key.
+
+        Args:
+            path: A plan.json.
+
+        Raises:
+            PlanError: If the file cannot be read, is of another version, or a key is missing, unknown or wrong.
+        """
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        except (OSError, ValueError) as err:
+            msg = f"Found no readable plan at {path} ({err}), expected the plan.json of an earlier run: check the path."
+            raise PlanError(msg) from err
+        return cls.from_dict(raw, source=str(path))
+
+    @classmethod
+    def from_dict(cls, raw: object, source: str = "plan") -> SlimmingPlan:
+        """Build a plan from the parsed JSON of a plan file.
+
+        Args:
+            raw: Parsed JSON.
+            source: Where it came from, for messages.
+
+        Raises:
+            PlanError: If it is of another version, or a key is missing, unknown or wrong.
+        """
+        check = _Check(source)
+        if not isinstance(raw, dict):
+            raise check.error("format", raw, f"an object with format '{FORMAT}'")
+        values = dict(raw)
+        if values.pop("format", None) != FORMAT:
+            raise check.error("format", raw.get("format"), f"'{FORMAT}'")
+        if (version := values.pop("version", None)) != VERSION or isinstance(version, bool):
+            raise check.error("version", version, f"{VERSION}, the version this package reads")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(map(str, values.keys() - known)):
+            raise check.error(unknown[0], values[unknown[0]], "no such key")
+        if missing := sorted(known - values.keys()):
+            raise check.error(missing[0], None, "a value")
+        return cls(**check.values(values))
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    msg = f"the number {name}"
+    raise ValueError(msg)
+
+
+class _Check:
+    """Checks the values of a plan file, key by key."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def error(self, key: str, found: object, expected: str) -> PlanError:
+        shown = repr(found)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        return PlanError(f"Found {shown} for key '{key}' in {self.source}, expected {expected}: make the plan again.")
+
+    def values(self, raw: dict[str, Any]) -> dict[str, Any]:
+        blocks = self.integer(raw, "full_num_blocks", minimum=1)
+        return {
+            "backbone": self.instance(raw, "backbone", str),
+            "full_num_blocks": blocks,
+            "kept_blocks": self.kept_blocks(raw, blocks),
+            "criterion": self.criterion(raw),
+            "width": self.one_of(raw, "width", 1.0),
+            "recovery": self.one_of(raw, "recovery", "none"),
+            "scores": self.by_depth(raw, "scores", blocks),
+            "similarity": self.similarity(raw, blocks),
+            "votes": self.by_depth(raw, "votes", blocks),
+            "tiles_seen": self.integer(raw, "tiles_seen"),
+            "rows_seen": self.integer(raw, "rows_seen"),
+            "parameters": self.before_after(raw, "parameters"),
+            "macs": self.before_after(raw, "macs"),
+            "data": None if raw["data"] is None else self.instance(raw, "data", dict),
+            "versions": None if raw["versions"] is None else self.instance(raw, "versions", dict),
+        }
+
+    def instance(self, raw: dict[str, Any], key: str, kind: type) -> Any:
+        if not isinstance(raw[key], kind):
+            raise self.error(key, raw[key], f"a {kind.__name__}")
+        return raw[key]
+
+    def integer(self, raw: dict[str, Any], key: str, minimum: int = 0) -> int:
+        value = raw[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.error(key, value, f"an integer of at least {minimum}")
+        return value
+
+    def one_of(self, raw: dict[str, Any], key: str, supported: Any) -> Any:
+        if isinstance(raw[key], bool) or raw[key] != supported:
+            raise self.error(key, raw[key], f"{supported!r}, all that this version of the package can apply")
+        return supported
+
+    def kept_blocks(self, raw: dict[str, Any], num_blocks: int) -> tuple[int, ...]:
+        value = raw["kept_blocks"]
+        try:
+            kept = resolve_keep(self.instance(raw, "kept_blocks", list), num_blocks)
+        except DepthError as err:
+            raise self.error("kept_blocks", value, f"distinct block numbers from 0 to {num_blocks - 1}") from err
+        if list(kept) != value:
+            raise self.error("kept_blocks", value, "block numbers in ascending order")
+        return kept
+
+    def criterion(self, raw: dict[str, Any]) -> dict[str, Any]:
+        value = self.instance(raw, "criterion", dict)
+        if not isinstance(value.get("name"), str) or not isinstance(value.get("args"), dict):
+            raise self.error("criterion", value, "an object with 'name' and 'args'")
+        return {"name": value["name"], "args": value["args"]}
+
+    def by_depth(self, raw: dict[str, Any], key: str, num_blocks: int) -> dict[int, float] | None:
+        value = raw[key]
+        if value is None:
+            return None
+        valid = {str(depth) for depth in range(1, num_blocks + 1)}
+        if not isinstance(value, dict) or not all(k in valid and _is_number(v) for k, v in value.items()):
+            raise self.error(key, value, f"numbers by depth from 1 to {num_blocks}")
+        return {int(depth): float(number) for depth, number in value.items()}
+
+    def similarity(self, raw: dict[str, Any], num_blocks: int) -> list[list[float]] | None:
+        value = raw["similarity"]
+        if value is None:
+            return None
+        square = isinstance(value, list) and len(value) == num_blocks
+        if not square or not all(
+            isinstance(row, list) and len(row) == num_blocks and all(map(_is_number, row)) for row in value
+        ):
+            raise self.error("similarity", value, f"a {num_blocks} x {num_blocks} matrix of numbers")
+        return [[float(number) for number in row] for row in value]
+
+    def before_after(self, raw: dict[str, Any], key: str) -> dict[str, int] | None:
+        value = raw[key]
+        if value is None:
+            return None
+        if not isinstance(value, dict) or set(value) != {"before", "after"}:
+            raise self.error(key, value, "an object with 'before' and 'after'")
+        if not all(isinstance(number, int) and number >= 0 for number in value.values()):
+            raise self.error(key, value, "integers of at least 0")
+        return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,241 @@
+"""One selection inside a Lightning run: the trainer's device and precision, the datamodule's input, the rule's choice."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.criteria import Bounds, Criterion
+from terratorch_simpler.errors import (
+    ConfigurationError,
+    FewTilesWarning,
+    SimplerWarning,
+    SkippedTilesWarning,
+    UntrainedEncoderWarning,
+)
+from terratorch_simpler.measure import Measurement, Tokens, count_macs, measure
+from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, TileSource
+
+NOT_INPUT = frozenset({"valid", "index", "path", "window"})
+"""Keys of a batch that describe the tiles and do not go to the encoder."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How to choose; the arguments of :class:`~terratorch_simpler.SimplerCallback`."""
+
+    criterion: Criterion
+    bounds: Bounds
+    tokens: Tokens
+    min_tiles: int
+    max_tiles: int
+    seed: int
+
+
+def find_backbone(module: nn.Module) -> SimplerBackbone:
+    """The one SimplerBackbone of a task, however deep it is wrapped.
+
+    Raises:
+        ConfigurationError: If there is none, or more than one.
+    """
+    found = [part for part in module.modules() if isinstance(part, SimplerBackbone)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        msg = f"Found {len(found)} SimplerBackbones in {type(module).__name__}, expected one: cut one encoder at a time."
+        raise ConfigurationError(msg)
+    arguments = getattr(module, "hparams", {}).get("model_args") or {}
+    name = arguments.get("backbone") if isinstance(arguments, dict) else None
+    named = f"backbone '{name}'" if isinstance(name, str) else "no SimplerBackbone"
+    msg = (
+        f"Found {named} in {type(module).__name__}, expected one whose name starts with 'simpler_': write "
+        f"backbone: simpler_{name if isinstance(name, str) else '<name>'}."
+    )
+    raise ConfigurationError(msg)
+
+
+def select(
+    trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone, tiles: GeoTiffTiles | None, how: Selection
+) -> SlimmingPlan:
+    """Measure the intact encoder if the rule needs it, and choose; nothing is cut yet.
+
+    Args:
+        trainer: Gives device, precision and progress bar.
+        pl_module: The task, on the CPU.
+        backbone: The intact encoder inside it.
+        tiles: Tiles given by the user; None for the datamodule's training images.
+        how: How to choose.
+
+    Returns:
+        The plan, with the parameters and MACs of the intact encoder as both before and after.
+
+    Raises:
+        ConfigurationError: If the rule needs tiles and there are none.
+    """
+    found = data = None
+    if how.criterion.needs_similarity:
+        source = _open_source(getattr(trainer, "datamodule", None), tiles, how.seed)
+        found = _stream(trainer, pl_module, backbone, source, how)
+        data = {**source.describe(), "input_shape": list(found.input_shape), "skipped": source.skipped}
+    blocks = backbone.full_num_blocks
+    choice = how.criterion.choose(None if found is None else found.similarity, blocks, how.bounds)
+    parameters, macs = backbone.num_parameters(), count_macs(backbone, found.input_shape if found else backbone.input_shape)
+    return SlimmingPlan(
+        backbone=backbone.name,
+        full_num_blocks=blocks,
+        kept_blocks=choice.kept_blocks,
+        criterion={"name": how.criterion.name, "args": how.criterion.args},
+        scores=choice.scores,
+        similarity=None if found is None else found.similarity.tolist(),
+        votes=None if found is None else found.votes,
+        tiles_seen=0 if found is None else found.tiles_seen,
+        rows_seen=0 if found is None else found.rows_seen,
+        parameters={"before": parameters, "after": parameters},
+        macs={"before": macs, "after": macs},
+        data=data,
+        versions=_versions(),
+    )
+
+
+def _open_source(datamodule: LightningDataModule | None, tiles: GeoTiffTiles | None, seed: int) -> TileSource:
+    if tiles is not None:
+        return tiles
+    if datamodule is None:
+        msg = "Found neither a datamodule nor tiles, expected one of them to stream: give SimplerCallback tiles."
+        raise ConfigurationError(msg)
+    return DatamoduleTiles(datamodule, seed)
+
+
+def _stream(
+    trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone, source: TileSource, how: Selection
+) -> Measurement:
+    how.bounds.within(how.criterion.depths(backbone.full_num_blocks), backbone.full_num_blocks)  # refuse before streaming
+    if backbone.pretrained is False:
+        warnings.warn(
+            f"Found '{backbone.name}' built without pretrained weights, expected pretrained ones, since a depth chosen on "
+            "random weights means nothing: set backbone_pretrained: true.",
+            UntrainedEncoderWarning,
+            stacklevel=2,
+        )
+    planned = min(len(source), how.max_tiles)
+    if planned < how.min_tiles and not trainer.fast_dev_run:
+        warnings.warn(
+            f"Found {planned} tiles, expected at least {how.min_tiles} (min_tiles): all are used; look at the votes, or "
+            "give more unlabeled tiles.",
+            FewTilesWarning,
+            stacklevel=2,
+        )
+    encoder = _outermost_encoder(pl_module, backbone)
+    with _on_device(encoder, trainer.strategy.root_device), _progress_bar(trainer, planned, backbone) as progress:
+        found = measure(
+            _forward(trainer, pl_module, source),
+            backbone,
+            source,
+            how.criterion,
+            how.bounds,
+            tokens=how.tokens,
+            min_tiles=how.min_tiles,
+            max_tiles=how.max_tiles,
+            seed=how.seed,
+            stop_after=encoder,
+            progress=progress,
+        )
+    if source.skipped:
+        warnings.warn(f"Skipped tiles: {source.skips}.", SkippedTilesWarning, stacklevel=2)
+    return found
+
+
+def _outermost_encoder(pl_module: LightningModule, backbone: SimplerBackbone) -> nn.Module:
+    """What the task's model calls its encoder: the backbone, or what wraps it (TemporalWrapper, PEFT)."""
+    encoder = getattr(getattr(pl_module, "model", None), "encoder", None)
+    if isinstance(encoder, nn.Module) and any(part is backbone for part in encoder.modules()):
+        return encoder
+    return backbone
+
+
+def _forward(trainer: Trainer, pl_module: LightningModule, source: TileSource) -> Callable[[Batch], object]:
+    """Send a batch the way of a training step: to the device, normalised, through the task's own forward."""
+    datamodule: LightningDataModule | None = getattr(trainer, "datamodule", None)
+    device = trainer.strategy.root_device
+    normalise = None if getattr(source, "means", None) is not None else _normalisation(datamodule)
+    if normalise is None and getattr(source, "means", None) is None:
+        warnings.warn(
+            "Found neither means in tiles nor a normalisation in the datamodule, expected one of them, since the encoder "
+            "was trained on normalised pixels: give tiles means and stds.",
+            SimplerWarning,
+            stacklevel=2,
+        )
+
+    def forward(batch: Batch) -> object:
+        inputs = {key: value for key, value in batch.items() if key not in NOT_INPUT}
+        if datamodule is None:
+            inputs = move_data_to_device(inputs, device)
+        else:
+            inputs = datamodule.transfer_batch_to_device(inputs, device, 0)
+        if normalise is not None:
+            inputs = normalise(inputs)
+        with _precision(trainer):
+            return pl_module(inputs.pop("image"), **inputs)
+
+    return forward
+
+
+def _normalisation(datamodule: LightningDataModule | None) -> Callable[[Batch], Batch] | None:
+    """The datamodule's batch transform of evaluation: some put random crops into the one for training."""
+    for name in ("predict_aug", "val_aug", "aug"):
+        transform = getattr(datamodule, name, None)
+        if transform is not None:
+            return transform  # type: ignore[no-any-return]
+    return None
+
+
+def _precision(trainer: Trainer) -> AbstractContextManager[object]:
+    """The trainer's precision for one forward pass.
+
+    True half and double precision convert the weights only after setup; casting them here and back would round them, so
+    half precision is run as autocast, and double precision as it is.
+    """
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, HalfPrecision):
+        dtype = torch.bfloat16 if plugin.precision == "bf16-true" else torch.float16
+        return torch.autocast(trainer.strategy.root_device.type, dtype=dtype)
+    return nullcontext() if isinstance(plugin, DoublePrecision) else plugin.forward_context()
+
+
+@contextmanager
+def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Borrow a device: Lightning moves the model there only after setup."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+@contextmanager
+def _progress_bar(trainer: Trainer, planned: int, backbone: SimplerBackbone) -> Iterator[Callable[[int], None]]:
+    """A bar on rank zero, if the run shows bars at all."""
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task(f"Comparing the blocks of {backbone.name}", total=planned)
+        yield lambda tiles: bar.update(task, completed=tiles)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("terratorch_simpler", "terratorch", "torch", "lightning")
+    return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}

@@ -1,0 +1,269 @@
+r"""How alike the blocks of an encoder are: streamed linear CKA with the unbiased HSIC estimator.
+
+Rows are tokens. Rows of many tiles are pooled into groups, each group is one HSIC batch, and the block-by-block
+numerators of all groups add up, so memory does not grow with the number of tiles and shares of the data can be summed:
+
+.. math:: S_{ij} = \frac{\sum_g \mathrm{HSIC}_1(K_i^g, K_j^g)}
+                   {\sqrt{\sum_g \mathrm{HSIC}_1(K_i^g, K_i^g)\,\sum_g \mathrm{HSIC}_1(K_j^g, K_j^g)}}
+
+Sources: HSIC_1 is the unbiased estimator of Song et al. 2012 (JMLR 13, "Feature Selection via Dependence
+Maximization", theorem 2); summing it over minibatches before taking the ratio is minibatch CKA, Nguyen et al. 2021
+(arXiv 2010.15327, section 3). How tokens are drawn and grouped is a decision of this package (docs/method.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from terratorch_simpler.errors import DegenerateFeaturesError
+
+MIN_ROWS = 4
+"""HSIC_1 divides by m (m - 3): fewer rows have no unbiased estimate."""
+
+MIN_LAST_GROUP_TILES = 32
+"""A last group with fewer tiles than this joins the group before it."""
+
+CONSTANT_RATIO = 1e-12
+"""A block whose variance is below this share of its mean square is constant up to float32 rounding."""
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Keep matrix products in full float32: TF32's 10-bit mantissa would show in the third digit of S."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _centred(features: Tensor) -> Tensor:
+    """Centre the rows of each block in float32 or wider; HSIC_1 does not need it, float32 does."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return features - features.mean(dim=1, keepdim=True)
+
+
+def hsic_matrix(features: Tensor) -> Tensor:
+    """Unbiased HSIC_1 between the linear kernels of all pairs of blocks, all pairs at once.
+
+    With K the Gram matrix of a block, its diagonal set to zero, and 1 a vector of ones,
+    HSIC_1(K, M) = [tr(K M) + (1'K1)(1'M1) / ((m-1)(m-2)) - 2/(m-2) 1'KM1] / (m (m-3)); Song et al. 2012, theorem 2.
+
+    Args:
+        features: Block outputs of shape (L, m, D): L blocks, m rows, width D. The same rows for every block.
+
+    Returns:
+        Symmetric matrix of shape (L, L), float64, on the device of the features.
+
+    Raises:
+        DegenerateFeaturesError: If there are fewer than four rows.
+
+    Example:
+        >>> x = torch.eye(6)[None]
+        >>> hsic_matrix(torch.cat([x, 2 * x])).shape
+        torch.Size([2, 2])
+    """
+    blocks, m, _ = features.shape
+    if m < MIN_ROWS:
+        msg = f"Found {m} rows of tokens, expected at least {MIN_ROWS}: give more tiles or a larger tile_size."
+        raise DegenerateFeaturesError(msg)
+    with _full_float32(), torch.autocast(features.device.type, enabled=False):
+        x = _centred(features)
+        gram = x @ x.mT  # (L, m, m)
+        gram.diagonal(dim1=1, dim2=2).zero_()
+        # One batched GEMM for every tr(K M), split into m float32 sums of m terms that are added in float64.
+        flat = gram.reshape(blocks, m, m).transpose(0, 1)  # (m, L, m)
+        traces = (flat @ flat.mT).sum(dim=0, dtype=torch.float64)
+        row_sums = gram.sum(dim=2).double()  # K 1, (L, m)
+        totals = row_sums.sum(dim=1)  # 1' K 1
+        products = row_sums @ row_sums.mT  # 1' K M 1
+    hsic = traces + totals[:, None] * totals[None, :] / ((m - 1) * (m - 2)) - products * (2 / (m - 2))
+    return (hsic + hsic.T) / (2 * m * (m - 3))  # a GEMM rounds (i, j) and (j, i) differently
+
+
+def normalise_hsic(hsic: Tensor) -> Tensor:
+    """Turn HSIC numerators into CKA: S_ij = H_ij / sqrt(H_ii H_jj).
+
+    Args:
+        hsic: Numerators of shape (..., L, L), summed over groups.
+
+    Returns:
+        Similarity of the same shape, with a diagonal of exactly 1.
+
+    Raises:
+        DegenerateFeaturesError: If a block's own numerator is not positive: its rows do not vary more than noise.
+    """
+    own = hsic.diagonal(dim1=-2, dim2=-1)
+    flat = ~(own > 0)
+    if flat.any():
+        raise _degenerate(flat.reshape(-1, own.shape[-1]).any(dim=0), "an output that is constant over all tokens")
+    scale = own.rsqrt()
+    similarity = hsic * (scale[..., :, None] * scale[..., None, :])
+    similarity.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return similarity
+
+
+def linear_cka(features: Tensor) -> Tensor:
+    """Linear CKA with unbiased HSIC between all pairs of blocks over one batch of rows.
+
+    Args:
+        features: Block outputs of shape (L, m, D).
+
+    Returns:
+        Similarity matrix of shape (L, L), float64.
+
+    Raises:
+        DegenerateFeaturesError: If a block is constant or not finite, or there are fewer than four rows.
+
+    Example:
+        >>> x = torch.randn(1, 50, 8, generator=torch.Generator().manual_seed(0))
+        >>> linear_cka(torch.cat([x, 3 * x.flip(-1)])).round(decimals=4)
+        tensor([[1., 1.],
+                [1., 1.]], dtype=torch.float64)
+    """
+    metric = GroupedCKA(num_blocks=features.shape[0], max_groups=1).to(features.device)
+    metric.update(features, tiles=1, group=0)
+    return metric.similarity()
+
+
+def resample(numerators: Tensor, resamples: int, seed: int) -> Tensor:
+    """Bootstrap over groups: draw groups with replacement and add up their numerators.
+
+    Args:
+        numerators: Numerators of shape (G, L, L), one per group.
+        resamples: Number of draws R.
+        seed: Seed of the draws.
+
+    Returns:
+        Sums of shape (R, L, L), float64.
+    """
+    groups = len(numerators)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(groups, (resamples, groups), generator=generator)
+    counts = torch.zeros(resamples, groups, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+    return torch.einsum("rg,gij->rij", counts, numerators.double().cpu())
+
+
+def _degenerate(blocks: Tensor, what: str) -> DegenerateFeaturesError:
+    """Build the error that names the blocks marked True in ``blocks`` (L,), 0-based."""
+    names = ", ".join(str(i) for i in blocks.nonzero().flatten().tolist())
+    return DegenerateFeaturesError(
+        f"Found {what} after encoder block {names} (0-based), expected finite features that vary: check the pretrained "
+        "weights, the means and stds of the data, and the precision."
+    )
+
+
+class GroupedCKA(Metric):
+    """Additive state of the streamed similarity: the HSIC numerators of every group, each in a slot of its own.
+
+    All states are sums. A process that did not see a group leaves zeros in its slot, so summing over processes gives
+    the same bits however groups were spread over them, and the bootstrap finds the groups in stream order.
+
+    Args:
+        num_blocks: Number of blocks L.
+        max_groups: Number of slots G; memory is G * L * L * 8 bytes, whatever the number of tiles.
+    """
+
+    full_state_update = False
+    numerators: Tensor
+    rows: Tensor
+    tiles: Tensor
+    mean_square: Tensor
+    variance: Tensor
+    not_finite: Tensor
+
+    def __init__(self, num_blocks: int, max_groups: int, **kwargs: object) -> None:
+        """Declare the states; keyword arguments go to :class:`torchmetrics.Metric`."""
+        super().__init__(**kwargs)
+        self.add_state("numerators", torch.zeros(max_groups, num_blocks, num_blocks, dtype=torch.float64), "sum")
+        self.add_state("rows", torch.zeros(max_groups, dtype=torch.int64), "sum")
+        self.add_state("tiles", torch.zeros(max_groups, dtype=torch.int64), "sum")
+        self.add_state("mean_square", torch.zeros(num_blocks, dtype=torch.float64), "sum")
+        self.add_state("variance", torch.zeros(num_blocks, dtype=torch.float64), "sum")
+        self.add_state("not_finite", torch.zeros(num_blocks, dtype=torch.int64), "sum")
+
+    def update(self, features: Tensor, tiles: int, group: int) -> None:
+        """Add one group. Nothing here waits for the device.
+
+        Args:
+            features: Rows of the group after every block, shape (L, m, D).
+            tiles: How many tiles the rows came from.
+            group: Slot of the group: its number in stream order.
+        """
+        wide = features.to(torch.promote_types(features.dtype, torch.float32))
+        self.not_finite += (~torch.isfinite(wide)).sum(dim=(1, 2))
+        self.mean_square += wide.square().mean(dim=(1, 2), dtype=torch.float64)
+        self.variance += _centred(wide).square().mean(dim=(1, 2), dtype=torch.float64)
+        self.numerators[group] += hsic_matrix(wide)
+        self.rows[group] += features.shape[1]
+        self.tiles[group] += tiles
+
+    def compute(self) -> Tensor:
+        """Similarity S of shape (L, L) over all groups seen by all processes, float64.
+
+        Raises:
+            DegenerateFeaturesError: If a block's output is constant or not finite, or nothing was added yet.
+        """
+        return self.similarity()
+
+    def similarity(self) -> Tensor:
+        """Like :meth:`compute`, over the groups of this process only."""
+        self.check()
+        return normalise_hsic(self.numerators.sum(dim=0))
+
+    def check(self) -> None:
+        """Raise if the features seen so far cannot be compared (see :meth:`compute`)."""
+        if not self.tiles.any():
+            msg = "Found no rows of tokens to compare, expected at least one group of tiles: give more tiles."
+            raise DegenerateFeaturesError(msg)
+        if self.not_finite.any():
+            raise _degenerate(self.not_finite > 0, "NaN or Inf")
+        constant = self.variance <= CONSTANT_RATIO * self.mean_square
+        if constant.any():
+            raise _degenerate(constant, "an output that is constant over all tokens")
+
+    def filled(self) -> Tensor:
+        """Numerators of the groups that were added, in stream order, shape (G, L, L)."""
+        return self.numerators[self.tiles > 0]
+
+
+class TileGroups:
+    """Pools the rows of consecutive tiles into groups of a fixed number of tiles, one tile at a time.
+
+    A group is handed out only when enough tiles of the next one have come, since a last group of fewer than
+    ``MIN_LAST_GROUP_TILES`` joins the one before it.
+
+    Args:
+        tiles_per_group: Tiles in a group.
+    """
+
+    def __init__(self, tiles_per_group: int) -> None:
+        """Start with no tiles."""
+        self.tiles_per_group = tiles_per_group
+        self._waiting: list[Tensor] = []
+
+    def add(self, tile: Tensor) -> tuple[Tensor, int] | None:
+        """Take the rows of one tile and hand out a group if one is complete.
+
+        Args:
+            tile: Rows of the tile after every block, shape (L, rows, D).
+
+        Returns:
+            Features (L, m, D) of a group and its number of tiles, or None.
+        """
+        self._waiting.append(tile)
+        if len(self._waiting) < self.tiles_per_group + MIN_LAST_GROUP_TILES:
+            return None
+        group, self._waiting = self._waiting[: self.tiles_per_group], self._waiting[self.tiles_per_group :]
+        return torch.cat(group, dim=1), len(group)
+
+    def finish(self) -> tuple[Tensor, int] | None:
+        """Hand out the tiles still waiting as the last group, or None if there are none."""
+        last, self._waiting = self._waiting, []
+        return (torch.cat(last, dim=1), len(last)) if last else None

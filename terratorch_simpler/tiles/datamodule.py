@@ -1,0 +1,190 @@
+"""The datamodule's training images: without labels, without augmentation, normalised as the model is used to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from rasterio.errors import RasterioError
+from terratorch.datasets.utils import default_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from terratorch_simpler.errors import ConfigurationError
+from terratorch_simpler.tiles.source import Batch, Skipped, file_size, fingerprint
+
+LABEL_KEYS = frozenset({"mask", "label", "labels", "filename", "bbox_xyxy", "boxes", "masks", "crs", "bounds"})
+"""Keys that TerraTorch's tasks do not hand to the model."""
+
+DEFAULT_BATCH_SIZE = 16
+MAX_BAD_FRACTION = 0.1
+
+
+class DatamoduleTiles:
+    """Streams a datamodule's training images in a seeded order.
+
+    The dataset, the datamodule and its loaders stay untouched: copies of the dataset are read. Masks and labels are not
+    read from disk where the dataset can do without them (TerraTorch's generic datasets), and never used elsewhere.
+
+    Args:
+        datamodule: A datamodule that has been set up for fit.
+        seed: Seed of the order.
+
+    Raises:
+        ConfigurationError: If the datamodule has no training dataset.
+    """
+
+    def __init__(self, datamodule: LightningDataModule, seed: int = 0) -> None:
+        """Copy the training dataset and draw the order."""
+        dataset = getattr(datamodule, "train_dataset", None) or getattr(datamodule, "dataset", None)
+        if dataset is None:
+            msg = (
+                f"Found no train_dataset in {type(datamodule).__name__}, expected one after setup('fit'): give the callback "
+                "tiles of its own."
+            )
+            raise ConfigurationError(msg)
+        self._dataset = dataset
+        self._images = _Images(dataset, _plain_transform(datamodule))
+        self._order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+        self._batch_size = int(getattr(datamodule, "batch_size", None) or DEFAULT_BATCH_SIZE)
+        self._num_workers = int(getattr(datamodule, "num_workers", 0) or 0)
+        self._name = type(datamodule).__name__
+        self.skips = Skipped(len(dataset), MAX_BAD_FRACTION)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many images could not be used in the last pass, by reason."""
+        return dict(self.skips.counts)
+
+    def __len__(self) -> int:
+        """Training images."""
+        return len(self._order)
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, number of images, and a fingerprint of their names, sizes and order."""
+        files = getattr(self._dataset, "image_files", None)
+        named = [(str(file).rpartition("/")[2], file_size(file)) for file in files] if isinstance(files, list) else []
+        return {
+            "source": self._name,
+            "tiles": len(self),
+            "fingerprint": fingerprint([*named, len(self), self._order]),
+        }
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Stream batches of images of equal size.
+
+        Raises:
+            TilesError: If too many images are unreadable.
+        """
+        self.skips = Skipped(len(self), MAX_BAD_FRACTION)
+        loader = DataLoader(
+            Subset(self._images, self._order),
+            batch_size=self._batch_size,
+            num_workers=self._num_workers,
+            collate_fn=_stackable,
+        )
+        for batches, unusable in loader:
+            for name, reason, bad in unusable:
+                self.skips.add(reason, name, bad)
+            yield from batches
+
+
+class _Images(Dataset[dict[str, Any]]):
+    """Samples without labels, with a mask of valid pixels."""
+
+    def __init__(self, dataset: Dataset[Any], transform: Callable[..., Any] | None) -> None:
+        self._plain = _without_labels(dataset, transform)
+        # TerraTorch fills nodata while reading, after which it cannot be told from data; a second copy leaves it NaN.
+        fill = getattr(self._plain, "no_data_replace", None)
+        self._gaps = self._plain if fill is None else _with(self._plain, no_data_replace=None)
+
+    def __len__(self) -> int:
+        return len(self._plain)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            sample = self._gaps[index]
+            valid = _finite(sample["image"])
+            if not valid.all():
+                sample = self._plain[index]
+        except (RasterioError, OSError) as err:
+            return {"unusable": (str(err) or f"image {index}", "unreadable", True)}
+        if not valid.any():
+            return {"unusable": (_name(sample, index), "nodata", False)}
+        if not _finite(sample["image"]).all():
+            # Without no_data_replace the NaN would spread to every token of the tile.
+            return {"unusable": (_name(sample, index), "NaN without no_data_replace", False)}
+        inputs = {key: value for key, value in sample.items() if key not in LABEL_KEYS}
+        return {**inputs, "valid": valid, "index": index}
+
+
+def _name(sample: dict[str, Any], index: int) -> str:
+    return str(sample.get("filename", f"image {index}"))
+
+
+def _finite(image: Tensor | dict[str, Tensor]) -> Tensor:
+    """Where all bands are finite: (H, W), or (T, H, W) for a time series."""
+    if isinstance(image, dict):
+        masks = [_finite(part) for part in image.values()]
+        same = all(mask.shape == masks[0].shape for mask in masks)
+        # Modalities on different grids have no common mask; a gap in one makes the whole tile suspect.
+        return torch.stack(masks).all(dim=0) if same else torch.stack([mask.all() for mask in masks]).all()[None, None]
+    return torch.isfinite(image).all(dim=0)
+
+
+def _with(dataset: Dataset[Any], **attributes: object) -> Dataset[Any]:
+    """A shallow copy with some attributes replaced."""
+    changed = copy.copy(dataset)
+    for name, value in attributes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def _without_labels(dataset: Dataset[Any], transform: Callable[..., Any] | None) -> Dataset[Any]:
+    if isinstance(dataset, Subset):
+        return Subset(_without_labels(dataset.dataset, transform), dataset.indices)
+    changes: dict[str, object] = {}
+    if hasattr(dataset, "segmentation_mask_files"):
+        changes["segmentation_mask_files"] = []
+    if hasattr(dataset, "require_label"):
+        changes["require_label"] = False
+    if transform is not None:
+        changes.update({name: transform for name in ("transform", "transforms") if hasattr(dataset, name)})
+    return _with(dataset, **changes)
+
+
+def _plain_transform(datamodule: LightningDataModule) -> Callable[..., Any] | None:
+    """The transform of evaluation, which has no random part; None if the datamodule does not say."""
+    if not hasattr(datamodule, "train_transform"):
+        return None
+    for name in ("test_transform", "val_transform"):
+        if getattr(datamodule, name, None) is not None:
+            return getattr(datamodule, name)  # type: ignore[no-any-return]
+    return default_transform  # type: ignore[no-any-return]
+
+
+def _stackable(samples: Sequence[dict[str, Any]]) -> tuple[list[Batch], list[tuple[str, str, bool]]]:
+    """Collate neighbours of equal shape, in order; tiles of unequal size become batches of their own."""
+    unusable = [sample["unusable"] for sample in samples if "unusable" in sample]
+    runs: list[list[dict[str, Any]]] = []
+    for sample in samples:
+        if "unusable" in sample:
+            continue
+        if runs and _shapes(runs[-1][0]) == _shapes(sample):
+            runs[-1].append(sample)
+        else:
+            runs.append([sample])
+    return [_collate(run) for run in runs], unusable
+
+
+def _shapes(sample: dict[str, Any]) -> object:
+    image = sample["image"]
+    return {k: v.shape for k, v in image.items()} if isinstance(image, dict) else image.shape
+
+
+def _collate(run: Sequence[dict[str, Any]]) -> Batch:
+    inputs = default_collate([{key: value for key, value in sample.items() if key != "index"} for sample in run])
+    return {**inputs, "index": [sample["index"] for sample in run]}

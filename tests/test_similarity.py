@@ -1,0 +1,205 @@
+"""The streamed similarity against an independent float64 reference, and its invariances."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from terratorch_simpler.errors import DegenerateFeaturesError
+from terratorch_simpler.similarity import GroupedCKA, TileGroups, hsic_matrix, linear_cka, resample
+
+
+def reference_hsic(x: torch.Tensor, y: torch.Tensor) -> float:
+    """HSIC_1 as Song et al. write it, term by term with explicit loops over i != j, in float64."""
+    k, m = x.double() @ x.double().T, y.double() @ y.double().T
+    n = len(x)
+    k = k - torch.diag(k.diagonal())
+    m = m - torch.diag(m.diagonal())
+    ones = torch.ones(n, 1, dtype=torch.float64)
+    trace = torch.trace(k @ m)
+    sums = (ones.T @ k @ ones) * (ones.T @ m @ ones) / ((n - 1) * (n - 2))
+    cross = 2 / (n - 2) * (ones.T @ k @ m @ ones)
+    return float(trace + sums - cross) / (n * (n - 3))
+
+
+def reference_cka(groups: list[torch.Tensor]) -> torch.Tensor:
+    blocks = groups[0].shape[0]
+    sums = torch.tensor(
+        [[sum(reference_hsic(g[i], g[j]) for g in groups) for j in range(blocks)] for i in range(blocks)],
+        dtype=torch.float64,
+    )
+    return sums / torch.outer(sums.diagonal().sqrt(), sums.diagonal().sqrt())
+
+
+def random_features(blocks: int, rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(blocks, rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def structured_features(rows: int = 64, seed: int = 0) -> torch.Tensor:
+    """A residual stream: each block adds less than the one before, on a large common offset, as in a ViT."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 24, generator=generator) + 30
+    outputs = []
+    for block in range(6):
+        x = x + torch.randn(rows, 24, generator=generator) * 2.0**-block
+        outputs.append(x)
+    return torch.stack(outputs)
+
+
+def metric_over(groups: list[torch.Tensor]) -> GroupedCKA:
+    metric = GroupedCKA(groups[0].shape[0], len(groups))
+    for number, group in enumerate(groups):
+        metric.update(group, tiles=4, group=number)
+    return metric
+
+
+@pytest.mark.parametrize("features", [random_features(4, 40, 16), structured_features(), 1e4 * random_features(3, 30, 8)])
+def test_hsic_matches_the_float64_reference(features):
+    expected = [[reference_hsic(a, b) for b in features] for a in features]
+    torch.testing.assert_close(hsic_matrix(features), torch.tensor(expected, dtype=torch.float64), rtol=2e-5, atol=1e-5)
+
+
+def test_hsic_of_four_rows_by_hand():
+    # Rows e1, e1, 0, 0: K has ones at (0, 1) and (1, 0). tr KK = 2, 1'K1 = 2, 1'KK1 = 2, m = 4:
+    # (2 + 2 * 2 / 6 - 2 / 2 * 2) / 4 = 1/6.
+    x = torch.tensor([[[1.0], [1.0], [0.0], [0.0]]])
+    assert hsic_matrix(x).item() == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_cka_over_groups_matches_the_reference(dtype):
+    groups = [structured_features(48, seed).to(dtype) for seed in range(3)]
+    tolerance = 1e-7 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(metric_over(groups).compute(), reference_cka(groups), rtol=0, atol=tolerance)
+
+
+def test_one_group_is_the_one_shot_value():
+    features = structured_features(50)
+    torch.testing.assert_close(metric_over([features]).compute(), linear_cka(features))
+
+
+def test_identical_blocks_are_alike_and_s_is_symmetric():
+    x = random_features(1, 60, 12)
+    s = linear_cka(torch.cat([x, x, random_features(1, 60, 12, seed=1)]))
+    assert torch.equal(s.diagonal(), torch.ones(3).double())
+    assert s[0, 1] == pytest.approx(1, abs=1e-7)
+    assert abs(s[0, 2]) < 0.2
+    assert torch.equal(s, s.T)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(8, 40),
+    width=st.integers(2, 12),
+    scale=st.floats(1e-2, 1e2),
+    shift=st.floats(-50, 50),
+    seed=st.integers(0, 99),
+)
+def test_invariant_to_rotation_scale_and_shift(rows, width, scale, shift, seed):
+    x, y = random_features(2, rows, width, seed)
+    rotation = torch.linalg.qr(random_features(1, width, width, seed + 1)[0])[0]
+    before = linear_cka(torch.stack([x, y]))
+    after = linear_cka(torch.stack([scale * x @ rotation + shift, y]))
+    torch.testing.assert_close(before, after, rtol=0, atol=2e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(order=st.permutations(range(5)), split=st.integers(0, 5))
+def test_order_of_groups_and_split_over_processes_do_not_matter(order, split):
+    groups = [structured_features(20, seed) for seed in range(5)]
+    together = metric_over(groups)
+    parts = [GroupedCKA(6, 5), GroupedCKA(6, 5)]
+    for position, number in enumerate(order):
+        parts[position < split].update(groups[number], tiles=4, group=number)
+    merged = parts[0].numerators + parts[1].numerators  # what a sum over two processes does
+    assert torch.equal(merged, together.numerators)
+    assert torch.equal(parts[0].tiles + parts[1].tiles, together.tiles)
+
+
+def test_states_are_sums_so_that_torchmetrics_can_merge_processes():
+    reductions = GroupedCKA(3, 2)._reductions.values()
+    assert {function.__name__ for function in reductions} == {"dim_zero_sum"}
+
+
+def test_memory_does_not_grow_with_groups_added_again():
+    metric = GroupedCKA(3, 2)
+    before = sum(state.numel() for state in metric.metric_state.values())
+    for _ in range(20):
+        metric.update(random_features(3, 10, 4), tiles=4, group=1)
+    assert sum(state.numel() for state in metric.metric_state.values()) == before
+
+
+def test_tf32_setting_of_the_user_is_left_alone():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        linear_cka(random_features(2, 20, 4))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 123.4])
+def test_constant_block_is_named(offset):
+    features = random_features(4, 30, 8)
+    features[2] = offset
+    with pytest.raises(DegenerateFeaturesError, match=r"constant over all tokens after encoder block 2 \(0-based\)"):
+        linear_cka(features)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_named(value):
+    features = random_features(4, 30, 8)
+    features[1, 3, 2] = value
+    features[3, 0, 0] = value
+    with pytest.raises(DegenerateFeaturesError, match=r"NaN or Inf after encoder block 1, 3 \(0-based\)"):
+        linear_cka(features)
+
+
+def test_fewer_than_four_rows_are_refused():
+    with pytest.raises(DegenerateFeaturesError, match="Found 3 rows of tokens, expected at least 4"):
+        linear_cka(random_features(2, 3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric GroupedCKA was called before")
+def test_nothing_seen_is_refused():
+    with pytest.raises(DegenerateFeaturesError, match="Found no rows of tokens"):
+        GroupedCKA(3, 2).compute()
+
+
+def group_sizes(tiles: int, per_group: int) -> list[int]:
+    groups = TileGroups(per_group)
+    found = []
+    for number in range(tiles):
+        complete = groups.add(torch.full((2, 3, 1), float(number)))
+        found += [complete] if complete else []
+    last = groups.finish()
+    found += [last] if last else []
+    rows = torch.cat([features[0, :, 0] for features, _ in found]) if found else torch.empty(0)
+    assert torch.equal(rows, torch.arange(tiles).float().repeat_interleave(3))  # every tile once, in order
+    return [tiles for _, tiles in found]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "per_group", "expected"),
+    [
+        (0, 64, []),
+        (64, 64, [64]),
+        (95, 64, [95]),  # 31 left over join
+        (96, 64, [64, 32]),
+        (136, 32, [32, 32, 32, 40]),
+        (136, 64, [64, 72]),
+        (512, 64, [64] * 8),
+    ],
+)
+def test_groups_of_tiles(tiles, per_group, expected):
+    assert group_sizes(tiles, per_group) == expected
+
+
+def test_bootstrap_sums_draw_whole_groups_and_repeat_with_the_seed():
+    numerators = torch.stack([torch.full((2, 2), 10.0**group) for group in range(4)])
+    sums = resample(numerators, 200, seed=3)
+    counts = [[int(value) // 10**group % 10 for group in range(4)] for value in sums[:, 0, 0].tolist()]
+    assert all(sum(count) == 4 for count in counts)
+    assert len({tuple(count) for count in counts}) > 5
+    assert torch.equal(sums, resample(numerators, 200, seed=3))
+    assert not torch.equal(sums, resample(numerators, 200, seed=4))
