@@ -1,0 +1,300 @@
+"""The pass over the tiles: what is drawn, what is left as it was, and that batching does not matter."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.errors import DegenerateFeaturesError, TilesError
+from terratorch_simpler.measure import count_macs, measure
+from terratorch_simpler.similarity import TileGroups, linear_cka
+from terratorch_simpler.tiles import Skipped
+
+
+class Tiles:
+    """Tiles held in memory."""
+
+    def __init__(self, images, valid=None, batch_size=16, extra=None):
+        self.images = images
+        self.valid = torch.ones(len(images), *images.shape[-2:], dtype=torch.bool) if valid is None else valid
+        self.batch_size = batch_size
+        self.extra = extra or {}
+        self.skips = Skipped(len(images), 0.1)
+
+    @property
+    def skipped(self):
+        return dict(self.skips.counts)
+
+    def __len__(self):
+        return len(self.images)
+
+    def describe(self):
+        return {}
+
+    def __iter__(self):
+        for start in range(0, len(self.images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            extra = {key: value[part] for key, value in self.extra.items()}
+            yield {
+                "image": self.images[part],
+                "valid": self.valid[part],
+                "index": list(range(len(self.images)))[part],
+                **extra,
+            }
+
+
+def land(count, size=64, bands=6, seed=0):
+    """Smooth images with large differences between tiles, as real ones have."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, bands, 5, 5, generator=generator)
+    tint = torch.randn(count, bands, 1, 1, generator=generator)
+    return tint + torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+
+
+def run(backbone, tiles, **kwargs):
+    kwargs = {"min_tiles": 32, "max_tiles": 4096, **kwargs}
+    bounds = kwargs.pop("bounds", Bounds())
+    return measure(lambda batch: backbone(batch["image"]), backbone, tiles, Simpler(), bounds, **kwargs)
+
+
+def test_similarity_is_that_of_the_raw_block_outputs(build):
+    backbone, images = build(), land(40)
+    outputs = []
+    hooks = [block.register_forward_hook(lambda m, i, o: outputs.append(o[:, 1:])) for block in backbone.blocks]
+    with torch.no_grad():
+        backbone(images)
+    for hook in hooks:
+        hook.remove()
+    # 64 px tiles have 16 patch tokens: all are drawn, in order.
+    expected = linear_cka(torch.stack(outputs).flatten(1, 2))
+    found = run(backbone, Tiles(images))
+    torch.testing.assert_close(found.similarity, expected, rtol=0, atol=1e-5)
+    assert (found.tiles_seen, found.rows_seen, found.votes, found.settled) == (40, 640, None, False)
+    assert found.input_shape == (6, 64, 64)
+
+
+@pytest.mark.parametrize("tokens", ["patch", "cls", "mean", "all"])
+def test_batch_size_in_flight_does_not_matter(build, tokens):
+    backbone, images = build(), land(140)
+    first, *others = [run(backbone, Tiles(images, batch_size=size), tokens=tokens, min_tiles=140) for size in (1, 13, 64)]
+    for other in others:
+        torch.testing.assert_close(first.similarity, other.similarity, rtol=0, atol=1e-5)
+        assert (first.tiles_seen, first.rows_seen, first.settled) == (other.tiles_seen, other.rows_seen, other.settled)
+        assert first.votes == other.votes
+    rows = {"patch": 16, "cls": 1, "mean": 1, "all": 16}[tokens]
+    assert first.rows_seen == 140 * rows
+
+
+def test_early_stop_is_tile_exact_whatever_the_batch_size(build):
+    backbone, images = build(), land(300)
+    for block in list(backbone.blocks)[5:]:  # the depth is plain after few tiles
+        make_identity(block)
+    found = [run(backbone, Tiles(images, batch_size=size), min_tiles=128) for size in (7, 100)]
+    assert all(f.settled for f in found)
+    assert {f.tiles_seen for f in found} == {128}
+    assert max(found[0].votes.values()) >= 0.95
+
+
+def make_identity(block):
+    """A block whose residual branches add nothing."""
+    with torch.no_grad():
+        for layer in (block.attn.proj, block.mlp.fc2):
+            layer.weight.zero_()
+            layer.bias.zero_()
+
+
+@pytest.mark.parametrize("settled", [4, 6, 8])
+def test_planted_stabilisation_is_found(build, settled):
+    backbone = build()
+    with torch.no_grad():
+        for number, block in enumerate(backbone.blocks):
+            if number >= settled:
+                make_identity(block)
+            else:  # each block changes more than the one before
+                block.mlp.fc2.weight.mul_(0.2 * 1.5**number)
+                block.attn.proj.weight.mul_(0.2 * 1.5**number)
+    found = run(backbone, Tiles(land(96)))
+    choice = Simpler().choose(found.similarity, 12, Bounds())
+    assert len(choice.kept_blocks) == settled
+    torch.testing.assert_close(found.similarity[settled - 1, settled:], torch.ones(12 - settled).double(), rtol=0, atol=1e-6)
+
+
+def test_max_tiles_is_exact(build):
+    assert run(build(), Tiles(land(80), batch_size=16), max_tiles=40).tiles_seen == 40
+
+
+def test_many_tiles_are_pooled_in_large_groups(build, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(TileGroups, "finish", lambda self: sizes.append(self.tiles_per_group))
+    backbone = build(embed_dim=48, num_heads=3, depth=6)
+    found = run(backbone, Tiles(land(544, size=32), batch_size=64), min_tiles=4000)
+    assert found.tiles_seen == 512  # 8 groups of 64; the last 32 wait for more
+    assert sizes == [64]
+
+
+def test_seed_changes_the_rows_and_repeats(build):
+    backbone, tiles = build(), Tiles(land(40, size=128))  # 64 tokens a tile, 16 drawn
+    one, again, other = (run(backbone, tiles, seed=seed).similarity for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_rows_of_a_tile_depend_on_its_own_number_only(build):
+    """Reversing the tiles within a group changes nothing but the order of the rows."""
+    backbone, images = build(), land(40, size=128)
+    forward = Tiles(images)
+    backward = Tiles(images.flip(0))
+    backward.__class__ = type("Backward", (Tiles,), {"__iter__": lambda self: _renumbered(self)})
+    a, b = run(backbone, forward).similarity, run(backbone, backward).similarity
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def _renumbered(tiles):
+    for batch in Tiles.__iter__(tiles):
+        yield {**batch, "index": [len(tiles) - 1 - number for number in batch["index"]]}
+
+
+def test_patches_without_data_are_not_rows(build):
+    backbone, images = build(), land(40)
+    valid = torch.ones(40, 64, 64, dtype=torch.bool)
+    valid[:, :16] = False  # the first row of patches
+    valid[3] = False
+    valid[:, 16:20, 16:20] = False  # a patch with some data stays
+    found = run(backbone, tiles := Tiles(images, valid))
+    assert (found.tiles_seen, found.rows_seen) == (39, 39 * 12)
+    assert tiles.skipped == {"nodata": 1}
+
+
+def test_padding_the_model_adds_is_not_compared(build):
+    backbone, images = build(), land(40, size=48)
+    padded = measure(
+        lambda batch: backbone(torch.nn.functional.pad(batch["image"], (8, 8, 8, 8), mode="reflect")),
+        backbone,
+        Tiles(images),
+        Simpler(),
+        Bounds(),
+        min_tiles=32,
+    )
+    # 64 px hold 16 patches; the outer ring shows 8 px of the image in each patch, so all of them hold data.
+    assert padded.rows_seen == 40 * 16
+    wide = measure(
+        lambda batch: backbone(torch.nn.functional.pad(batch["image"], (16, 16, 16, 16), mode="reflect")),
+        backbone,
+        Tiles(land(40, size=32)),
+        Simpler(),
+        Bounds(),
+        min_tiles=32,
+    )
+    assert wide.rows_seen == 40 * 4
+
+
+def test_time_series_and_their_prompts(build):
+    backbone = build(num_frames=3, vpt=True, vpt_n_tokens=4)
+    images = torch.stack([land(40, seed=s) for s in range(3)], dim=2)
+    assert run(backbone, Tiles(images)).input_shape == (6, 3, 64, 64)
+    per_frame = torch.ones(40, 3, 64, 64, dtype=torch.bool)
+    per_frame[:, 1:] = False
+    per_frame[:, 0, 16:] = False
+    found = run(backbone, Tiles(images, per_frame))
+    assert found.rows_seen == 40 * 4
+
+
+def test_frames_that_pass_as_images_are_drawn_per_tile(build):
+    backbone = build()
+    images = torch.stack([land(40, seed=s) for s in range(3)], dim=2)
+    found = measure(
+        lambda batch: backbone(batch["image"].transpose(1, 2).flatten(0, 1)),
+        backbone,
+        Tiles(images),
+        Simpler(),
+        Bounds(),
+        min_tiles=32,
+    )
+    assert (found.tiles_seen, found.rows_seen) == (40, 640)
+
+
+def test_everything_borrowed_comes_back(build):
+    backbone = build(drop_path=0.5).train()
+    backbone.blocks[2].eval()
+    backbone.blocks[1].requires_grad_(False)
+    modes = {n: m.training for n, m in backbone.named_modules()}
+    flags = {n: p.requires_grad for n, p in backbone.named_parameters()}
+    weights = {n: p.clone() for n, p in backbone.state_dict().items()}
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+
+    class Broken(Tiles):
+        def __iter__(self):
+            torch.rand(3), np.random.rand(3), random.random()
+            yield from super().__iter__()
+            if self.batch_size == 15:
+                raise OSError("disk is gone")
+
+    run(backbone, Broken(land(40)))
+    with pytest.raises(OSError, match="disk is gone"):
+        run(backbone, Broken(land(40), batch_size=15))
+    assert {n: m.training for n, m in backbone.named_modules()} == modes
+    assert {n: p.requires_grad for n, p in backbone.named_parameters()} == flags
+    assert all(torch.equal(weights[n], p) for n, p in backbone.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all()
+    assert states[2] == random.getstate()
+    assert torch.is_grad_enabled()
+
+
+def test_what_follows_the_encoder_is_not_run(build):
+    backbone, ran = build(), []
+
+    def forward(batch):
+        backbone(batch["image"])
+        ran.append(1)
+
+    measure(forward, backbone, Tiles(land(40)), Simpler(), Bounds(), min_tiles=32)
+    assert not ran
+
+
+def test_too_few_tiles_are_refused(build):
+    with pytest.raises(TilesError, match="Found 31 usable tiles, expected at least 32"):
+        run(build(), Tiles(land(31)))
+
+
+def test_wrong_band_count_is_refused(build):
+    with pytest.raises(TilesError, match="Found tiles with 10 bands, expected the 6 bands of 'prithvi_eo_v2_tiny_tl'"):
+        run(build(), Tiles(land(40, bands=10)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_the_images_is_an_error_not_a_plan(build, value):
+    images = land(40)
+    images[7, 2, 3, 4] = value
+    with pytest.raises(DegenerateFeaturesError, match="Found NaN or Inf after encoder block 0, 1, 2"):
+        run(build(), Tiles(images))
+
+
+def test_block_with_constant_output_is_named(build):
+    backbone = build()
+    handle = backbone.blocks[6].register_forward_hook(lambda m, i, o: torch.full_like(o, 2.0))
+    with pytest.raises(DegenerateFeaturesError, match="constant over all tokens after encoder block 6"):
+        run(backbone, Tiles(land(40)))
+    handle.remove()
+
+
+def test_class_token_of_an_encoder_without_one_is_refused(build, monkeypatch):
+    monkeypatch.setattr("terratorch_simpler.backbone.SimplerBackbone.prefix_tokens", 0)
+    with pytest.raises(TilesError, match="Found tokens 'cls' for an encoder without a class token"):
+        run(build(), Tiles(land(40)), tokens="cls")
+
+
+def test_macs_are_the_closed_form_count(build):
+    backbone = build()
+    tokens, width, patches = 17, 192, 16
+    block = 12 * width**2 * tokens + 2 * tokens**2 * width  # qkv, proj, MLP; q k' and attention times v
+    embedding = patches * 6 * 16 * 16 * width
+    assert count_macs(backbone, (6, 64, 64)) == embedding + 12 * block
+    backbone.keep_blocks(range(5))
+    assert count_macs(backbone, (6, 64, 64)) == embedding + 5 * block
