@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
@@ -112,7 +113,8 @@ class SimplerCallback(Callback):
         """Keep the deployment file loadable: TerraTorch drops all callbacks there, and with them our import."""
         folder = trainer.log_dir  # a collective call, so on every rank
         path = Path(folder or trainer.default_root_dir) / DEPLOY_CONFIG
-        if trainer.is_global_zero and path.is_file():
+        written_now = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if trainer.is_global_zero and written_now and path.is_file():
             config = yaml.safe_load(path.read_text())
             config["trainer"]["callbacks"] = [{"class_path": "terratorch_simpler.SimplerCallback"}]
             part = path.with_suffix(".part")

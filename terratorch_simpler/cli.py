@@ -154,11 +154,18 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as err:
         if options.debug:
             raise
-        known = isinstance(err, SimplerError)
-        text = " ".join(str(err).split()) if known else f"{type(err).__name__}: {' '.join(str(err).split())}"
-        print(f"terratorch-simpler {parsed.command}: {text}{'' if known else ' (--debug shows where)'}", file=sys.stderr)
-        return BAD_CONFIG if isinstance(err, _ConfigError | PlanError) else FAILED
+        ours = _our_error(err)
+        text = str(ours) if ours else f"{type(err).__name__}: {err} (--debug shows where)"
+        print(f"terratorch-simpler {parsed.command}: {' '.join(text.split())}", file=sys.stderr)
+        return BAD_CONFIG if isinstance(ours, _ConfigError | PlanError) else FAILED
     return 0
+
+
+def _our_error(err: BaseException | None) -> SimplerError | None:
+    """The error of ours behind what was raised: the parser wraps what goes wrong while it builds the model."""
+    while err is not None and not isinstance(err, SimplerError):
+        err = err.__cause__ or err.__context__
+    return err
 
 
 if __name__ == "__main__":

@@ -153,6 +153,7 @@ def measure(
         TilesError: If fewer than 32 tiles could be measured, or they do not fit the encoder.
         DegenerateFeaturesError: If a block's output is constant or not finite.
     """
+    stop_after = backbone if stop_after is None else stop_after
     device = next(backbone.parameters()).device
     pool = _Pool(backbone.num_blocks, max_tiles, device)
 
@@ -162,7 +163,7 @@ def measure(
 
     seen, early = 0, False
     batches = iter(source)
-    with _borrowed(stop_after or backbone), _Tap(backbone, stop_after or backbone, tokens, seed) as tap:
+    with _borrowed(stop_after), _Tap(backbone, stop_after, tokens, seed) as tap:
         # Tile by tile, so that neither max_tiles nor the early stop depends on the batch size in flight.
         for tile in _tiles(batches, tap, forward, source):
             seen += 1

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from terratorch.registry import BACKBONE_REGISTRY, MultiSourceRegistry
 from terratorch.utils import InvalidModelError
 
@@ -39,7 +40,7 @@ class SimplerSource:
         name: str,
         *args: Any,
         plan: str | Path | None = None,
-        keep: int | list[int] | None = None,
+        keep: int | list[int] | str | None = None,
         out_indices: list[int] | None = None,
         **kwargs: Any,
     ) -> SimplerBackbone:
@@ -62,6 +63,8 @@ class SimplerSource:
             msg = f"Found no backbone '{name}' behind 'simpler_{name}', expected a name that TerraTorch can build."
             raise InvalidModelError(msg)
         refuse_by_name(name)
+        if isinstance(keep, str):  # settings of model_args given on the command line arrive as text
+            keep = yaml.safe_load(keep)
         encoder = others.build(name, *args, **kwargs)
         return SimplerBackbone(
             encoder,

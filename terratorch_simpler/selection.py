@@ -186,7 +186,7 @@ def _forward(trainer: Trainer, pl_module: LightningModule, source: TileSource) -
         else:
             inputs = datamodule.transfer_batch_to_device(inputs, device, 0)
         if normalise is not None:
-            inputs = normalise(inputs)
+            inputs["image"] = normalise({"image": inputs["image"]})["image"]
         with _precision(trainer):
             return pl_module(inputs.pop("image"), **inputs)
 

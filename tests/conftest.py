@@ -1,19 +1,25 @@
 """Fixtures that several tests share: where the real tiles are, and small encoders."""
 
+import os
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from terratorch.datamodules import GenericNonGeoSegmentationDataModule
 from terratorch.registry import BACKBONE_REGISTRY
+from terratorch.tasks import SemanticSegmentationTask
 
 import terratorch_simpler  # noqa: F401  registers simpler_
 from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.demo.scenes import write_scenes
 
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    """No test reaches the network: what tries to load from the Hub fails at once."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+# No test reaches the network: what tries to load from the Hub fails at once. One thread each: the models are tiny, and
+# test processes that share cores would otherwise wait for each other. The environment is for processes that tests start.
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +39,79 @@ def build():
         return BACKBONE_REGISTRY.build(name, pretrained=False, **kwargs).eval()
 
     return build_backbone
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder of generated scenes: 48 to train on, 4 to validate, 4 to test, 64 px, some with nodata corners."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, {"train": 48, "val": 4, "test": 4}, size=64)
+    return folder
+
+
+@pytest.fixture
+def datamodule(scenes):
+    """TerraTorch's generic datamodule on the scenes."""
+
+    def make(**kwargs):
+        splits = {
+            f"{split}_{key}": scenes / folder
+            for split in ("train", "val", "test")
+            for key, folder in (("data_root", "images"), ("label_data_root", "masks"), ("split", f"splits/{split}.txt"))
+        }
+        defaults = {
+            "batch_size": 8,
+            "num_workers": 0,
+            "num_classes": 6,
+            "img_grep": "*_image.tif",
+            "label_grep": "*_mask.tif",
+            "no_data_replace": 0,
+            "means": [650.0, 900.0, 925.0, 2250.0, 1950.0, 1350.0],
+            "stds": [500.0, 550.0, 650.0, 850.0, 850.0, 800.0],
+        }
+        return GenericNonGeoSegmentationDataModule(**{**defaults, **splits, **kwargs})
+
+    return make
+
+
+@pytest.fixture
+def task():
+    """A segmentation task around a small randomly initialised backbone."""
+
+    def make(backbone: str = "simpler_prithvi_eo_v2_tiny_tl", seed: int = 0, indices=(2, 5, 8, 11), **model_args):
+        torch.manual_seed(seed)
+        arguments = {
+            "backbone": backbone,
+            "necks": [
+                {"name": "SelectIndices", "indices": list(indices)},
+                {"name": "ReshapeTokensToImage"},
+                {"name": "LearnedInterpolateToPyramidal"},
+            ],
+            "decoder": "UNetDecoder",
+            "decoder_channels": [16, 8, 8, 4],
+            "num_classes": 6,
+        }
+        return SemanticSegmentationTask(
+            model_factory="EncoderDecoderFactory", model_args={**arguments, **model_args}, ignore_index=-1
+        )
+
+    return make
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A quiet one-epoch trainer on the CPU."""
+
+    def make(*callbacks, **kwargs) -> Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "default_root_dir": tmp_path,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        return Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
+
+    return make

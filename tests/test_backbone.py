@@ -214,6 +214,11 @@ def test_keep_that_does_not_fit_is_refused(build, keep, expected):
         build(keep=keep)
 
 
+@pytest.mark.parametrize(("keep", "kept"), [("3", (0, 1, 2)), ("[0, 5]", (0, 5))])
+def test_keep_from_the_command_line_is_text(build, keep, kept):
+    assert build(keep=keep).kept == kept
+
+
 def test_blocks_that_are_gone_cannot_be_kept(build):
     backbone = build(keep=3)
     with pytest.raises(DepthError, match=r"Found blocks \[5\] to keep, expected some of \[0, 1, 2\]"):

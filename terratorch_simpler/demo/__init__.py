@@ -40,15 +40,13 @@ def run(folder: Path, official_weights: bool = False) -> None:
         console.print(f"Generating {sum(SPLITS.values())} scenes in {scenes}")
         write_scenes(scenes, SPLITS)
     config = write_config(folder, scenes, None if official_weights else ENCODER)
-    _terratorch("fit", "--config", config)
+    _terratorch(folder, "fit", "--config", config)
     logs = max((folder / "lightning_logs").glob("version_*"), key=os.path.getmtime)
     checkpoint = next((logs / "checkpoints").glob("*_state_dict.ckpt"))
-    _terratorch("test", "--config", config, "--ckpt_path", checkpoint, "--trainer.logger", "false")
+    _terratorch(folder, "test", "--config", config, "--ckpt_path", checkpoint, "--trainer.logger", "false")
     predictions = folder / "predictions"
-    _terratorch(
-        "predict", "--config", logs / "config_deploy.yaml", "--ckpt_path", checkpoint,
-        "--predict_output_dir", predictions, "--data.init_args.img_grep", "scene_03[2-4]*_image.tif",
-    )  # fmt: skip
+    deploy = ("--config", logs / "config_deploy.yaml", "--ckpt_path", checkpoint)
+    _terratorch(folder, "predict", *deploy, "--predict_output_dir", predictions)
     console.print(f"\nThe config:      {config}", f"The plan:        {logs / 'simpler' / 'plan.json'}", sep="\n")
     console.print(f"The report:      {logs / 'simpler' / 'report.png'}", f"The checkpoint:  {checkpoint}", sep="\n")
     console.print(f"The predictions: {predictions}, {len(list(predictions.glob('*.tif')))} GeoTIFF files")
@@ -79,10 +77,11 @@ def write_config(folder: Path, scenes: Path, encoder: Path | None) -> Path:
     return path
 
 
-def _terratorch(*args: str | Path) -> None:
+def _terratorch(folder: Path, *args: str | Path) -> None:
+    """Run a TerraTorch command in ``folder``, where it leaves a copy of its config if it has no log folder."""
     command = [sys.executable, "-m", "terratorch", *map(str, args)]
     print("\n$ terratorch", *command[3:], flush=True)
-    done = subprocess.run(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, check=False)
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONWARNINGS": "ignore"}, check=False)
     if done.returncode:
         msg = f"terratorch {args[0]} ended with status {done.returncode}, expected 0: read its output above."
         raise DemoError(msg)

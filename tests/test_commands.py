@@ -1,0 +1,267 @@
+"""The real commands, one run after the other as a user would: fit, resume, test, validate, predict, and ours."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rasterio
+import torch
+import yaml
+from terratorch.__main__ import main as terratorch_main
+from terratorch.cli_tools import LightningInferenceModel
+from terratorch.tasks import SemanticSegmentationTask
+
+import terratorch_simpler.demo as demo
+from terratorch_simpler import SlimmingPlan
+from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning")
+
+
+def terratorch(*args):
+    """TerraTorch's command in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["terratorch", *map(str, args)])
+        terratorch_main()
+
+
+def fresh_process(folder, *args):
+    """A command in a process that has imported nothing of ours."""
+    command = [sys.executable, "-m", *map(str, args)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, scenes):
+    """The demo's config on small scenes, one epoch, with the encoder that ships with the package."""
+    folder = tmp_path_factory.mktemp("run")
+    path = demo.write_config(folder, scenes, demo.ENCODER)
+    settings = yaml.safe_load(path.read_text())
+    settings["trainer"].update(max_epochs=1, enable_progress_bar=False, enable_model_summary=False)
+    settings["data"]["init_args"].update(num_workers=0, predict_data_root=str(scenes / "images"))
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(config):
+    """Log folder of one `terratorch fit` in a process of its own."""
+    done = fresh_process(config.parent, "terratorch", "fit", "--config", config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "of 12 blocks kept" in done.stdout
+    return newest_logs(config.parent)
+
+
+@pytest.fixture(scope="module")
+def plan(fitted):
+    return SlimmingPlan.load(fitted / "simpler" / "plan.json")
+
+
+def newest_logs(folder):
+    return max((folder / "lightning_logs").glob("version_*"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def checkpoints(fitted):
+    full = next(path for path in (fitted / "checkpoints").glob("*.ckpt") if "state_dict" not in path.name)
+    return full, next((fitted / "checkpoints").glob("*state_dict*.ckpt"))
+
+
+def backbone_of(module) -> SimplerBackbone:
+    return next(part for part in module.modules() if isinstance(part, SimplerBackbone))
+
+
+def test_fit_leaves_plan_report_and_checkpoints(fitted, plan):
+    assert (plan.backbone, plan.full_num_blocks, plan.tiles_seen) == ("prithvi_eo_v2_tiny_tl", 12, 48)
+    assert (fitted / "simpler" / "report.png").stat().st_size > 10_000
+    for path in checkpoints(fitted):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert tuple(state["model.encoder.kept_blocks"].tolist()) == plan.kept_blocks
+        blocks = {key.split(".blocks.")[1].split(".")[0] for key in state if ".blocks." in key}
+        assert len(blocks) == len(plan.kept_blocks)
+
+
+def test_resume_goes_on_without_streaming(config, fitted, plan, monkeypatch):
+    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *a, **k: pytest.fail("streamed"))
+    full, _ = checkpoints(fitted)
+    before = torch.load(full, weights_only=True)
+    terratorch("fit", "--config", config, "--ckpt_path", full, "--trainer.max_epochs", 2)
+    again = newest_logs(config.parent)
+    after = torch.load(checkpoints(again)[0], weights_only=True)
+    assert after["global_step"] == 2 * before["global_step"]
+    assert tuple(after["state_dict"]["model.encoder.kept_blocks"].tolist()) == plan.kept_blocks
+    assert not (again / "simpler").exists()
+
+
+@pytest.mark.parametrize("which", ["full", "state dict only"])
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_evaluation(config, fitted, command, which, capsys):
+    path = checkpoints(fitted)[which != "full"]
+    terratorch(command, "--config", config, "--ckpt_path", path, "--trainer.logger", "false")
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_predict_writes_georeferenced_rasters(config, fitted, scenes, tmp_path):
+    terratorch(
+        *("predict", "--config", config, "--ckpt_path", checkpoints(fitted)[0]),
+        *("--predict_output_dir", tmp_path, "--trainer.logger", "false"),
+    )
+    written = sorted(tmp_path.glob("*.tif"))
+    assert len(written) == 56
+    with rasterio.open(written[0]) as src, rasterio.open(scenes / "images" / "scene_0000_image.tif") as image:
+        assert src.crs == image.crs
+        assert src.transform == image.transform
+        assert set(src.read(1).ravel().tolist()) <= {-1, 0, 1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("which", ["full", "state dict only"])
+def test_deploy_file_predicts_in_a_process_that_knows_nothing_of_us(fitted, tmp_path, which):
+    path = checkpoints(fitted)[which != "full"]
+    done = fresh_process(
+        tmp_path,
+        *("terratorch", "predict", "--config", fitted / "config_deploy.yaml", "--ckpt_path", path),
+        *("--predict_output_dir", tmp_path / "out"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "out").glob("*.tif"))) == 56
+
+
+def test_deploy_file_names_our_callback_and_nothing_of_this_machine(fitted):
+    deploy = yaml.safe_load((fitted / "config_deploy.yaml").read_text())
+    assert deploy["trainer"]["callbacks"] == [{"class_path": "terratorch_simpler.SimplerCallback"}]
+    assert "custom_modules_path" not in deploy
+
+
+@pytest.mark.parametrize("weights_only", [None, True, False])
+def test_load_from_checkpoint(fitted, plan, weights_only):
+    module = SemanticSegmentationTask.load_from_checkpoint(checkpoints(fitted)[0], weights_only=weights_only)
+    assert backbone_of(module).kept == plan.kept_blocks
+
+
+def test_inference_model_from_config(fitted, plan, scenes, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["python"])
+    model = LightningInferenceModel.from_config(str(fitted / "config_deploy.yaml"), checkpoints(fitted)[1])
+    assert backbone_of(model.model).kept == plan.kept_blocks
+    prediction = model.inference(scenes / "images" / "scene_0003_image.tif")
+    assert prediction.shape == (64, 64)
+
+
+# --- our own commands
+
+
+def test_plan_chooses_what_fit_chose(config, plan, tmp_path, capsys):
+    overrides = ["--data.init_args.batch_size", "5", "--trainer.logger=false"]
+    assert main(["plan", "-c", str(config), *overrides, "-o", str(tmp_path / "out")]) == 0
+    found = SlimmingPlan.load(tmp_path / "out" / "plan.json")
+    assert found.kept_blocks == plan.kept_blocks
+    assert (tmp_path / "out" / "report.png").is_file()
+    out = capsys.readouterr().out
+    assert "blocks kept" in out
+    assert out.strip().splitlines()[-1] == str(tmp_path / "out" / "plan.json")
+
+
+def test_plan_works_without_our_callback_in_the_config(config, plan, tmp_path):
+    settings = yaml.safe_load(config.read_text())
+    del settings["trainer"]["callbacks"]
+    settings["ckpt_path"] = "left over from fit"
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["plan", "-c", str(tmp_path / "plain.yaml"), "-o", str(tmp_path / "out")]) == 0
+    assert SlimmingPlan.load(tmp_path / "out" / "plan.json").kept_blocks == plan.kept_blocks
+
+
+def test_show_prints_table_and_curve(fitted, plan, capsys):
+    assert main(["show", str(fitted / "simpler" / "plan.json")]) == 0
+    out = capsys.readouterr().out
+    assert f"first {len(plan.kept_blocks)} of 12 blocks kept" in out
+    assert out.count("score ") >= len(plan.scores)
+    assert out.count("chosen") == 1
+
+
+def one_line(capsys) -> str:
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("terratorch-simpler")]
+    assert len(err) == 1
+    return err[0]
+
+
+def test_plan_on_a_plain_backbone_fails_with_the_line_to_write(config, tmp_path, capsys):
+    name = "--model.init_args.model_args.backbone"
+    assert main(["plan", "-c", str(config), name, "prithvi_eo_v2_tiny_tl", "-o", str(tmp_path)]) == 1
+    assert "write backbone: simpler_prithvi_eo_v2_tiny_tl" in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_on_a_cut_backbone_says_so(config, capsys):
+    assert main(["plan", "-c", str(config), "--model.init_args.model_args.backbone_keep", "3"]) == 1
+    assert "Found an encoder that is cut already" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "Found no readable YAML at"),
+        ("trainer: [", "Found no readable YAML at"),
+        ("hello", "Found no settings in"),
+        ("modell: {}", "TerraTorch cannot read"),
+    ],
+)
+def test_bad_config_is_status_2_and_one_line(tmp_path, capsys, text, message):
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert main(["plan", "-c", str(path)]) == 2
+    assert message in one_line(capsys)
+
+
+def test_damaged_plan_is_status_2(tmp_path, capsys):
+    (tmp_path / "plan.json").write_text(json.dumps({"format": "terratorch-simpler/plan", "version": 99}))
+    assert main(["show", str(tmp_path / "plan.json")]) == 2
+    assert "Found 99 for key 'version'" in one_line(capsys)
+
+
+@pytest.mark.parametrize("args", [[], ["fly"], ["show"], ["plan"], ["plan", "-c", "a", "--nonsense"]])
+def test_bad_arguments_are_status_2(args, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(Exception, match="Found no readable plan"):
+        main(["show", str(tmp_path / "none.json"), "--debug"])
+
+
+def test_demo_from_scenes_to_predictions(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SPLITS", {"train": 40, "val": 8, "test": 8})
+    folder = tmp_path / "demo"
+    assert main(["demo", "-o", str(folder)]) == 0
+    logs = folder / "lightning_logs" / "version_0"
+    assert SlimmingPlan.load(logs / "simpler" / "plan.json").tiles_seen == 40
+    assert len(list((folder / "predictions").glob("*.tif"))) == 56
+    assert not list(Path(folder).rglob("*.part"))
+
+
+def test_demo_says_which_command_failed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "ENCODER", tmp_path / "gone.pt")
+    monkeypatch.setattr(demo, "SPLITS", {"train": 2, "val": 1, "test": 1})
+    monkeypatch.setattr(os, "environ", {**os.environ, "PYTHONWARNINGS": "ignore"})
+    assert main(["demo", "-o", str(tmp_path / "demo")]) == 1
+    assert "terratorch fit ended with status 1, expected 0" in one_line(capsys)
+
+
+def test_two_processes_cut_alike(config, plan, tmp_path):
+    """Two real processes (gloo): one plan, written once, and equal weights after an epoch."""
+    settings = yaml.safe_load(config.read_text())
+    strategy = "ddp_find_unused_parameters_true"  # without coordinates a TL encoder has two parameters without gradient
+    settings["trainer"].update(accelerator="cpu", devices=2, strategy=strategy, default_root_dir=str(tmp_path))
+    (tmp_path / "ddp.yaml").write_text(yaml.safe_dump(settings))
+    done = fresh_process(tmp_path, "terratorch", "fit", "--config", tmp_path / "ddp.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("of 12 blocks kept") == 1
+    logs = tmp_path / "lightning_logs" / "version_0"
+    assert SlimmingPlan.load(logs / "simpler" / "plan.json").kept_blocks == plan.kept_blocks
+    assert len(list((tmp_path / "lightning_logs").iterdir())) == 1
+    terratorch("test", "--config", config, "--ckpt_path", checkpoints(logs)[0], "--trainer.logger", "false")
