@@ -160,12 +160,22 @@ class SimplerBackbone(nn.Module):
         if kept != self._kept:
             self._reshape(kept)
 
-    def match_checkpoint(self, kept: Sequence[int]) -> None:
+    def match_checkpoint(self, kept: Sequence[int], total: int) -> None:
         """Take the shape of a checkpoint, growing blocks back where needed; their weights are to be loaded next.
 
         Args:
             kept: Kept blocks of the checkpoint, numbered as in the intact encoder.
+            total: Blocks of that intact encoder.
+
+        Raises:
+            CheckpointError: If the intact encoder is of another depth than this one.
         """
+        if total != self.full_num_blocks:
+            msg = (
+                f"Found a checkpoint of an encoder with {total} blocks, expected one of '{self.name}' with "
+                f"{self.full_num_blocks}: give the configuration the checkpoint was trained with."
+            )
+            raise CheckpointError(msg)
         kept = resolve_keep(list(kept), self.full_num_blocks)
         if kept != self._kept:
             self._plan = None  # it described another shape
@@ -201,19 +211,25 @@ class SimplerBackbone(nn.Module):
         return f"name={self.name}, num_blocks={self.num_blocks} of {self.full_num_blocks}"
 
 
-def kept_in_checkpoint(state_dict: Mapping[str, Tensor], source: str) -> tuple[int, ...]:
-    """Kept blocks that a checkpoint says it has.
+def shape_in_checkpoint(state_dict: Mapping[str, Tensor], source: str) -> tuple[tuple[int, ...], int]:
+    """Shape of the encoder that a checkpoint says it has.
 
     Args:
         state_dict: Weights of a whole model.
         source: Where they came from, for messages.
 
+    Returns:
+        The kept blocks, and the number of blocks of the intact encoder.
+
     Raises:
         CheckpointError: If there is no SimplerBackbone in it.
     """
-    for key, value in state_dict.items():
-        if key.rpartition(".")[2] == KEPT_KEY:
-            return tuple(int(block) for block in value.tolist())
+    for key, kept in state_dict.items():
+        if (
+            key.rpartition(".")[2] == KEPT_KEY
+            and (total := state_dict.get(key.removesuffix(KEPT_KEY) + DEPTH_KEY)) is not None
+        ):
+            return tuple(int(block) for block in kept.tolist()), int(total)
     msg = (
         f"Found no '{KEPT_KEY}' in checkpoint {source}, expected one written with a 'simpler_' backbone: remove 'simpler_' "
         "and the callback to go on with it, or start a new run."
@@ -231,24 +247,21 @@ def _match_checkpoint(
 ) -> None:
     """Reshape the backbone to the checkpoint before its children are visited."""
     assert isinstance(module, SimplerBackbone)
-    if prefix + KEPT_KEY not in state_dict or prefix + DEPTH_KEY not in state_dict:
-        if strict:
-            kept_in_checkpoint({}, f"at '{prefix}'")
+    own = {key: state_dict[prefix + key] for key in (KEPT_KEY, DEPTH_KEY) if prefix + key in state_dict}
+    if not own and not strict:
         return
-    depth = int(state_dict[prefix + DEPTH_KEY])
-    if depth != module.full_num_blocks:
-        msg = (
-            f"Found a checkpoint of an encoder with {depth} blocks, expected one of '{module.name}' with "
-            f"{module.full_num_blocks}: give the configuration the checkpoint was trained with."
-        )
-        raise CheckpointError(msg)
-    kept = kept_in_checkpoint({KEPT_KEY: state_dict[prefix + KEPT_KEY]}, "")
+    kept, total = shape_in_checkpoint(own, f"at '{prefix}'")
+    if total == module.full_num_blocks:  # otherwise that is the clearer thing to say
+        _check_shapes(module, state_dict, f"{prefix}encoder.")
+    module.match_checkpoint(kept, total)
+
+
+def _check_shapes(module: SimplerBackbone, state_dict: Mapping[str, Tensor], prefix: str) -> None:
     for key, value in module.encoder.state_dict().items():
-        other = state_dict.get(f"{prefix}encoder.{key}")
+        other = state_dict.get(prefix + key)
         if other is not None and other.shape != value.shape:
             msg = (
-                f"Found '{prefix}encoder.{key}' of shape {tuple(other.shape)} in the checkpoint, expected "
-                f"{tuple(value.shape)} of '{module.name}': give the configuration the checkpoint was trained with."
+                f"Found '{prefix}{key}' of shape {tuple(other.shape)} in the checkpoint, expected {tuple(value.shape)} of "
+                f"'{module.name}': give the configuration the checkpoint was trained with."
             )
             raise CheckpointError(msg)
-    module.match_checkpoint(kept)

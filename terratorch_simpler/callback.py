@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
-from terratorch_simpler.backbone import SimplerBackbone, kept_in_checkpoint
+from terratorch_simpler.backbone import SimplerBackbone, shape_in_checkpoint
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.measure import Tokens, count_macs
@@ -102,7 +102,7 @@ class SimplerCallback(Callback):
         checkpoint = _checkpoint_to_resume(trainer)
         if checkpoint is not None:
             weights = trainer.strategy.checkpoint_io.load_checkpoint(checkpoint, weights_only=True)["state_dict"]
-            backbone.match_checkpoint(kept_in_checkpoint(weights, str(checkpoint)))
+            backbone.match_checkpoint(*shape_in_checkpoint(weights, str(checkpoint)))
             rank_zero_info(f"Resuming with {_depth(backbone)} as in {checkpoint}; nothing is selected again.")
         elif backbone.num_blocks < backbone.full_num_blocks:
             rank_zero_info(f"{backbone.name} is cut already to {_depth(backbone)}; nothing is selected.")
@@ -138,7 +138,9 @@ class SimplerCallback(Callback):
     def _make_plan(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> SlimmingPlan:
         if self.plan is not None:
             return SlimmingPlan.load(self.plan)
-        how = replace(self._how, max_tiles=FAST_DEV_RUN_TILES) if trainer.fast_dev_run else self._how
+        how = self._how
+        if trainer.fast_dev_run:
+            how = replace(how, max_tiles=min(how.max_tiles, FAST_DEV_RUN_TILES))
         plan = select(trainer, pl_module, backbone, self.tiles, how)
         # Every process streamed the same tiles; rank zero decides, should rounding differ between devices.
         return trainer.strategy.broadcast(plan)

@@ -331,6 +331,17 @@ def test_checkpoint_of_a_plain_backbone_is_refused(trainer, task, datamodule, tm
         trainer(SimplerCallback(), max_epochs=2).fit(task(), datamodule=datamodule(), ckpt_path=tmp_path / "plain.ckpt")
 
 
+def test_checkpoint_of_a_deeper_encoder_is_refused(trainer, task, datamodule, tmp_path):
+    saved = ModelCheckpoint(dirpath=tmp_path, filename="deep")
+    narrow = {"backbone_embed_dim": 48, "backbone_num_heads": 3}
+    deep = task("simpler_prithvi_eo_v2_300_tl", **narrow, backbone_keep=[0, 20])
+    trainer(saved, enable_checkpointing=True).fit(deep, datamodule=datamodule())
+    with pytest.raises(
+        CheckpointError, match="Found a checkpoint of an encoder with 24 blocks, expected one of 'prithvi_eo_v2"
+    ):
+        trainer(SimplerCallback(), max_epochs=2).fit(task(), datamodule=datamodule(), ckpt_path=tmp_path / "deep.ckpt")
+
+
 def test_nan_weights_are_an_error_that_names_the_block(trainer, task, datamodule, tmp_path):
     module = task()
     with torch.no_grad():
