@@ -16,7 +16,7 @@ demo: .venv/.installed
 	$(BIN)/terratorch-simpler demo --output_dir demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/.installed
 	$(BIN)/ruff check .

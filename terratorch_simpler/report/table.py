@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from terratorch_simpler.plan import SlimmingPlan
 
 
-def plan_table(plan: SlimmingPlan) -> Table:
+def plan_table(plan: SlimmingPlan) -> Group:
     """Depth, parameters and MACs before and after, and what the choice rests on.
 
     Args:
         plan: A plan.
+
+    Returns:
+        What a rich console prints: a heading, a table and a line below it.
     """
-    table = Table(
-        title=f"{plan.backbone}: {_kept(plan)}", title_justify="left", caption=_caption(plan), caption_justify="left"
-    )
+    table = Table()
     table.add_column("encoder")
     for column in ("before", "after", "kept"):
         table.add_column(column, justify="right")
@@ -24,7 +27,7 @@ def plan_table(plan: SlimmingPlan) -> Table:
         table.add_row("parameters", *_row(plan.parameters["before"], plan.parameters["after"]))
     if plan.macs is not None:
         table.add_row("MACs per tile", *_row(plan.macs["before"], plan.macs["after"]))
-    return table
+    return Group(Text(f"{plan.backbone}: {_kept(plan)}", style="bold"), table, Text(_reasons(plan)))
 
 
 def _row(before: int, after: int) -> tuple[str, str, str]:
@@ -37,7 +40,7 @@ def _kept(plan: SlimmingPlan) -> str:
     return f"{blocks} of {plan.full_num_blocks} blocks kept"
 
 
-def _caption(plan: SlimmingPlan) -> str:
+def _reasons(plan: SlimmingPlan) -> str:
     depth = len(plan.kept_blocks)
     parts = [f"criterion {plan.criterion['name']}"]
     if plan.scores is not None and depth in plan.scores:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from rasterio.errors import RasterioError
 from terratorch.datasets.utils import default_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
@@ -65,8 +65,8 @@ class DatamoduleTiles:
 
     def describe(self) -> dict[str, Any]:
         """Kind, number of images, and a fingerprint of their names, sizes and order."""
-        files = getattr(self._dataset, "image_files", None)
-        named = [(str(file).rpartition("/")[2], file_size(file)) for file in files] if isinstance(files, list) else []
+        files = [_file(self._dataset, index) for index in range(len(self))]
+        named = [(file.rpartition("/")[2], file_size(file)) for file in files]
         return {
             "source": self._name,
             "tiles": len(self),
@@ -98,8 +98,7 @@ class _Images(Dataset[dict[str, Any]]):
     def __init__(self, dataset: Dataset[Any], transform: Callable[..., Any] | None) -> None:
         self._plain = _without_labels(dataset, transform)
         # TerraTorch fills nodata while reading, after which it cannot be told from data; a second copy leaves it NaN.
-        fill = getattr(self._plain, "no_data_replace", None)
-        self._gaps = self._plain if fill is None else _with(self._plain, no_data_replace=None)
+        self._gaps = _with(self._plain, no_data_replace=None)
 
     def __len__(self) -> int:
         return len(self._plain)  # type: ignore[arg-type]
@@ -108,21 +107,28 @@ class _Images(Dataset[dict[str, Any]]):
         try:
             sample = self._gaps[index]
             valid = _finite(sample["image"])
+            if valid.ndim < 2 or not valid.numel():
+                raise OSError("no pixels")  # tifffile reads a truncated file as an empty array
             if not valid.all():
                 sample = self._plain[index]
-        except (RasterioError, OSError) as err:
-            return {"unusable": (str(err) or f"image {index}", "unreadable", True)}
+        except Exception as err:  # readers of damaged files raise anything: struct.error, TypeError, ZeroDivisionError, ...
+            why = textwrap.shorten(str(err), 100) or type(err).__name__
+            return {"unusable": (f"{_file(self._plain, index)}: {why}", "unreadable", True)}
         if not valid.any():
-            return {"unusable": (_name(sample, index), "nodata", False)}
+            return {"unusable": (_file(self._plain, index), "nodata", False)}
         if not _finite(sample["image"]).all():
             # Without no_data_replace the NaN would spread to every token of the tile.
-            return {"unusable": (_name(sample, index), "NaN without no_data_replace", False)}
+            return {"unusable": (_file(self._plain, index), "NaN without no_data_replace", False)}
         inputs = {key: value for key, value in sample.items() if key not in LABEL_KEYS}
         return {**inputs, "valid": valid, "index": index}
 
 
-def _name(sample: dict[str, Any], index: int) -> str:
-    return str(sample.get("filename", f"image {index}"))
+def _file(dataset: Dataset[Any], index: int) -> str:
+    """Path of an image, or its number where the dataset does not list its files."""
+    while isinstance(dataset, Subset):
+        index, dataset = dataset.indices[index], dataset.dataset
+    files = getattr(dataset, "image_files", None)
+    return str(files[index]) if isinstance(files, list) else f"image {index}"
 
 
 def _finite(image: Tensor | dict[str, Tensor]) -> Tensor:
@@ -136,24 +142,19 @@ def _finite(image: Tensor | dict[str, Tensor]) -> Tensor:
 
 
 def _with(dataset: Dataset[Any], **attributes: object) -> Dataset[Any]:
-    """A shallow copy with some attributes replaced."""
+    """A shallow copy, of the whole dataset below a subset, with those of the attributes replaced that it has."""
+    if isinstance(dataset, Subset):
+        return Subset(_with(dataset.dataset, **attributes), dataset.indices)
     changed = copy.copy(dataset)
     for name, value in attributes.items():
-        setattr(changed, name, value)
+        if hasattr(changed, name):
+            setattr(changed, name, value)
     return changed
 
 
 def _without_labels(dataset: Dataset[Any], transform: Callable[..., Any] | None) -> Dataset[Any]:
-    if isinstance(dataset, Subset):
-        return Subset(_without_labels(dataset.dataset, transform), dataset.indices)
-    changes: dict[str, object] = {}
-    if hasattr(dataset, "segmentation_mask_files"):
-        changes["segmentation_mask_files"] = []
-    if hasattr(dataset, "require_label"):
-        changes["require_label"] = False
-    if transform is not None:
-        changes.update({name: transform for name in ("transform", "transforms") if hasattr(dataset, name)})
-    return _with(dataset, **changes)
+    transforms = {} if transform is None else {"transform": transform, "transforms": transform}
+    return _with(dataset, segmentation_mask_files=[], require_label=False, **transforms)
 
 
 def _plain_transform(datamodule: LightningDataModule) -> Callable[..., Any] | None:

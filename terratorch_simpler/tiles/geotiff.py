@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,13 @@ from rasterio.windows import Window
 from terratorch_simpler.errors import TilesError
 from terratorch_simpler.tiles.source import Batch, Skipped, file_size, fingerprint
 
-EXTENSIONS = (".tif", ".tiff", ".TIF", ".TIFF")
+EXTENSIONS = (".tif", ".tiff")
+
+DAMAGE = (RasterioError, OSError, UnicodeDecodeError)
+"""What rasterio raises on damaged files; the last for band descriptions."""
+
+MAX_PIXELS_PER_BYTE = 2**15
+"""A block of constant pixels takes some 30 bytes and seldom has more than 1024 x 1024: beyond this the header lies."""
 
 
 class _Place(NamedTuple):
@@ -101,8 +108,18 @@ class GeoTiffTiles:
             if value is not None and value < least:
                 msg = f"Found {name} {value}, expected at least {least}: change {name}."
                 raise TilesError(msg)
-        if (means is None) != (stds is None) or (means and stds and len(means) != len(stds)):
+        for name, share in (("max_nodata_fraction", max_nodata_fraction), ("max_bad_fraction", max_bad_fraction)):
+            if not 0 <= share <= 1:
+                msg = f"Found {name} {share}, expected 0 to 1: change {name}."
+                raise TilesError(msg)
+        if bands is not None and not bands:
+            msg = "Found an empty list of bands, expected at least one: name bands, or leave bands out to read all."
+            raise TilesError(msg)
+        if (means is None) != (stds is None) or (means is not None and stds is not None and not 0 < len(means) == len(stds)):
             msg = f"Found means {means} and stds {stds}, expected both with one value a band, or neither: give the other."
+            raise TilesError(msg)
+        if stds is not None and not all(std > 0 for std in stds):
+            msg = f"Found stds {stds}, expected values above 0: change stds."
             raise TilesError(msg)
         self.paths = _find_files(paths)
         self.tile_size = tile_size
@@ -134,7 +151,10 @@ class GeoTiffTiles:
 
     def describe(self) -> dict[str, Any]:
         """Kind, number of files and windows, and a fingerprint of names, sizes and settings."""
-        settings = (self.tile_size, self.stride, self.bands, self.num_frames, self.nodata, self.scale, self.offset)
+        settings = (
+            *(self.tile_size, self.stride, self.bands, self.num_frames, self.nodata, self.max_nodata_fraction),
+            *(self.scale, self.offset, self.means, self.stds),
+        )
         files = ((Path(path).name, file_size(path)) for path in self.paths)
         return {
             "source": "GeoTiffTiles",
@@ -154,29 +174,39 @@ class GeoTiffTiles:
         for unusable in self._unindexed:
             self.skips.add(unusable.reason, unusable.place.path, unusable.bad)
         if not places:
-            msg = f"Found no window of {self.tile_size} x {self.tile_size} pixels ({self.skips}): use a smaller tile_size."
+            msg = (
+                f"Found no window of {self.tile_size} x {self.tile_size} pixels ({self.skips}), expected at least one: use "
+                "a smaller tile_size."
+            )
             raise TilesError(msg)
         batch: list[_Tile] = []
-        for tile in self._read_all(places):
-            if isinstance(tile, _Unusable):
-                self.skips.add(tile.reason, tile.place.path, tile.bad)
-                continue
-            if batch and (tile.image.shape != batch[0].image.shape or len(batch) == self.batch_size):
-                yield self._collate(batch)
-                batch = []
-            batch.append(tile)
+        # The traceback of an error keeps generators alive; closing ends the threads all the same.
+        with closing(self._read_all(places)) as tiles:
+            for tile in tiles:
+                if isinstance(tile, _Unusable):
+                    self.skips.add(tile.reason, tile.place.path, tile.bad)
+                    continue
+                if batch and (tile.image.shape != batch[0].image.shape or len(batch) == self.batch_size):
+                    yield self._collate(batch)
+                    batch = []
+                batch.append(tile)
         if batch:
             yield self._collate(batch)
 
     def _grid(self) -> list[_Place]:
         """Windows of all files, opening each file once, without reading pixels."""
+        # Pixels are wanted, not places: a file without georeference is as good as any. TerraTorch's datasets set this
+        # filter too; catch_warnings would restore the filters of other threads.
+        warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
         if self._places is None:
             self._places, self._unindexed = [], []
             for path in self.paths:
                 try:
-                    with _open(path) as src:
+                    with rasterio.open(path) as src:
                         width, height = src.width, src.height
-                except (RasterioError, OSError):
+                except DAMAGE:
+                    width = height = 0
+                if not width or width * height > MAX_PIXELS_PER_BYTE * file_size(path) > 0:
                     self._unindexed.append(_Unusable(_Place(path, 0, 0), "unreadable", True))
                     continue
                 if min(width, height) < self.tile_size:
@@ -186,15 +216,15 @@ class GeoTiffTiles:
                 self._places.extend(_Place(path, column, row) for row in rows for column in columns)
         return self._places
 
-    def _read_all(self, places: Sequence[_Place]) -> Iterator[_Tile | _Unusable]:
+    def _read_all(self, places: Sequence[_Place]) -> Generator[_Tile | _Unusable, None, None]:
         """Read in the seeded order, a bounded number of windows ahead."""
         order = np.random.default_rng(self.seed).permutation(len(places)).tolist()
         if self.num_workers == 0:
             yield from (self._read(places[number], number) for number in order)
             return
         with ThreadPoolExecutor(self.num_workers, thread_name_prefix="tiles") as pool:
-            coming = iter(order)
-            ahead = [pool.submit(self._read, places[n], n) for n in islice(coming, 2 * self.batch_size)]
+            coming, ahead_of_use = iter(order), 2 * max(self.batch_size, self.num_workers)
+            ahead = [pool.submit(self._read, places[n], n) for n in islice(coming, ahead_of_use)]
             try:
                 while ahead:
                     yield ahead.pop(0).result()
@@ -205,47 +235,46 @@ class GeoTiffTiles:
     def _read(self, place: _Place, number: int) -> _Tile | _Unusable:
         window = Window(place.column, place.row, self.tile_size, self.tile_size)
         try:
-            with _open(place.path) as src:
-                pixels = src.read(self._indexes(src), window=window)
+            with rasterio.open(place.path) as src:
+                indexes = self._indexes(src)
+                pixels = src.read(indexes, window=window)
                 values = src.nodatavals if self.nodata is None else [self.nodata] * src.count
-                nodata = [values[index - 1] for index in self._indexes(src)]
-        except (RasterioError, OSError):
+        except DAMAGE:
             return _Unusable(place, "unreadable", True)
-        image = pixels.astype(np.float32)
+        statistics = self._statistics(len(indexes))
+        with np.errstate(over="ignore"):  # float64 files mark nodata by numbers that become infinite here
+            image = pixels.astype(np.float32)
         lacks = ~np.isfinite(image)
-        for band, value in enumerate(nodata):
+        for band, value in enumerate(values[index - 1] for index in indexes):
             if value is not None and np.isfinite(value):
                 lacks[band] |= pixels[band] == value
         valid = ~lacks.any(axis=0)
-        if not valid.any() or 1 - valid.mean() > self.max_nodata_fraction:
+        if not valid.any() or (~valid).mean() > self.max_nodata_fraction:
             return _Unusable(place, "nodata", False)
-        image = image * np.float32(self.scale) + np.float32(self.offset)
         # What is missing gets the mean of the band, so that it neither stands out nor spreads through attention.
-        fill = self._band_fill(image, lacks)
-        image = np.where(lacks, fill[:, None, None], image)
-        return _Tile(place, number, self._normalise(image), valid)
+        image = np.where(lacks, 0, image) * np.float32(self.scale) + np.float32(self.offset)
+        if statistics is None:
+            means = np.array([band[~gap].mean() for band, gap in zip(image, lacks, strict=True)], dtype=np.float32)
+            image = np.where(lacks, means[:, None, None], image)
+        else:
+            means, stds = statistics
+            image = (np.where(lacks, means, image) - means) / stds
+        if self.num_frames > 1:
+            image = image.reshape(self.num_frames, -1, *image.shape[1:]).swapaxes(0, 1)
+        return _Tile(place, number, image, valid)
 
-    def _band_fill(self, image: NDArray[np.float32], lacks: NDArray[np.bool_]) -> NDArray[np.float32]:
-        if self.means is not None and len(self.means) == len(image):
-            return np.asarray(self.means, dtype=np.float32)
-        return np.array([band[~gap].mean() for band, gap in zip(image, lacks, strict=True)], dtype=np.float32)
-
-    def _normalise(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
-        if self.means is not None and self.stds is not None:
-            if len(self.means) not in (len(image), len(image) // self.num_frames):
-                msg = (
-                    f"Found {len(image)} bands and {len(self.means)} means, expected one mean a band: change bands or means."
-                )
-                raise TilesError(msg)
-            repeat = len(image) // len(self.means)
-            means, stds = (np.tile(np.asarray(v, dtype=np.float32), repeat) for v in (self.means, self.stds))
-            image = (image - means[:, None, None]) / stds[:, None, None]
-        if self.num_frames == 1:
-            return image
-        if len(image) % self.num_frames:
-            msg = f"Found {len(image)} bands for {self.num_frames} frames, expected a multiple: change bands or num_frames."
+    def _statistics(self, count: int) -> NDArray[np.float32] | None:
+        """Means and standard deviations of all bands (2, count, 1, 1); those of one time step serve every step."""
+        if count % self.num_frames:
+            msg = f"Found {count} bands for {self.num_frames} frames, expected a multiple: change bands or num_frames."
             raise TilesError(msg)
-        return image.reshape(self.num_frames, -1, *image.shape[1:]).swapaxes(0, 1)
+        if self.means is None or self.stds is None:
+            return None
+        if len(self.means) not in (count, count // self.num_frames):
+            msg = f"Found {count} bands and {len(self.means)} means, expected one mean a band: change bands or means."
+            raise TilesError(msg)
+        values = np.array([self.means, self.stds], dtype=np.float32)
+        return np.tile(values, count // len(self.means))[..., None, None]
 
     def _indexes(self, src: rasterio.DatasetReader) -> list[int]:
         if self.bands is None:
@@ -273,29 +302,25 @@ class GeoTiffTiles:
         }
 
 
-def _open(path: str) -> rasterio.DatasetReader:
-    with warnings.catch_warnings():
-        # Pixels are wanted, not places: a file without georeference is as good as any.
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        return rasterio.open(path)
-
-
 def _find_files(paths: str | list[str]) -> list[str]:
     """Files named by a path, folder, glob, .txt list, /vsi path, or a list of these, each once, in order."""
-    found: list[str] = []
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        path = os.fspath(path)
-        if path.startswith("/vsi"):
-            found.append(path)
-        elif Path(path).is_dir():
-            found.extend(str(file) for file in sorted(Path(path).rglob("*")) if file.suffix in EXTENSIONS)
-        elif path.endswith(".txt") and Path(path).is_file():
-            found.extend(_find_files([line for line in Path(path).read_text().splitlines() if line.strip()]))
-        elif Path(path).is_file():
-            found.append(path)
-        else:
-            found.extend(sorted(glob.glob(path, recursive=True)))
-    if not found:
-        msg = f"Found no GeoTIFF file at {paths}, expected a file, folder, glob, .txt list or /vsi path: check paths."
+    found = {path: _files_at(os.fspath(path)) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)}
+    missing = [str(path) for path, files in found.items() if not files]
+    if missing or not found:
+        where = ", ".join(missing) or paths
+        msg = f"Found no GeoTIFF file at {where}, expected a file, folder, glob, .txt list or /vsi path: check paths."
         raise TilesError(msg)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(file for files in found.values() for file in files))
+
+
+def _files_at(path: str) -> list[str]:
+    if path.startswith("/vsi"):
+        return [path]
+    if Path(path).is_dir():
+        return [str(file) for file in sorted(Path(path).rglob("*")) if file.suffix.lower() in EXTENSIONS and file.is_file()]
+    if not Path(path).is_file():
+        return sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+    if not path.endswith(".txt"):
+        return [path]
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return _find_files(lines) if lines else []

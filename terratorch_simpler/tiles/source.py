@@ -57,6 +57,7 @@ class Skipped:
         self._max_bad_fraction = max_bad_fraction
         self._planned = planned
         self._bad = 0
+        self._bad_named: list[str] = []
 
     def add(self, reason: str, name: str, bad: bool = False) -> None:
         """Count one tile.
@@ -70,13 +71,15 @@ class Skipped:
             TilesError: If too many were bad.
         """
         self.counts[reason] += 1
-        if len(self.named) < NAMED:
-            self.named.append(f"{name} ({reason})")
         self._bad += bad
+        # A file is named once, however many of its windows fail, and missing data does not crowd out damage.
+        for names in (self.named, self._bad_named) if bad else (self.named,):
+            if len(names) < NAMED and f"{name} ({reason})" not in names:
+                names.append(f"{name} ({reason})")
         if self._bad > self._allowed:
             msg = (
                 f"Found {self._bad} unreadable of {self._planned} tiles, expected at most {self._max_bad_fraction:.0%} "
-                f"(max_bad_fraction): repair or remove {', '.join(self.named)}."
+                f"(max_bad_fraction): repair or remove {', '.join(self._bad_named)}."
             )
             raise TilesError(msg)
 

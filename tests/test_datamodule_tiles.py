@@ -1,0 +1,365 @@
+"""The datamodule's training images: every one once, without masks or augmentation, and the datamodule left as it was."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import albumentations
+import numpy as np
+import pytest
+import rasterio
+import torch
+from albumentations.pytorch import ToTensorV2
+from terratorch.datamodules import GenericNonGeoClassificationDataModule, GenericNonGeoSegmentationDataModule
+from torch.utils.data import Subset
+
+from terratorch_simpler.demo.scenes import NODATA, write_scenes
+from terratorch_simpler.errors import ConfigurationError, TilesError
+from terratorch_simpler.tiles import DatamoduleTiles
+
+pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning:rioxarray")
+
+COUNT, SIZE = 12, 64
+GAP = (slice(None), slice(0, 5), slice(3, 9))
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Scenes without a gap; where the generator leaves one it is filled."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, {"train": COUNT, "val": 2, "test": 2}, size=SIZE)
+    for path in (folder / "images").iterdir():
+        change(path, lambda pixels: np.where(pixels == NODATA, 1, pixels))
+    return folder
+
+
+@pytest.fixture
+def folder(originals, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(originals, tmp_path / "scenes")
+
+
+def change(path, function):
+    with rasterio.open(path, "r+") as file:
+        file.write(function(file.read()).astype(file.dtypes[0]))
+
+
+def cut_out(where=...):
+    def with_gap(pixels):
+        pixels[where] = NODATA
+        return pixels
+
+    return with_gap
+
+
+def image_path(folder, number):
+    return folder / "images" / f"scene_{number:04d}_image.tif"
+
+
+def pixels_of(path):
+    with rasterio.open(path) as file:
+        return file.read()
+
+
+def crop(path, size):
+    """Cut a scene to a smaller size."""
+    with rasterio.open(path) as file:
+        profile, pixels = file.profile, file.read()
+    with rasterio.open(path, "w", **{**profile, "width": size, "height": size}) as file:
+        file.write(pixels[:, :size, :size])
+
+
+def segmentation(folder, **kwargs):
+    splits = {
+        f"{split}_{key}": folder / place
+        for split in ("train", "val", "test")
+        for key, place in (("data_root", "images"), ("label_data_root", "masks"), ("split", f"splits/{split}.txt"))
+    }
+    defaults = {"batch_size": 5, "num_workers": 0, "num_classes": 6, "img_grep": "*_image.tif", "label_grep": "*_mask.tif"}
+    datamodule = GenericNonGeoSegmentationDataModule(**{**defaults, **splits, **kwargs})
+    datamodule.setup("fit")
+    return datamodule
+
+
+def one_by_one(tiles):
+    return [tile for batch in tiles for tile in zip(batch["index"], batch["image"], batch["valid"], strict=True)]
+
+
+def order(tiles):
+    return [tile[0] for tile in one_by_one(tiles)]
+
+
+# Every image once, as it is in the file
+
+
+def test_every_training_image_once(folder):
+    tiles = DatamoduleTiles(segmentation(folder))
+    batches = list(tiles)
+    assert [len(batch["index"]) for batch in batches] == [5, 5, 2]
+    assert len(tiles) == COUNT
+    for batch in batches:
+        assert set(batch) == {"image", "valid", "index"}
+        assert batch["image"].dtype == torch.float32
+        assert (batch["valid"].dtype, batch["valid"].shape) == (torch.bool, (len(batch["index"]), SIZE, SIZE))
+    found = one_by_one(batches)
+    assert sorted(tile[0] for tile in found) == list(range(COUNT))
+    for number, image, valid in found:
+        assert np.array_equal(image, pixels_of(image_path(folder, number)))
+        assert valid.all()
+    assert tiles.skipped == {}
+
+
+def test_second_pass_repeats_the_first(folder):
+    tiles = DatamoduleTiles(segmentation(folder))
+    assert order(tiles) == order(tiles)
+
+
+@pytest.mark.parametrize("how", ["garbage", "gone"])
+def test_masks_are_not_read(folder, how):
+    datamodule = segmentation(folder)
+    for path in (folder / "masks").iterdir():
+        path.write_text("garbage") if how == "garbage" else path.unlink()
+    with pytest.raises(rasterio.errors.RasterioIOError):
+        datamodule.train_dataset[0]
+    assert len(one_by_one(DatamoduleTiles(datamodule))) == COUNT
+
+
+@pytest.mark.parametrize("evaluation", [None, [ToTensorV2()]])
+def test_augmentation_is_not_applied(folder, evaluation):
+    train = [albumentations.RandomCrop(16, 16), albumentations.HorizontalFlip(p=1.0), ToTensorV2()]
+    datamodule = segmentation(folder, train_transform=train, test_transform=evaluation)
+    assert datamodule.train_dataset[0]["image"].shape == (6, 16, 16)
+    for number, image, _ in one_by_one(DatamoduleTiles(datamodule)):
+        assert np.array_equal(image, pixels_of(image_path(folder, number)))
+
+
+def test_transform_of_evaluation_is_applied(folder):
+    resize = [albumentations.Resize(32, 32), ToTensorV2()]
+    for name in ("test_transform", "val_transform"):
+        found = one_by_one(DatamoduleTiles(segmentation(folder, **{name: resize})))
+        assert {(image.shape, valid.shape) for _, image, valid in found} == {((6, 32, 32), (32, 32))}
+
+
+def test_bands_and_scale_of_the_datamodule(folder):
+    bands = {"dataset_bands": [1, 2, 3, 4, 5, 6], "output_bands": [4, 1], "constant_scale": 0.5}
+    for number, image, _ in one_by_one(DatamoduleTiles(segmentation(folder, **bands))):
+        assert np.array_equal(image, pixels_of(image_path(folder, number))[[3, 0]] * np.float32(0.5))
+
+
+def test_time_series(folder):
+    bands = {"dataset_bands": [1, 2, 3], "output_bands": [1, 2, 3], "expand_temporal_dimension": True, "no_data_replace": 0}
+    change(image_path(folder, 4), cut_out((slice(3, 4), *GAP[1:])))
+    for number, image, valid in one_by_one(DatamoduleTiles(segmentation(folder, **bands))):
+        expected = pixels_of(image_path(folder, number)).reshape(2, 3, SIZE, SIZE).swapaxes(0, 1)
+        assert np.array_equal(image, np.where(expected == NODATA, 0, expected))
+        assert np.array_equal(valid, (expected != NODATA).all(axis=0))
+        assert valid.shape == (2, SIZE, SIZE)
+        assert valid[0].all()
+        assert bool(valid[1].all()) == (number != 4)
+
+
+def test_datamodule_stays_as_it_was(folder):
+    datamodule = segmentation(folder, no_data_replace=0, train_transform=[albumentations.D4(), ToTensorV2()])
+    dataset = datamodule.train_dataset
+    # Lists are copied, to notice a change in place; the transform has no equality but its own.
+    before = {name: copy.copy(value) if isinstance(value, list) else value for name, value in vars(dataset).items()}
+    module = dict(vars(datamodule))
+    list(DatamoduleTiles(datamodule))
+    assert vars(dataset) == before
+    assert vars(datamodule) == module
+    batch = next(iter(datamodule.train_dataloader()))
+    assert batch["mask"].shape == (5, SIZE, SIZE)
+
+
+# Order
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order_depends_on_the_seed_only(folder, workers):
+    expected = order(DatamoduleTiles(segmentation(folder), seed=3))
+    assert expected != sorted(expected)
+    torch.manual_seed(99)
+    assert order(DatamoduleTiles(segmentation(folder, num_workers=workers, batch_size=2), seed=3)) == expected
+    other = order(DatamoduleTiles(segmentation(folder, num_workers=workers), seed=4))
+    assert other != expected
+    assert sorted(other) == sorted(expected)
+
+
+def test_fingerprint_follows_files_and_seed(folder):
+    first = DatamoduleTiles(segmentation(folder)).describe()
+    assert first == DatamoduleTiles(segmentation(folder, num_workers=2, batch_size=1)).describe()
+    assert first["source"] == "GenericNonGeoSegmentationDataModule"
+    assert first["tiles"] == COUNT
+    assert first != DatamoduleTiles(segmentation(folder), seed=1).describe()
+    crop(image_path(folder, 2), 32)
+    assert first != DatamoduleTiles(segmentation(folder)).describe()
+
+
+# Missing data and damage
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_replaced_nodata_is_not_valid(folder, workers):
+    change(image_path(folder, 4), cut_out((slice(2, 3), *GAP[1:])))
+    tiles = DatamoduleTiles(segmentation(folder, no_data_replace=-7, num_workers=workers))
+    found = {number: (image.numpy(), valid.numpy()) for number, image, valid in one_by_one(tiles)}
+    assert sorted(found) == list(range(COUNT))
+    image, valid = found.pop(4)
+    expected = pixels_of(image_path(folder, 4))
+    assert np.array_equal(~valid, expected[2] == NODATA)
+    assert (~valid).sum() == 30
+    assert np.array_equal(image, np.where(expected == NODATA, -7, expected))
+    assert all(valid.all() for _, valid in found.values())
+    assert tiles.skipped == {}
+
+
+def test_nodata_of_a_subset_is_not_valid(folder):
+    change(image_path(folder, 4), cut_out(GAP))
+    datamodule = segmentation(folder, no_data_replace=0)
+    datamodule.train_dataset = Subset(datamodule.train_dataset, [4, 6])
+    tiles = DatamoduleTiles(datamodule)
+    found = {number: valid for number, _, valid in one_by_one(tiles)}
+    assert {number: int((~valid).sum()) for number, valid in found.items()} == {0: 30, 1: 0}
+    assert len(tiles) == 2
+    image_path(folder, 6).write_text("garbage")
+    with pytest.raises(TilesError, match=r"scene_0006_image\.tif"):
+        list(tiles)
+
+
+def test_tile_with_nan_is_skipped_without_a_replacement(folder):
+    change(image_path(folder, 4), cut_out(GAP))
+    tiles = DatamoduleTiles(segmentation(folder))
+    assert sorted(order(tiles)) == [number for number in range(COUNT) if number != 4]
+    assert tiles.skipped == {"NaN without no_data_replace": 1}
+    assert str(image_path(folder, 4)) in str(tiles.skips)
+
+
+@pytest.mark.parametrize("replacement", [None, 0])
+def test_tiles_without_any_data_are_skipped_and_no_damage(folder, replacement):
+    for number in range(5):
+        change(image_path(folder, number), cut_out())
+    tiles = DatamoduleTiles(segmentation(folder, no_data_replace=replacement))
+    assert sorted(order(tiles)) == list(range(5, COUNT))
+    assert tiles.skipped == {"nodata": 5}
+    assert str(tiles.skips).startswith("5 nodata; first: ")
+    assert len(one_by_one(tiles)) == COUNT - 5  # counted anew in every pass
+    assert tiles.skipped == {"nodata": 5}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("how", ["garbage", "cut", "gone"])
+def test_unreadable_raster_is_skipped_counted_and_named(folder, how, workers):
+    datamodule, path = segmentation(folder, num_workers=workers), image_path(folder, 7)
+    data = {"garbage": b"not a raster", "cut": path.read_bytes()[:3000], "gone": b""}[how]
+    path.unlink() if how == "gone" else path.write_bytes(data)
+    tiles = DatamoduleTiles(datamodule)
+    assert sorted(order(tiles)) == [number for number in range(COUNT) if number != 7]
+    assert tiles.skipped == {"unreadable": 1}
+    assert str(path) in str(tiles.skips)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unreadable_rasters_are_an_error_that_names_them(folder, workers):
+    change(image_path(folder, 3), cut_out())
+    for number in (7, 9):
+        image_path(folder, number).write_text("garbage")
+    tiles = DatamoduleTiles(segmentation(folder, num_workers=workers))
+    with pytest.raises(
+        TilesError, match=r"Found 2 unreadable of 12 tiles, expected at most 10% .*: repair or remove"
+    ) as error:
+        list(tiles)
+    for number, named in ((7, True), (9, True), (3, False)):
+        assert (str(image_path(folder, number)) in str(error.value)) == named
+
+
+# Tiles of unequal size
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unequal_sizes_come_in_batches_of_their_own_in_order(folder, workers):
+    expected = order(DatamoduleTiles(segmentation(folder)))
+    for number in range(0, COUNT, 3):
+        crop(image_path(folder, number), 32)
+    batches = list(DatamoduleTiles(segmentation(folder, num_workers=workers)))
+    assert [number for batch in batches for number in batch["index"]] == expected
+    for batch in batches:
+        size = 32 if batch["index"][0] % 3 == 0 else SIZE
+        assert batch["image"].shape == (len(batch["index"]), 6, size, size)
+        assert batch["valid"].shape == (len(batch["index"]), size, size)
+    assert len(batches) < COUNT
+
+
+# Other datamodules
+
+
+def test_datamodule_without_training_images_is_refused(folder):
+    datamodule = segmentation(folder)
+    datamodule.train_dataset = None
+    with pytest.raises(
+        ConfigurationError, match=r"Found no train_dataset in GenericNonGeoSegmentationDataModule, expected one"
+    ):
+        DatamoduleTiles(datamodule)
+
+
+@pytest.fixture
+def classes(folder, tmp_path):
+    """The scenes sorted into folders of two classes."""
+    root = tmp_path / "classes"
+    for number in range(COUNT):
+        place = root / ("dry", "wet")[number // 6]
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image_path(folder, number), place / f"{number:02d}.tif")
+    return root
+
+
+def classification(root, **kwargs):
+    roots = {f"{split}_data_root": root for split in ("train", "val", "test")}
+    normal = {"means": [0.0] * 6, "stds": [1.0] * 6}
+    datamodule = GenericNonGeoClassificationDataModule(
+        **{"batch_size": 5, "num_workers": 0, "num_classes": 2, **roots, **normal, **kwargs}
+    )
+    datamodule.setup("fit")
+    return datamodule
+
+
+def test_classification_streams_images_without_labels(classes):
+    train = [albumentations.RandomCrop(16, 16), ToTensorV2()]
+    datamodule = classification(classes, train_transform=train, check_stackability=False)
+    tiles = DatamoduleTiles(datamodule)
+    batches = list(tiles)
+    assert {key for batch in batches for key in batch} == {"image", "valid", "index"}
+    found = one_by_one(batches)
+    assert sorted(tile[0] for tile in found) == list(range(COUNT))
+    for number, image, _ in found:
+        assert np.array_equal(image, pixels_of(classes / ("dry", "wet")[number // 6] / f"{number:02d}.tif"))
+    batch = next(iter(datamodule.train_dataloader()))
+    assert batch["image"].shape == (5, 6, 16, 16)
+    assert batch["label"].shape == (5,)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "text", "cut", "cut short", "empty"])
+def test_damaged_image_of_a_class_is_skipped_counted_and_named(classes, damage):
+    # TerraTorch reads these with PIL and tifffile, which raise errors of many types or return an empty array.
+    path = classes / "wet" / "07.tif"
+    data = path.read_bytes()
+    damaged = {"garbage": b"II*\0" + b"\7" * 500, "text": b"not a raster", "cut": data[:3000], "cut short": data[:6]}
+    path.write_bytes(damaged.get(damage, b""))
+    tiles = DatamoduleTiles(classification(classes))
+    assert sorted(order(tiles)) == [number for number in range(COUNT) if number != 7]
+    assert tiles.skipped == {"unreadable": 1}
+    assert str(path) in str(tiles.skips)
+
+
+def test_real_tiles(shared_data):
+    root = shared_data / "hls_water"
+    places = {"train_data_root": root / "images", "train_label_data_root": root / "water_mask"}
+    datamodule = GenericNonGeoSegmentationDataModule(
+        batch_size=16, num_workers=0, num_classes=2, img_grep="*_image.tif", label_grep="*_mask.tif",
+        train_split=root / "splits" / "train.txt", val_data_root=root / "images", **places,
+    )  # fmt: skip
+    datamodule.setup("fit")
+    found = one_by_one(DatamoduleTiles(datamodule))
+    assert sorted(tile[0] for tile in found) == list(range(136))
+    files = [Path(file) for file in datamodule.train_dataset.image_files]
+    for number, image, _ in found[:5]:
+        assert np.array_equal(image, pixels_of(files[number]))
