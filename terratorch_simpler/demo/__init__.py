@@ -37,7 +37,7 @@ def run(folder: Path, official_weights: bool = False) -> None:
     console = Console()
     scenes = folder / "scenes"
     if not all((scenes / "splits" / f"{split}.txt").is_file() for split in SPLITS):
-        console.print(f"Generating {sum(SPLITS.values())} scenes in {scenes}")
+        console.print(f"Generating {sum(SPLITS.values())} scenes in {scenes}", soft_wrap=True)
         write_scenes(scenes, SPLITS)
     config = write_config(folder, scenes, None if official_weights else ENCODER)
     _terratorch(folder, "fit", "--config", config)
@@ -47,9 +47,13 @@ def run(folder: Path, official_weights: bool = False) -> None:
     predictions = folder / "predictions"
     deploy = ("--config", logs / "config_deploy.yaml", "--ckpt_path", checkpoint)
     _terratorch(folder, "predict", *deploy, "--predict_output_dir", predictions)
-    console.print(f"\nThe config:      {config}", f"The plan:        {logs / 'simpler' / 'plan.json'}", sep="\n")
-    console.print(f"The report:      {logs / 'simpler' / 'report.png'}", f"The checkpoint:  {checkpoint}", sep="\n")
-    console.print(f"The predictions: {predictions}, {len(list(predictions.glob('*.tif')))} GeoTIFF files")
+    report = f"""
+The config:      {config}
+The plan:        {logs / "simpler" / "plan.json"}
+The report:      {logs / "simpler" / "report.png"}
+The checkpoint:  {checkpoint}
+The predictions: {predictions}, {len(list(predictions.glob("*.tif")))} GeoTIFF files"""
+    console.print(report, soft_wrap=True)  # paths stay whole, to be copied
 
 
 def write_config(folder: Path, scenes: Path, encoder: Path | None) -> Path:
