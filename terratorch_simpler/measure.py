@@ -271,7 +271,11 @@ class _Tap:
 
         Returns:
             Rows after every block, (L, R, D), and how many of the R rows came from each tile.
+
+        Raises:
+            TilesError: If the tiles have not the bands of the encoder.
         """
+        self._check_bands(batch["image"])  # before the datamodule's means meet another number of bands
         self._batch, self._rows = batch, []
         with suppress(_EncoderDone):
             forward(batch)
@@ -279,7 +283,6 @@ class _Tap:
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         image = args[0] if args else next(iter(kwargs.values()))
-        self._check_bands(image)
         self.input_shape = tuple(image.shape[1:])
         tokens = _valid_tokens(self._batch["valid"], image.shape, self._backbone.patch_size_px)
         self._drawn = _draw(

@@ -175,6 +175,12 @@ def test_geotiff_tiles_instead_of_the_datamodule(trainer, task, datamodule, scen
     assert plan.tiles_seen + sum(tiles.skipped.values()) == 56 * 4
 
 
+def test_geotiff_tiles_with_other_bands_than_the_encoder(trainer, task, datamodule, scenes):
+    tiles = GeoTiffTiles(str(scenes / "images"), tile_size=64, bands=[1, 2, 3])
+    with pytest.raises(TilesError, match="Found tiles with 3 bands, expected the 6 bands of 'prithvi_eo_v2_tiny_tl'"):
+        trainer(SimplerCallback(tiles=tiles)).fit(task(), datamodule=datamodule())
+
+
 def test_loaders_without_a_datamodule_need_tiles(trainer, task, datamodule, scenes):
     data = datamodule()
     data.setup("fit")
@@ -390,6 +396,26 @@ def test_time_series_in_a_temporal_wrapper(trainer, task, datamodule, scenes, tm
     trainer(SimplerCallback(), limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=data)
     assert module.model.encoder.encoder.num_blocks < 12
     assert plan_of(tmp_path / "simpler").data["input_shape"] == [6, 64, 64]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_the_gpu_chooses_what_the_cpu_chooses(trainer, task, datamodule, tmp_path, precision):
+    plans = []
+    for accelerator in ("cpu", "gpu"):
+        output = tmp_path / accelerator
+        run = trainer(
+            SimplerCallback(output_dir=str(output)),
+            accelerator=accelerator,
+            devices=1,
+            precision=precision if accelerator == "gpu" else "32-true",
+        )
+        run.fit(task(), datamodule=datamodule())
+        plans.append(plan_of(output))
+    np.testing.assert_allclose(
+        plans[0].similarity, plans[1].similarity, rtol=0, atol=1e-4 if precision == "32-true" else 2e-2
+    )
+    assert plans[0].kept_blocks == plans[1].kept_blocks or precision != "32-true"
 
 
 def test_any_lightning_module_with_a_simpler_backbone_will_do(trainer, datamodule):
