@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -78,7 +77,7 @@ def feature_position(index: int, num_kept: int, num_blocks: int) -> int:
     if not -num_blocks <= index < num_blocks:
         msg = f"Found feature index {index}, expected {-num_blocks} to {num_blocks - 1}: the encoder has no such block."
         raise DepthError(msg)
-    return math.ceil((index % num_blocks + 1) * num_kept / num_blocks) - 1
+    return -(-(index % num_blocks + 1) * num_kept // num_blocks) - 1  # ceil in integers
 
 
 @dataclass(frozen=True)

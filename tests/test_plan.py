@@ -150,6 +150,11 @@ def test_feature_positions_of_the_example_in_the_readme():
     assert feature_position(-1, 5, 24) == 4
 
 
+def test_feature_positions_by_hand():
+    # ceil((i + 1) * 5 / 12) - 1 for i = 0 .. 11
+    assert [feature_position(i, 5, 12) for i in range(12)] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4]
+
+
 @given(st.integers(1, 40).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total))))
 def test_feature_positions_cover_the_kept_blocks_in_order(sizes):
     total, kept = sizes
