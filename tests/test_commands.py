@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rasterio
 import torch
@@ -70,6 +71,11 @@ def checkpoints(fitted):
     return full, next((fitted / "checkpoints").glob("*state_dict*.ckpt"))
 
 
+def read(path) -> np.ndarray:
+    with rasterio.open(path) as src:
+        return src.read(1)
+
+
 def backbone_of(module) -> SimplerBackbone:
     return next(part for part in module.modules() if isinstance(part, SimplerBackbone))
 
@@ -118,15 +124,23 @@ def test_predict_writes_georeferenced_rasters(config, fitted, scenes, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["full", "state dict only"])
-def test_deploy_file_predicts_in_a_process_that_knows_nothing_of_us(fitted, tmp_path, which):
+def test_deploy_file_predicts_alike_in_a_process_that_knows_nothing_of_us(config, fitted, tmp_path, which):
     path = checkpoints(fitted)[which != "full"]
+    precision = ("--trainer.precision", "32-true")  # the file's own becomes bfloat16 on a CPU
     done = fresh_process(
         tmp_path,
-        *("terratorch", "predict", "--config", fitted / "config_deploy.yaml", "--ckpt_path", path),
-        *("--predict_output_dir", tmp_path / "out"),
+        *("terratorch", "predict", "--config", fitted / "config_deploy.yaml", "--ckpt_path", path, *precision),
+        *("--predict_output_dir", tmp_path / "deployed"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list((tmp_path / "out").glob("*.tif"))) == 56
+    terratorch(
+        *("predict", "--config", config, "--ckpt_path", path, "--trainer.logger", "false"),
+        *("--predict_output_dir", tmp_path / "direct"),
+    )
+    deployed, direct = (sorted((tmp_path / folder).glob("*.tif")) for folder in ("deployed", "direct"))
+    assert len(deployed) == len(direct) == 56
+    assert all((read(a) == read(b)).mean() > 0.999 for a, b in zip(deployed, direct, strict=True))
+    assert len(np.unique(np.concatenate([read(path).ravel() for path in deployed]))) > 3
 
 
 def test_deploy_file_names_our_callback_and_nothing_of_this_machine(fitted):
