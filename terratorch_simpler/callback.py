@@ -19,6 +19,7 @@ from torch import nn
 from terratorch_simpler.backbone import SimplerBackbone, shape_in_checkpoint
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError
+from terratorch_simpler.files import whole_file
 from terratorch_simpler.measure import Tokens, count_macs
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import plan_figure, plan_table, save_figure
@@ -117,9 +118,8 @@ class SimplerCallback(Callback):
         if trainer.is_global_zero and written_now and path.is_file():
             config = yaml.safe_load(path.read_text())
             config["trainer"]["callbacks"] = [{"class_path": "terratorch_simpler.SimplerCallback"}]
-            part = path.with_suffix(".part")
-            part.write_text(yaml.safe_dump(config))
-            part.replace(path)
+            with whole_file(path) as part:
+                part.write_text(yaml.safe_dump(config))
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> None:
         plan = self._make_plan(trainer, pl_module, backbone)

@@ -69,7 +69,7 @@ def hsic_matrix(features: Tensor) -> Tensor:
         >>> hsic_matrix(torch.cat([x, 2 * x])).shape
         torch.Size([2, 2])
     """
-    blocks, m, _ = features.shape
+    m = features.shape[1]
     if m < MIN_ROWS:
         msg = f"Found {m} rows of tokens, expected at least {MIN_ROWS}: give more tiles or a larger tile_size."
         raise DegenerateFeaturesError(msg)
@@ -78,7 +78,7 @@ def hsic_matrix(features: Tensor) -> Tensor:
         gram = x @ x.mT  # (L, m, m)
         gram.diagonal(dim1=1, dim2=2).zero_()
         # One batched GEMM for every tr(K M), split into m float32 sums of m terms that are added in float64.
-        flat = gram.reshape(blocks, m, m).transpose(0, 1)  # (m, L, m)
+        flat = gram.transpose(0, 1)  # (m, L, m)
         traces = (flat @ flat.mT).sum(dim=0, dtype=torch.float64)
         row_sums = gram.sum(dim=2).double()  # K 1, (L, m)
         totals = row_sums.sum(dim=1)  # 1' K 1

@@ -267,7 +267,7 @@ def test_demo_says_which_command_failed(tmp_path, capsys, monkeypatch):
 
 
 def test_two_processes_cut_alike(config, plan, tmp_path):
-    """Two real processes (gloo): one plan, written once, and equal weights after an epoch."""
+    """Two real processes (gloo): one plan, written once, and a checkpoint that one process loads."""
     settings = yaml.safe_load(config.read_text())
     strategy = "ddp_find_unused_parameters_true"  # without coordinates a TL encoder has two parameters without gradient
     settings["trainer"].update(accelerator="cpu", devices=2, strategy=strategy, default_root_dir=str(tmp_path))

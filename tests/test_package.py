@@ -12,7 +12,7 @@ PACKAGE = ROOT / "terratorch_simpler"
 
 # From the bottom up: a module may import from its own layer and those below.
 LAYERS = [
-    {"errors"},
+    {"errors", "files"},
     {"similarity", "plan"},
     {"criteria"},
     {"encoders", "tiles"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"callback"},
     {"demo", "cli"},
 ]
-PURE = ("errors", "similarity", "plan", "criteria")
+PURE = ("errors", "files", "similarity", "plan", "criteria")
 HEAVY = {"lightning", "terratorch", "rasterio", "torchgeo", "pytorch_lightning"}
 
 

@@ -6,7 +6,6 @@ fields, forest, bare ridges and a town lie. Every class mixes two spectra, which
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import numpy as np
 import rasterio  # type: ignore[import-untyped,unused-ignore]
 from numpy.typing import NDArray
 from scipy import ndimage, spatial  # type: ignore[import-untyped,unused-ignore]
+
+from terratorch_simpler.files import whole_file
 
 Floats = NDArray[np.float64]
 Int16s = NDArray[np.int16]
@@ -242,23 +243,21 @@ def draw_scene(seed: int | Sequence[int], size: int = 128) -> tuple[Int16s, Int1
 
 
 def _write_tif(path: Path, bands: Int16s, number: int, names: Sequence[str], nodata: int | None) -> None:
-    """Write bands (count, size, size) as a GeoTIFF at the place of scene `number`, under a temporary name first."""
+    """Write bands (count, size, size) as a GeoTIFF at the place of scene `number`."""
     count, size, _ = bands.shape
     row, column = divmod(number, GRID_COLUMNS)
     step = (size + GRID_GAP_PX) * PIXEL_M
     west, north = GRID_ORIGIN_M[0] + column * step, GRID_ORIGIN_M[1] - row * step
     transform = rasterio.Affine(PIXEL_M, 0.0, west, 0.0, -PIXEL_M, north)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with rasterio.open(
-            temporary, "w", driver="GTiff", width=size, height=size, count=count, dtype="int16",
+    with (
+        whole_file(path) as part,
+        rasterio.open(
+            part, "w", driver="GTiff", width=size, height=size, count=count, dtype="int16",
             crs="EPSG:32632", transform=transform, nodata=nodata, compress="deflate", predictor=2,
-        ) as target:  # fmt: skip
-            target.write(bands)
-            target.descriptions = tuple(names)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        ) as target,
+    ):  # fmt: skip
+        target.write(bands)
+        target.descriptions = tuple(names)
 
 
 def write_scenes(folder: Path, splits: Mapping[str, int], size: int = 128, seed: int = 0) -> None:
@@ -272,8 +271,6 @@ def write_scenes(folder: Path, splits: Mapping[str, int], size: int = 128, seed:
         size: Height and width of a scene in pixels of 30 m; at least 32.
         seed: Seed of the whole set.
     """
-    for name in ("images", "masks", "splits"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     number = 0
     for split, count in splits.items():
         ids = [f"scene_{i:04d}" for i in range(number, number + count)]
@@ -282,6 +279,5 @@ def write_scenes(folder: Path, splits: Mapping[str, int], size: int = 128, seed:
             _write_tif(folder / "images" / f"{scene}_image.tif", image, number, BANDS, NODATA)
             _write_tif(folder / "masks" / f"{scene}_mask.tif", mask[None], number, ("class",), None)
             number += 1
-        listing = folder / "splits" / f".{split}.txt.{os.getpid()}.tmp"
-        listing.write_text("".join(f"{scene}\n" for scene in ids), encoding="utf-8")
-        os.replace(listing, folder / "splits" / f"{split}.txt")
+        with whole_file(folder / "splits" / f"{split}.txt") as part:
+            part.write_text("".join(f"{scene}\n" for scene in ids), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from terratorch_simpler.files import whole_file
 from terratorch_simpler.plan import SlimmingPlan
 
 CHOSEN = "#d1495b"
@@ -82,10 +82,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
         figure: The figure.
         path: File to write; missing folders are made.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".report") as folder:
-        part = Path(folder) / path.name
+    with whole_file(path) as part:
         figure.savefig(part, format="png")
-        part.replace(path)
-    return path
+    return Path(path)
