@@ -28,6 +28,7 @@ from terratorch_simpler.tiles import GeoTiffTiles
 
 PLAN_FILE = "plan.json"
 FIGURE_FILE = "report.png"
+INDEX_FILE = "tiles.json"
 FAST_DEV_RUN_TILES = 64
 DEPLOY_CONFIG = "config_deploy.yaml"
 
@@ -141,6 +142,9 @@ class SimplerCallback(Callback):
         how = self._how
         if trainer.fast_dev_run:
             how = replace(how, max_tiles=min(how.max_tiles, FAST_DEV_RUN_TILES))
+        writes = trainer.is_global_zero and not trainer.fast_dev_run
+        if self.tiles is not None and self.tiles.index_cache is None and self.output_dir and writes:
+            self.tiles.index_cache = str(Path(self.output_dir) / INDEX_FILE)
         plan = select(trainer, pl_module, backbone, self.tiles, how)
         # Every process streamed the same tiles; rank zero decides, should rounding differ between devices.
         return trainer.strategy.broadcast(plan)

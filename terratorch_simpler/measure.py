@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class Measurement:
         rows_seen: Rows of tokens drawn from them.
         settled: Whether the stream was stopped early because one depth had won.
         input_shape: Shape of one input of the encoder as it was seen, without the batch.
+        seconds: How long the pass took.
+        data_wait: How many of them the model waited for tiles.
     """
 
     similarity: Tensor
@@ -54,6 +57,8 @@ class Measurement:
     rows_seen: int
     settled: bool
     input_shape: tuple[int, ...]
+    seconds: float
+    data_wait: float
 
 
 class _Grouping:
@@ -162,18 +167,16 @@ def measure(
         return votes is not None and max(votes.values()) >= SETTLED_SHARE
 
     seen, early = 0, False
-    batches = iter(source)
-    with _borrowed(stop_after), _Tap(backbone, stop_after, tokens, seed) as tap:
+    started, waiting = time.perf_counter(), _DataWait(device)
+    with _borrowed(stop_after), _Tap(backbone, stop_after, tokens, seed) as tap, _stream(source) as batches:
         # Tile by tile, so that neither max_tiles nor the early stop depends on the batch size in flight.
-        for tile in _tiles(batches, tap, forward, source):
+        for tile in _tiles(waiting.between(batches), tap, forward, source):
             seen += 1
             if progress is not None:
                 progress(seen)
             early = pool.add(tile) and settled()
             if early or seen == max_tiles:
                 break
-    if isinstance(batches, Generator):
-        batches.close()  # stop reading ahead
     if seen < FEWEST_TILES:
         skips = f" ({source.skips})" if source.skips.counts else ""
         msg = f"Found {seen} usable tiles{skips}, expected at least {FEWEST_TILES} to compare blocks: give more tiles."
@@ -181,14 +184,70 @@ def measure(
     if not early:
         pool.finish()
     metric = pool.best.metric
+    similarity = metric.similarity().cpu()  # waits for the device, so that the time below is that of the whole pass
     return Measurement(
-        similarity=metric.similarity().cpu(),
+        similarity=similarity,
         votes=pool.votes(criterion, bounds, seed),
         tiles_seen=pool.best.tiles,
         rows_seen=int(metric.rows.sum()),
         settled=early,
         input_shape=tap.input_shape,
+        seconds=time.perf_counter() - started,
+        data_wait=waiting.seconds(),
     )
+
+
+@contextmanager
+def _stream(source: TileSource) -> Iterator[Iterator[Batch]]:
+    """Iterate a source, and stop its reading ahead whatever happens."""
+    batches = iter(source)
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
+
+
+class _DataWait:
+    """Adds up how long the model waits for tiles, without waiting for the device itself.
+
+    On a GPU this is the time that passes in its own queue while the next batch is asked for: as long as it computes, none
+    does, however long the processor waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def between(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches."""
+        while True:
+            start = self._now()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._add(start, self._now())
+            yield batch
+
+    def seconds(self) -> float:
+        """Time so far; the device must have caught up."""
+        return self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _add(self, start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> None:
+        if isinstance(start, float) and isinstance(end, float):
+            self._seconds += end - start
+        elif isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            self._events.append((start, end))
 
 
 def _tiles(batches: Iterator[Batch], tap: _Tap, forward: Callable[[Batch], object], source: TileSource) -> Iterator[Tensor]:

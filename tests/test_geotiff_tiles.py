@@ -1,5 +1,8 @@
 """Windows of GeoTIFF files: which are read, in what order, what they hold, and what happens to damaged or empty ones."""
 
+import contextlib
+import itertools
+import os
 import random
 import struct
 import threading
@@ -11,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,46 +23,11 @@ from rasterio.windows import Window
 
 from terratorch_simpler.errors import TilesError
 from terratorch_simpler.tiles import GeoTiffTiles
+from tests.rasters import PLACE, draw, one_by_one, truncate, write, write_many
 
-PLACE = {"crs": "EPSG:32632", "transform": rasterio.Affine(30, 0, 500000, 0, -30, 5000000)}
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # of writing
 
 SENTENCE = r"^Found .+, expected .+: .+\.$"
-
-
-def draw(*shape, dtype="int16", seed=0):
-    return np.random.default_rng(seed).integers(1, 200, shape).astype(dtype)
-
-
-def write(path, pixels, descriptions=None, **profile):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count, height, width = pixels.shape
-    shape = {"width": width, "height": height, "count": count, "dtype": pixels.dtype}
-    with rasterio.open(path, "w", driver="GTiff", **shape, **{**PLACE, **profile}) as target:
-        target.write(pixels)
-        if descriptions:
-            target.descriptions = descriptions
-    return path
-
-
-def write_many(folder, count=4, height=40, width=56, bands=2, **profile):
-    for number in range(count):
-        write(folder / f"{number}.tif", draw(bands, height, width, seed=number), **profile)
-    return str(folder)
-
-
-def one_by_one(tiles):
-    """The stream as (index, path, window, image, valid), whatever the batches."""
-    return [
-        tile
-        for batch in tiles
-        for tile in zip(batch["index"], batch["path"], batch["window"].tolist(), batch["image"], batch["valid"], strict=True)
-    ]
-
-
-def truncate(path, share=0.5):
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
 
 
 # Paths
@@ -187,12 +156,61 @@ def test_batches(tmp_path):
         assert [type(path) for path in batch["path"]] == [str] * size
 
 
-def test_files_with_other_numbers_of_bands_come_in_batches_of_their_own(tmp_path):
-    write(tmp_path / "one.tif", draw(1, 32, 32))
-    write(tmp_path / "two.tif", draw(2, 32, 32))
-    batches = list(GeoTiffTiles(str(tmp_path), tile_size=8))
-    assert {batch["image"].shape[1:] for batch in batches} == {(1, 8, 8), (2, 8, 8)}
-    assert sorted(number for batch in batches for number in batch["index"]) == list(range(32))
+def test_batches_that_are_kept_are_not_overwritten(tmp_path):
+    folder = write_many(tmp_path, count=12, nodata=5)
+    kept = list(GeoTiffTiles(folder, tile_size=8, batch_size=4, max_nodata_fraction=0.01))
+    assert len(kept) > 10
+    for batch in kept:
+        for path, (column, row, _, _), image, valid in zip(
+            batch["path"], batch["window"].tolist(), batch["image"], batch["valid"], strict=True
+        ):
+            with rasterio.open(path) as source:
+                expected = source.read(window=Window(column, row, 8, 8))
+            assert np.array_equal(image[:, valid], expected[:, valid])
+
+
+def test_memory_of_batches_nobody_holds_is_used_again(tmp_path):
+    addresses = []
+    for batch in GeoTiffTiles(write_many(tmp_path), tile_size=8, batch_size=4, num_workers=2):
+        addresses.append(batch["image"].data_ptr())
+    assert len(addresses) > 30
+    assert len(set(addresses)) <= 4 + 2 * 512 // 4
+
+
+def test_shards_are_disjoint_shares_of_one_sequence(tmp_path):
+    folder = write_many(tmp_path)
+
+    def sequence(shard=None, **kwargs):
+        tiles = GeoTiffTiles(folder, tile_size=8, **kwargs)
+        tiles = tiles.shard(*shard) if shard else tiles
+        found = [tile[0] for tile in one_by_one(tiles)]
+        assert len(found) == len(tiles)
+        return found
+
+    whole = sequence()
+    for num_shards in (1, 2, 3, 7):
+        shares = [sequence((num_shards, index), batch_size=index + 1, num_workers=index % 3) for index in range(num_shards)]
+        assert [share[:] for share in shares] == [whole[index::num_shards] for index in range(num_shards)]
+    for index in (-1, 2):
+        with pytest.raises(TilesError, match=rf"Found shard {index} of 2, expected 0 to 1"):
+            GeoTiffTiles(folder).shard(2, index)
+
+
+def test_every_window_is_equally_likely(tmp_path):
+    """Chi-square over which windows come first, and over how far apart neighbours are."""
+    folder = write_many(tmp_path, count=3, height=32, width=40)  # 3 x 20 windows
+    first, steps = Counter(), Counter()
+    for seed in range(600):
+        batch = next(iter(GeoTiffTiles(folder, tile_size=8, batch_size=6, num_workers=0, seed=seed)))
+        first.update(batch["index"])
+        steps.update(abs(a - b) for a, b in itertools.pairwise(batch["index"]))
+    assert len(first) == 60
+    assert scipy.stats.chisquare([first[number] for number in range(60)]).pvalue > 0.001
+    pairs = np.array([60 - step for step in range(1, 60)])  # how many pairs are that far apart
+    expected = pairs / pairs.sum() * sum(steps.values())
+    groups = np.arange(59) // 6
+    observed = np.bincount(groups, [steps[step] for step in range(1, 60)])
+    assert scipy.stats.chisquare(observed, np.bincount(groups, expected)).pvalue > 0.001
 
 
 # Bands and values
@@ -230,6 +248,18 @@ def test_scale_and_offset(tmp_path):
     path = write(tmp_path / "a.tif", pixels)
     ((_, _, _, image, _),) = one_by_one(GeoTiffTiles(str(path), tile_size=8, scale=1e-4, offset=-0.1))
     assert np.allclose(image, pixels * 1e-4 - 0.1, rtol=0, atol=1e-7)
+
+
+def test_scale_and_offset_of_the_file_when_asked(tmp_path):
+    pixels = draw(3, 8, 8)
+    path = write(tmp_path / "a.tif", pixels, scale=((0.1, 0.2, 0.4), (1, 2, 4)))
+    ((_, _, _, image, _),) = one_by_one(GeoTiffTiles(str(path), tile_size=8))
+    assert np.array_equal(image, pixels)
+    tiles = GeoTiffTiles(str(path), tile_size=8, bands=[3, 1], scale="file", offset="file")
+    ((_, _, _, image, _),) = one_by_one(tiles)
+    assert np.allclose(image, pixels[[2, 0]] * np.reshape([0.4, 0.1], (2, 1, 1)) + np.reshape([4, 1], (2, 1, 1)), atol=1e-4)
+    ((_, _, _, image, _),) = one_by_one(GeoTiffTiles(str(path), tile_size=8, scale=2, offset="file"))
+    assert np.allclose(image, pixels * 2 + np.reshape([1, 2, 4], (3, 1, 1)))
 
 
 @pytest.mark.parametrize("frames", [1, 2])
@@ -281,6 +311,37 @@ def test_nodata(tmp_path, dtype, hole, declared, argument):
     assert (~valid).nonzero().tolist() == [[2, 3], [4, 5], [5, 5]]
     assert np.array_equal(image[:, valid], pixels[:, valid])
     assert torch.isfinite(image).all()
+
+
+@pytest.mark.parametrize("sidecar", [False, True])
+@pytest.mark.parametrize("nodata", [None, 7.0])
+def test_mask_band(tmp_path, sidecar, nodata):
+    pixels = draw(2, 16, 16)
+    pixels[0, 3, 3] = 7
+    pixels[:, 1:4, 1:4][pixels[:, 1:4, 1:4] != 7] = 100
+    mask = np.full((16, 16), 255, np.uint8)
+    mask[:2, 5:9] = 0
+    path = write(tmp_path / "a.tif", pixels, mask=None if sidecar else mask)
+    if sidecar:
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as target:
+            target.write_mask(mask)
+        assert (tmp_path / "a.tif.msk").exists()
+    ((_, _, _, _, valid),) = one_by_one(GeoTiffTiles(str(path), tile_size=16, nodata=nodata))
+    expected = mask > 0
+    if nodata is not None:
+        expected &= (pixels != 7).all(axis=0)
+    assert np.array_equal(valid, expected)
+
+
+def test_fourth_band_that_gdal_calls_alpha_is_data(tmp_path):
+    pixels = draw(4, 8, 8, dtype="uint8")
+    pixels[3, :4] = 0  # near infrared over water
+    path = write(tmp_path / "a.tif", pixels)
+    with rasterio.open(path) as source:
+        assert source.colorinterp[3].name == "alpha"
+    ((_, _, _, image, valid),) = one_by_one(GeoTiffTiles(str(path), tile_size=8))
+    assert valid.all()
+    assert np.array_equal(image, pixels)
 
 
 def test_nodata_of_the_file_that_an_argument_replaces_is_data(tmp_path):
@@ -362,11 +423,11 @@ def test_damaged_files_are_skipped_counted_and_named(tmp_path, workers):
     tiles = GeoTiffTiles(folder, tile_size=16, num_workers=workers, max_bad_fraction=0.1)
     found = one_by_one(tiles)
     assert len(found) + sum(tiles.skipped.values()) == len(tiles) + 2
-    assert set(tiles.skipped) == {"unreadable"}
-    assert tiles.skipped["unreadable"] >= 3
+    assert set(tiles.skipped) == {"unreadable", "empty file"}
+    assert tiles.skipped["unreadable"] >= 2
     assert {Path(tile[1]).name for tile in found} >= {f"{n}.tif" for n in range(20) if n not in (3, 7, 9)}
-    for name in ("3.tif", "7.tif", "9.tif"):
-        assert str(tiles.skips).count(f"{name} (unreadable)") == 1
+    for named in ("3.tif (unreadable)", "7.tif (unreadable)", "9.tif (empty file)"):
+        assert str(tiles.skips).count(named) == 1
     assert len(one_by_one(tiles)) == len(found)  # counted anew in every pass
     assert tiles.skipped["unreadable"] < 10
 
@@ -376,7 +437,71 @@ def test_file_that_vanishes_is_counted(tmp_path):
     assert len(tiles) == 20
     (tmp_path / "7.tif").unlink()
     assert len(one_by_one(tiles)) == 19
-    assert tiles.skipped == {"unreadable": 1}
+    assert tiles.skipped == {"vanished": 1}
+
+
+@pytest.fixture
+def as_nobody():
+    """Drop the right to read everything, if this process has it."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+
+
+def test_files_without_permission_are_counted(tmp_path, request):
+    folder = write_many(tmp_path, count=20)
+    for parent in (tmp_path, *tmp_path.parents[:3]):
+        if parent.owner() == Path.home().owner() and parent != Path("/tmp"):
+            parent.chmod(0o755)
+    (tmp_path / "7.tif").chmod(0)
+    request.getfixturevalue("as_nobody")
+    tiles = GeoTiffTiles(folder, tile_size=40)
+    assert len(one_by_one(tiles)) == 19
+    assert tiles.skipped == {"permission denied": 1}
+
+
+def test_every_reason_has_its_count(tmp_path):
+    """One folder with everything that can be wrong at once."""
+    folder = write_many(tmp_path, count=12, bands=2, nodata=0)
+    write(tmp_path / "blank.tif", np.zeros((2, 40, 56), np.int16), nodata=0)
+    write(tmp_path / "three_bands.tif", draw(3, 40, 56))
+    write(tmp_path / "small.tif", draw(2, 40, 39))
+    write(tmp_path / "complex.tif", draw(2, 40, 56, dtype="complex64"))
+    truncate(write(tmp_path / "cut.tif", draw(2, 40, 56)), 0.6)
+    (tmp_path / "empty.tif").touch()
+    (tmp_path / "text.tif").write_text("no raster")
+    write(tmp_path / "rotated.tif", draw(2, 40, 56), transform=rasterio.Affine(20, 5, 500000, 5, -20, 5000000))
+    write(tmp_path / "nowhere.tif", draw(2, 40, 56, dtype="float64"), crs=None, transform=None)
+    write(tmp_path / "degrees.tif", draw(2, 40, 56, dtype="uint8"), crs="EPSG:4326", transform=rasterio.Affine.scale(1e-4))
+    write(tmp_path / "gone.tif", draw(2, 40, 56))
+    tiles = GeoTiffTiles(folder, tile_size=40, max_bad_fraction=0.5)
+    assert len(tiles) == 18
+    (tmp_path / "gone.tif").unlink()
+    found = one_by_one(tiles)
+    assert {Path(tile[1]).stem for tile in found} == {*map(str, range(12)), "rotated", "nowhere", "degrees"}
+    assert tiles.skipped == {
+        "nodata": 1,
+        "wrong number of bands": 1,
+        "smaller than tile_size": 1,
+        "complex numbers": 1,
+        "unreadable": 2,
+        "empty file": 1,
+        "vanished": 1,
+    }
+    for column, row, width, height in (tile[2] for tile in found):
+        assert (column, row, width, height) == (0, 0, 40, 40)
+
+
+def test_share_of_damage_is_judged_before_a_long_stream_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("terratorch_simpler.tiles.source.ENOUGH_TO_JUDGE", 50)
+    write_many(tmp_path, count=2, height=160, width=160)
+    truncate(tmp_path / "0.tif", 0.1)
+    tiles = GeoTiffTiles(str(tmp_path), tile_size=8, max_bad_fraction=0.2, num_workers=0)
+    with pytest.raises(TilesError, match=r"Found 1\d unreadable of (5\d|[67]\d) tiles, expected at most 20%"):
+        list(tiles)
+    assert tiles.skips.tried < 100 < len(tiles)
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -436,8 +561,8 @@ def test_damage_anywhere_is_a_counted_skip_or_an_error(tmp_path, options, bands)
     path = write(tmp_path / "a.tif", pixels, descriptions=("RED", "GREEN"), nodata=-1, **options)
     intact, rng = path.read_bytes(), random.Random(0)
     start = struct.unpack_from("<I", intact, 4)[0]
-    ends = Counter()
-    for trial in range(60):
+    ends, handles = Counter(), open_handles()
+    for trial in range(150):
         data = bytearray(intact)
         if trial % 3 == 0:
             del data[rng.randrange(len(data)) :]
@@ -455,6 +580,17 @@ def test_damage_anywhere_is_a_counted_skip_or_an_error(tmp_path, options, bands)
             assert len(found) + sum(tiles.skipped.values()) == len(tiles)
             ends["skips" if tiles.skipped else "intact"] += 1
     assert all(ends[end] for end in ("error", "skips", "intact")), ends
+    assert open_handles() == handles
+
+
+def open_handles():
+    """Files of this process that are open, but for its own pipes and sockets."""
+    found = []
+    for handle in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = str(handle.readlink())
+            found += [target] if target.endswith(".tif") else []
+    return sorted(found)
 
 
 # Threads and process state
@@ -480,8 +616,10 @@ def test_closing_early_leaves_no_thread(tmp_path):
 
 def test_abandoning_the_stream_leaves_no_thread(tmp_path):
     for _ in GeoTiffTiles(write_many(tmp_path), tile_size=8, stride=4, batch_size=2):
+        assert open_handles()
         break
     assert not threads_after_a_while()
+    assert not open_handles()
 
 
 def test_reading_threads_leave_the_warning_filters_alone(tmp_path):
@@ -533,6 +671,16 @@ def test_fingerprint_follows_the_files_and_the_settings(tmp_path):
         ({"max_bad_fraction": -0.1}, "Found max_bad_fraction -0.1, expected 0 to 1"),
         ({"bands": []}, "Found an empty list of bands, expected at least one"),
         ({"means": [1.0]}, r"Found means \[1.0\] and stds None, expected both"),
+        ({"pad": "constant"}, "Found pad 'constant', expected reflect or null"),
+        ({"scale": "image"}, "Found scale 'image', expected a number or file"),
+        ({"offset": "image"}, "Found offset 'image', expected a number or file"),
+        ({"timeout": 0}, "Found timeout 0, expected seconds above 0"),
+        ({"filename_regex": "(?P<date>"}, r"Found filename_regex .*, expected a regular expression \("),
+        ({"filename_regex": "(.*)"}, r"Found filename_regex .*, expected a group \(\?P<date>"),
+        (
+            {"use_metadata": True, "num_frames": 2},
+            "Found use_metadata with 2 frames stacked in bands, expected a file",
+        ),
         ({"stds": [1.0]}, r"Found means None and stds \[1.0\], expected both"),
         ({"means": [1.0], "stds": [1.0, 1.0]}, "expected both with one value a band, or neither"),
         ({"means": [1.0], "stds": []}, "expected both with one value a band, or neither"),

@@ -53,6 +53,7 @@ class DatamoduleTiles:
         self._num_workers = int(getattr(datamodule, "num_workers", 0) or 0)
         self._name = type(datamodule).__name__
         self.skips = Skipped(len(dataset), MAX_BAD_FRACTION)
+        self.pin_memory = False
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -85,6 +86,7 @@ class DatamoduleTiles:
             batch_size=self._batch_size,
             num_workers=self._num_workers,
             collate_fn=_stackable,
+            pin_memory=self.pin_memory,
         )
         for batches, unusable in loader:
             for name, reason, bad in unusable:

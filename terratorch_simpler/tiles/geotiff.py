@@ -2,86 +2,96 @@
 
 from __future__ import annotations
 
-import glob
-import os
-import warnings
+import copy
+import math
+import re
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import rasterio
 import torch
-from numpy.typing import NDArray
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
-from rasterio.windows import Window
+from torch import Tensor
 
 from terratorch_simpler.errors import TilesError
+from terratorch_simpler.tiles.buffers import Buffers, Slot, fill_batches
+from terratorch_simpler.tiles.index import Catalogue, Grid, Place, Unusable, read_headers
+from terratorch_simpler.tiles.paths import find_files
+from terratorch_simpler.tiles.rasters import accept_files_without_georeference, gdal_settings
+from terratorch_simpler.tiles.readers import Readers, Run, TimedOut
 from terratorch_simpler.tiles.source import Batch, Skipped, file_size, fingerprint
+from terratorch_simpler.tiles.window import Job, Scaling, Tile, WindowReader
 
-EXTENSIONS = (".tif", ".tiff")
-
-DAMAGE = (RasterioError, OSError, UnicodeDecodeError)
-"""What rasterio raises on damaged files; the last for band descriptions."""
-
-MAX_PIXELS_PER_BYTE = 2**15
-"""A block of constant pixels takes some 30 bytes and seldom has more than 1024 x 1024: beyond this the header lies."""
-
-
-class _Place(NamedTuple):
-    """A window of a file: offsets in pixels."""
-
-    path: str
-    column: int
-    row: int
-
-
-class _Tile(NamedTuple):
-    """A window that was read: pixels, where they hold data, and its number in the grid of all windows."""
-
-    place: _Place
-    number: int
-    image: NDArray[np.float32]
-    valid: NDArray[np.bool_]
-
-
-class _Unusable(NamedTuple):
-    place: _Place
-    reason: str
-    bad: bool
+AHEAD_BYTES = 256 * 2**20
+"""Pixels that may wait in memory, read but not yet asked for."""
+MAX_AHEAD = 512
+"""Tiles that may wait, however small."""
+WINDOWS_PER_RUN = 8
+"""Neighbouring windows that one thread reads in a row: blocks they share are decoded once."""
 
 
 class GeoTiffTiles:
     """Windows of GeoTIFF files in a seeded order, as float32 tensors with a mask of valid pixels.
 
-    Windows lie on a grid of ``stride`` in every file. Their order is a permutation drawn from ``seed`` and does not
-    depend on ``batch_size`` or ``num_workers``. A window that lacks data in more than ``max_nodata_fraction`` of its
-    pixels, or cannot be read, is skipped and counted in ``skipped``. Unlike torchgeo's RasterDataset, files need no
-    common CRS or resolution and are not resampled: an encoder sees pixels, not places.
+    Windows lie on a grid of ``stride`` in every file, and their order is a permutation of all of them, drawn from
+    ``seed``: every prefix of the stream is a uniform sample without replacement. The order does not depend on
+    ``batch_size``, ``num_workers`` or shards. A window that lacks data in more than ``max_nodata_fraction`` of its
+    pixels, or cannot be read, is skipped and counted in ``skipped``.
+
+    Threads read ahead in an order of their own (windows of a file together, blocks they share decoded once) and at most
+    256 MB of tiles, or two batches where these are larger, wait in memory; beside them GDAL keeps decoded blocks
+    (``GDAL_CACHEMAX``) and up to 32 files stay open. 8 bytes a window hold the order.
+
+    Names are those of torchgeo where it has them. Unlike its ``RasterDataset``, files need no common CRS or resolution
+    and are neither resampled nor merged: an encoder sees pixels, not places, and warping is most of torchgeo's time.
+    Unlike ``GridGeoSampler``, windows stay inside the files, and unlike ``RandomGeoSampler``, no pixel comes twice with
+    ``stride >= tile_size``. An alpha band is read as any other, since GDAL declares the fourth band of every 8-bit
+    file one.
 
     Args:
         paths: A file, a folder (its GeoTIFF files, subfolders included), a glob, a .txt file with one path a line, a
-            GDAL /vsi path, or a list of these.
+            GDAL /vsi path or URL of a file, or a list of these.
         tile_size: Side of a tile in pixels.
         stride: Step of the grid in pixels; by default ``tile_size``.
-        bands: Bands to read, as 1-based numbers or band descriptions; by default all.
-        num_frames: Time steps stacked in the bands, all bands of a step together; more than one gives (B, C, T, H, W).
-        nodata: Value that means no data, beside NaN; by default the file's own.
-        max_nodata_fraction: Share of a tile's pixels that may lack data in any band.
-        scale: Factor on the stored values.
-        offset: Added after ``scale``.
-        means: Band means, to normalise; by default the datamodule's are used when the callback runs.
+        bands: Bands to read, as 1-based numbers or band descriptions; by default all, as many as most files have.
+        num_frames: Time steps of a tile; more than one gives (B, C, T, H, W). With ``filename_regex`` each is a file:
+            the files of a place, in order of their dates, make up runs of ``num_frames``. Without it the steps are
+            stacked in the bands of every file, all bands of a step together.
+        nodata: Value that means no data; by default the file's own. NaN, infinities and the file's mask band always do.
+        max_nodata_fraction: Share of a tile's pixels that may lack data in any band or step.
+        scale: Factor on the stored values; "file" for the one written in the file, which TerraTorch's datasets ignore.
+        offset: Added after ``scale``; "file" likewise.
+        means: Band means of the scaled values, to normalise; by default the datamodule's are used when the callback
+            runs.
         stds: Band standard deviations.
         batch_size: Tiles in a batch.
-        num_workers: Threads that read.
-        max_bad_fraction: Share of windows that may be unreadable before it is an error.
+        num_workers: Threads that read; 0 reads in the thread that asks, without ``timeout``.
+        max_bad_fraction: Share of windows that may be unreadable before it is an error, judged over 4096 windows or
+            all.
         seed: Seed of the order.
+        pad: "reflect" to mirror files smaller than a tile, where what is added does not count as valid; by default
+            they are skipped.
+        filename_regex: Pattern that file names must match from their start, with a group ``date``. Files are of one
+            place if the rest of their paths is equal, or the group ``tile``, if there is one. Written and matched as in
+            torchgeo (``re.VERBOSE``).
+        date_format: How the date is written, in the codes of ``strptime``.
+        use_metadata: Give ``temporal_coords`` (B, T, 2), year and day of the year from 0, and ``location_coords`` (B, 2),
+            latitude and longitude of the centre in degrees, as TerraTorch's datasets do for encoders with time and
+            location. Dates are those of the file names, or else of the files' tags.
+        timeout: Seconds one read may take before it is given up, and its file with it.
+        index_cache: JSON file that keeps sizes and bands of the files for the next time, so that only new or changed
+            files are opened. By default none, or ``tiles.json`` in the callback's ``output_dir``.
+        pin_memory: Put batches into page-locked memory; the callback does on a GPU.
 
     Raises:
         TilesError: If no file is found, or an option has no meaning.
+
+    Example:
+        >>> tiles = GeoTiffTiles("/data/scenes", tile_size=224, bands=[1, 2, 3])  # doctest: +SKIP
+        >>> for batch in tiles:  # doctest: +SKIP
+        ...     batch["image"], batch["valid"]  # float32 (16, 3, 224, 224), bool (16, 224, 224)
     """
 
     def __init__(
@@ -93,37 +103,25 @@ class GeoTiffTiles:
         num_frames: int = 1,
         nodata: float | None = None,
         max_nodata_fraction: float = 0.5,
-        scale: float = 1.0,
-        offset: float = 0.0,
+        scale: float | Literal["file"] = 1.0,
+        offset: float | Literal["file"] = 0.0,
         means: list[float] | None = None,
         stds: list[float] | None = None,
         batch_size: int = 16,
         num_workers: int = 4,
         max_bad_fraction: float = 0.1,
         seed: int = 0,
+        pad: Literal["reflect"] | None = None,
+        filename_regex: str | None = None,
+        date_format: str = "%Y%m%d",
+        use_metadata: bool = False,
+        timeout: float = 60.0,
+        index_cache: str | None = None,
+        pin_memory: bool = False,
     ) -> None:
         """Find the files; they are opened when streaming starts."""
-        for name, value, least in (("tile_size", tile_size, 1), ("stride", stride, 1), ("num_frames", num_frames, 1),
-                                   ("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):  # fmt: skip
-            if value is not None and value < least:
-                msg = f"Found {name} {value}, expected at least {least}: change {name}."
-                raise TilesError(msg)
-        for name, share in (("max_nodata_fraction", max_nodata_fraction), ("max_bad_fraction", max_bad_fraction)):
-            if not 0 <= share <= 1:
-                msg = f"Found {name} {share}, expected 0 to 1: change {name}."
-                raise TilesError(msg)
-        if bands is not None and not bands:
-            msg = "Found an empty list of bands, expected at least one: name bands, or leave bands out to read all."
-            raise TilesError(msg)
-        if (means is None) != (stds is None) or (means is not None and stds is not None and not 0 < len(means) == len(stds)):
-            msg = f"Found means {means} and stds {stds}, expected both with one value a band, or neither: give the other."
-            raise TilesError(msg)
-        if stds is not None and not all(std > 0 for std in stds):
-            msg = f"Found stds {stds}, expected values above 0: change stds."
-            raise TilesError(msg)
-        self.paths = _find_files(paths)
         self.tile_size = tile_size
-        self.stride = stride or tile_size
+        self.stride = tile_size if stride is None else stride
         self.bands = bands
         self.num_frames = num_frames
         self.nodata = nodata
@@ -136,9 +134,21 @@ class GeoTiffTiles:
         self.num_workers = num_workers
         self.max_bad_fraction = max_bad_fraction
         self.seed = seed
-        self._unindexed: list[_Unusable] = []
-        self._places: list[_Place] | None = None
+        self.pad = pad
+        self.filename_regex = filename_regex
+        self.date_format = date_format
+        self.use_metadata = use_metadata
+        self.timeout = timeout
+        self.index_cache = index_cache
+        self.pin_memory = pin_memory
+        self._check_arguments()
+        self.paths = find_files(paths)
         self.skips = Skipped(planned=0, max_bad_fraction=max_bad_fraction)
+        self._num_shards, self._shard = 1, 0
+        self._grid: Grid | None = None
+        self._unusable: list[Unusable] = []
+        self._bands: dict[str, list[int]] = {}
+        self._days: dict[str, tuple[int, int]] = {}
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -146,20 +156,39 @@ class GeoTiffTiles:
         return dict(self.skips.counts)
 
     def __len__(self) -> int:
-        """Windows on the grids of all readable files."""
-        return len(self._grid())
+        """Windows on the grids of all readable files, of this shard if it is one."""
+        return len(range(self._shard, len(self._windows()), self._num_shards))
+
+    def shard(self, num_shards: int, index: int) -> GeoTiffTiles:
+        """One of several disjoint shares of the same sequence, for processes that stream together.
+
+        Args:
+            num_shards: Number of shares.
+            index: Which of them, from 0: windows ``index``, ``index + num_shards``, ... of the sequence.
+
+        Raises:
+            TilesError: If there is no such share.
+        """
+        if not 0 <= index < num_shards:
+            msg = f"Found shard {index} of {num_shards}, expected 0 to {num_shards - 1}: number shards from 0."
+            raise TilesError(msg)
+        share = copy.copy(self)
+        share._num_shards, share._shard = num_shards, index
+        share.skips = Skipped(planned=0, max_bad_fraction=self.max_bad_fraction)
+        return share
 
     def describe(self) -> dict[str, Any]:
         """Kind, number of files and windows, and a fingerprint of names, sizes and settings."""
         settings = (
             *(self.tile_size, self.stride, self.bands, self.num_frames, self.nodata, self.max_nodata_fraction),
-            *(self.scale, self.offset, self.means, self.stds),
+            *(self.scale, self.offset, self.means, self.stds, self.pad),
+            *(self.filename_regex, self.date_format, self.use_metadata),
         )
         files = ((Path(path).name, file_size(path)) for path in self.paths)
         return {
             "source": "GeoTiffTiles",
             "files": len(self.paths),
-            "tiles": len(self),
+            "tiles": len(self._windows()),
             "fingerprint": fingerprint([*files, settings, self.seed]),
         }
 
@@ -167,160 +196,182 @@ class GeoTiffTiles:
         """Stream batches: the keys of :data:`~terratorch_simpler.tiles.source.Batch`, ``path`` and ``window``.
 
         Raises:
-            TilesError: If too many windows are unreadable, or all files are smaller than a tile.
+            TilesError: If too many windows are unreadable, the files yield no window, or storage does not answer.
         """
-        places = self._grid()
-        self.skips = Skipped(len(places) + len(self._unindexed), self.max_bad_fraction)
-        for unusable in self._unindexed:
-            self.skips.add(unusable.reason, unusable.place.path, unusable.bad)
-        if not places:
+        grid = self._windows()
+        self.skips = Skipped(len(grid) + len(self._unusable), self.max_bad_fraction)
+        for unusable in self._unusable:
+            self.skips.add(unusable.reason, unusable.path, unusable.bad)
+        if not len(grid):
             msg = (
                 f"Found no window of {self.tile_size} x {self.tile_size} pixels ({self.skips}), expected at least one: use "
-                "a smaller tile_size."
+                "a smaller tile_size, pad: reflect, or other paths."
             )
             raise TilesError(msg)
-        batch: list[_Tile] = []
+        buffers = Buffers(self._batch_shape(), self.pin_memory)
         # The traceback of an error keeps generators alive; closing ends the threads all the same.
-        with closing(self._read_all(places)) as tiles:
-            for tile in tiles:
-                if isinstance(tile, _Unusable):
-                    self.skips.add(tile.reason, tile.place.path, tile.bad)
-                    continue
-                if batch and (tile.image.shape != batch[0].image.shape or len(batch) == self.batch_size):
-                    yield self._collate(batch)
-                    batch = []
-                batch.append(tile)
-        if batch:
-            yield self._collate(batch)
+        with closing(self._read_all(grid, buffers)) as tiles:
+            for image, batch in fill_batches(tiles, self.batch_size, buffers.take):
+                yield self._collate(image, batch)
 
-    def _grid(self) -> list[_Place]:
-        """Windows of all files, opening each file once, without reading pixels."""
-        # Pixels are wanted, not places: a file without georeference is as good as any. TerraTorch's datasets set this
-        # filter too; catch_warnings would restore the filters of other threads.
-        warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
-        if self._places is None:
-            self._places, self._unindexed = [], []
-            for path in self.paths:
-                try:
-                    with rasterio.open(path) as src:
-                        width, height = src.width, src.height
-                except DAMAGE:
-                    width = height = 0
-                if not width or width * height > MAX_PIXELS_PER_BYTE * file_size(path) > 0:
-                    self._unindexed.append(_Unusable(_Place(path, 0, 0), "unreadable", True))
-                    continue
-                if min(width, height) < self.tile_size:
-                    self._unindexed.append(_Unusable(_Place(path, 0, 0), "smaller than tile_size", False))
-                rows = range(0, height - self.tile_size + 1, self.stride)
-                columns = range(0, width - self.tile_size + 1, self.stride)
-                self._places.extend(_Place(path, column, row) for row in rows for column in columns)
-        return self._places
-
-    def _read_all(self, places: Sequence[_Place]) -> Generator[_Tile | _Unusable, None, None]:
-        """Read in the seeded order, a bounded number of windows ahead."""
-        order = np.random.default_rng(self.seed).permutation(len(places)).tolist()
-        if self.num_workers == 0:
-            yield from (self._read(places[number], number) for number in order)
-            return
-        with ThreadPoolExecutor(self.num_workers, thread_name_prefix="tiles") as pool:
-            coming, ahead_of_use = iter(order), 2 * max(self.batch_size, self.num_workers)
-            ahead = [pool.submit(self._read, places[n], n) for n in islice(coming, ahead_of_use)]
-            try:
-                while ahead:
-                    yield ahead.pop(0).result()
-                    ahead.extend(pool.submit(self._read, places[n], n) for n in islice(coming, 1))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def _read(self, place: _Place, number: int) -> _Tile | _Unusable:
-        window = Window(place.column, place.row, self.tile_size, self.tile_size)
-        try:
-            with rasterio.open(place.path) as src:
-                indexes = self._indexes(src)
-                pixels = src.read(indexes, window=window)
-                values = src.nodatavals if self.nodata is None else [self.nodata] * src.count
-        except DAMAGE:
-            return _Unusable(place, "unreadable", True)
-        statistics = self._statistics(len(indexes))
-        with np.errstate(over="ignore"):  # float64 files mark nodata by numbers that become infinite here
-            image = pixels.astype(np.float32)
-        lacks = ~np.isfinite(image)
-        for band, value in enumerate(values[index - 1] for index in indexes):
-            if value is not None and np.isfinite(value):
-                lacks[band] |= pixels[band] == value
-        valid = ~lacks.any(axis=0)
-        if not valid.any() or (~valid).mean() > self.max_nodata_fraction:
-            return _Unusable(place, "nodata", False)
-        # What is missing gets the mean of the band, so that it neither stands out nor spreads through attention.
-        image = np.where(lacks, 0, image) * np.float32(self.scale) + np.float32(self.offset)
-        if statistics is None:
-            means = np.array([band[~gap].mean() for band, gap in zip(image, lacks, strict=True)], dtype=np.float32)
-            image = np.where(lacks, means[:, None, None], image)
-        else:
-            means, stds = statistics
-            image = (np.where(lacks, means, image) - means) / stds
-        if self.num_frames > 1:
-            image = image.reshape(self.num_frames, -1, *image.shape[1:]).swapaxes(0, 1)
-        return _Tile(place, number, image, valid)
-
-    def _statistics(self, count: int) -> NDArray[np.float32] | None:
-        """Means and standard deviations of all bands (2, count, 1, 1); those of one time step serve every step."""
-        if count % self.num_frames:
-            msg = f"Found {count} bands for {self.num_frames} frames, expected a multiple: change bands or num_frames."
-            raise TilesError(msg)
-        if self.means is None or self.stds is None:
-            return None
-        if len(self.means) not in (count, count // self.num_frames):
-            msg = f"Found {count} bands and {len(self.means)} means, expected one mean a band: change bands or means."
-            raise TilesError(msg)
-        values = np.array([self.means, self.stds], dtype=np.float32)
-        return np.tile(values, count // len(self.means))[..., None, None]
-
-    def _indexes(self, src: rasterio.DatasetReader) -> list[int]:
-        if self.bands is None:
-            return list(src.indexes)
-        indexes = []
-        for band in self.bands:
-            index = band
-            if isinstance(band, str):
-                index = src.descriptions.index(band) + 1 if band in src.descriptions else 0
-            if not isinstance(index, int) or not 1 <= index <= src.count:
-                known = [description for description in src.descriptions if description]
-                msg = f"Found no band {band!r} in {src.name}, expected 1 to {src.count} or one of {known}: change bands."
+    def _check_arguments(self) -> None:
+        for name, least in (("tile_size", 1), ("stride", 1), ("num_frames", 1), ("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                msg = f"Found {name} {getattr(self, name)}, expected at least {least}: change {name}."
                 raise TilesError(msg)
-            indexes.append(index)
-        return indexes
+        for name in ("max_nodata_fraction", "max_bad_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                msg = f"Found {name} {getattr(self, name)}, expected 0 to 1: change {name}."
+                raise TilesError(msg)
+        if not self.timeout > 0:
+            msg = f"Found timeout {self.timeout}, expected seconds above 0: change timeout."
+            raise TilesError(msg)
+        if self.bands is not None and not self.bands:
+            msg = "Found an empty list of bands, expected at least one: name bands, or leave bands out to read all."
+            raise TilesError(msg)
+        means, stds = self.means, self.stds
+        if (means is None) != (stds is None) or (means is not None and stds is not None and not 0 < len(means) == len(stds)):
+            msg = f"Found means {means} and stds {stds}, expected both with one value a band, or neither: give the other."
+            raise TilesError(msg)
+        if stds is not None and not all(std > 0 for std in stds):
+            msg = f"Found stds {stds}, expected values above 0: change stds."
+            raise TilesError(msg)
+        if self.pad not in (None, "reflect"):
+            msg = f"Found pad {self.pad!r}, expected reflect or null: change pad."
+            raise TilesError(msg)
+        for name in ("scale", "offset"):
+            if isinstance(getattr(self, name), str) and getattr(self, name) != "file":
+                msg = f"Found {name} {getattr(self, name)!r}, expected a number or file: change {name}."
+                raise TilesError(msg)
+        self._check_dates()
 
-    def _collate(self, tiles: Sequence[_Tile]) -> Batch:
-        size = self.tile_size
-        return {
-            "image": torch.from_numpy(np.stack([tile.image for tile in tiles])),
-            "valid": torch.from_numpy(np.stack([tile.valid for tile in tiles])),
-            "index": [tile.number for tile in tiles],
-            "path": [tile.place.path for tile in tiles],
-            "window": torch.tensor([[tile.place.column, tile.place.row, size, size] for tile in tiles]),
+    def _check_dates(self) -> None:
+        if self.filename_regex is None:
+            if self.use_metadata and self.num_frames > 1:
+                msg = (
+                    f"Found use_metadata with {self.num_frames} frames stacked in bands, expected a file a date, since tags "
+                    "tell one date only: give filename_regex, or leave use_metadata out."
+                )
+                raise TilesError(msg)
+            return
+        try:
+            named = re.compile(self.filename_regex, re.VERBOSE).groupindex
+        except re.error as err:
+            msg = f"Found filename_regex {self.filename_regex!r}, expected a regular expression ({err}): change it."
+            raise TilesError(msg) from err
+        if "date" not in named:
+            msg = f"Found filename_regex {self.filename_regex!r}, expected a group (?P<date>...): mark the date."
+            raise TilesError(msg)
+
+    def _windows(self) -> Grid:
+        """The windows of all files; opens each file once, without reading pixels."""
+        if self._grid is None:
+            accept_files_without_georeference()
+            catalogue = Catalogue(self.paths, read_headers(self.paths, self.num_workers, self.timeout, self.index_cache))
+            catalogue.choose_bands(self.bands)
+            frames = self.num_frames if self.filename_regex else 1
+            series, self._days = catalogue.series(frames, self.filename_regex, self.date_format)
+            self._grid = catalogue.grid(series, self.tile_size, self.stride, pad=self.pad is not None)
+            self._unusable, self._bands = catalogue.unusable, catalogue.bands
+        return self._grid
+
+    def _read_all(self, grid: Grid, buffers: Buffers) -> Generator[Tile, None, None]:
+        """Read in the seeded order, a bounded number of windows ahead."""
+        accept_files_without_georeference()  # may have been reset since the headers were read
+        order = np.random.default_rng(self.seed).permutation(len(grid))[self._shard :: self._num_shards]
+        part = self.batch_size * self._batches_ahead()
+        ahead: deque[tuple[list[Job], list[Run[Job, Tile | Unusable]]]] = deque()
+        scaling = Scaling(self.scale, self.offset, self.means, self.stds)
+        with (
+            WindowReader(
+                bands=self._bands,
+                num_frames=self.num_frames,
+                nodata=self.nodata,
+                max_nodata_fraction=self.max_nodata_fraction,
+                scaling=scaling,
+                days=self._days if self.use_metadata else None,
+                timeout=self.timeout,
+            ) as windows,
+            Readers(
+                windows.read, self.num_workers, self.timeout, lambda: gdal_settings(self.timeout), windows.give_up
+            ) as readers,
+        ):
+            for start in range(0, len(order), part):
+                jobs = self._jobs([grid[number] for number in order[start : start + part].tolist()], buffers)
+                ahead.append((jobs, [readers.submit(run) for run in _runs(jobs, self.num_workers)]))
+                if len(ahead) > 1:
+                    yield from self._in_order(readers, *ahead.popleft())
+            while ahead:
+                yield from self._in_order(readers, *ahead.popleft())
+
+    def _jobs(self, places: Sequence[Place], buffers: Buffers) -> list[Job]:
+        size = self.batch_size
+        memory = [buffers.take() for _ in range(0, len(places), size)]
+        return [Job(place, Slot(memory[at // size], at % size)) for at, place in enumerate(places)]
+
+    def _in_order(
+        self, readers: Readers[Job, Tile | Unusable], jobs: list[Job], runs: list[Run[Job, Tile | Unusable]]
+    ) -> Iterator[Tile]:
+        """Wait for what was read in any order; count what cannot be used."""
+        read: dict[int, Tile | Unusable] = {}
+        for run in runs:
+            for job, tile in zip(run.items, readers.results(run), strict=True):
+                read[job.place.number] = Unusable(str(job), "timed out", True) if isinstance(tile, TimedOut) else tile
+        order = [job.place.number for job in jobs]
+        # Whoever holds a job or a run holds its memory.
+        jobs.clear()
+        runs.clear()
+        for number in order:
+            tile = read.pop(number)
+            self.skips.tried += 1
+            if isinstance(tile, Unusable):
+                self.skips.add(tile.reason, tile.path, tile.bad)
+            else:
+                yield tile
+
+    def _batch_shape(self) -> tuple[int, ...]:
+        """Shape of a whole batch, (B, C, H, W) or (B, C, T, H, W)."""
+        count = len(next(iter(self._bands.values())))
+        if not self.filename_regex:
+            if count % self.num_frames:
+                msg = f"Found {count} bands for {self.num_frames} frames, expected a multiple: change bands or num_frames."
+                raise TilesError(msg)
+            count //= self.num_frames
+        if self.means is not None and len(self.means) not in (count, count * self.num_frames):
+            msg = (
+                f"Found {count * self.num_frames} bands and {len(self.means)} means, expected one mean a band: change bands "
+                "or means."
+            )
+            raise TilesError(msg)
+        frames = (self.num_frames,) if self.num_frames > 1 else ()
+        return (self.batch_size, count, *frames, self.tile_size, self.tile_size)
+
+    def _batches_ahead(self) -> int:
+        """Batches that are read together while as many wait to be asked for."""
+        size = 4 * math.prod(self._batch_shape()[1:])
+        return max(1, min(AHEAD_BYTES // size, MAX_AHEAD) // 2 // self.batch_size)
+
+    def _collate(self, image: Tensor, tiles: Sequence[Tile]) -> Batch:
+        valid = torch.ones((len(tiles), self.tile_size, self.tile_size), dtype=torch.bool)
+        for number, tile in enumerate(tiles):
+            if tile.valid is not None:
+                valid.numpy()[number] = tile.valid
+        places = [tile.place for tile in tiles]
+        batch = {
+            "image": image,
+            "valid": valid,
+            "index": [place.number for place in places],
+            "path": [place.paths[0] for place in places],
+            "window": torch.tensor([[place.column, place.row, place.width, place.height] for place in places]),
         }
+        if self.use_metadata:
+            batch["temporal_coords"] = torch.tensor([tile.days for tile in tiles], dtype=torch.float32)
+            batch["location_coords"] = torch.tensor([tile.location for tile in tiles], dtype=torch.float32)
+        return batch
 
 
-def _find_files(paths: str | list[str]) -> list[str]:
-    """Files named by a path, folder, glob, .txt list, /vsi path, or a list of these, each once, in order."""
-    found = {path: _files_at(os.fspath(path)) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)}
-    missing = [str(path) for path, files in found.items() if not files]
-    if missing or not found:
-        where = ", ".join(missing) or paths
-        msg = f"Found no GeoTIFF file at {where}, expected a file, folder, glob, .txt list or /vsi path: check paths."
-        raise TilesError(msg)
-    return list(dict.fromkeys(file for files in found.values() for file in files))
-
-
-def _files_at(path: str) -> list[str]:
-    if path.startswith("/vsi"):
-        return [path]
-    if Path(path).is_dir():
-        return [str(file) for file in sorted(Path(path).rglob("*")) if file.suffix.lower() in EXTENSIONS and file.is_file()]
-    if not Path(path).is_file():
-        return sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
-    if not path.endswith(".txt"):
-        return [path]
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return _find_files(lines) if lines else []
+def _runs(jobs: Sequence[Job], num_threads: int) -> Iterator[Sequence[Job]]:
+    """Neighbours for one thread each, so few that all threads get some."""
+    ordered = sorted(jobs, key=lambda job: (job.place.paths, job.place.row, job.place.column))
+    size = min(WINDOWS_PER_RUN, max(1, len(ordered) // max(1, 2 * num_threads)))
+    return (ordered[start : start + size] for start in range(0, len(ordered), size))

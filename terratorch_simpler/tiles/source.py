@@ -17,15 +17,20 @@ pixel holds data; ``index`` list of B ints, each tile's own number; further keys
 NAMED = 5
 """How many unusable tiles are named; the rest is only counted."""
 
+ENOUGH_TO_JUDGE = 4096
+"""A stream of millions of tiles need not be read to the end to see that most are damaged."""
+
 
 class TileSource(Protocol):
     """A finite, seeded, ordered stream of unlabeled tiles.
 
     Attributes:
         skips: Count of what could not be used in the last pass.
+        pin_memory: Whether batches lie in page-locked memory, from which a GPU copies while it computes.
     """
 
     skips: Skipped
+    pin_memory: bool
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -47,13 +52,18 @@ class Skipped:
     Args:
         planned: Tiles in the stream.
         max_bad_fraction: Share of them that may be unreadable.
+
+    Attributes:
+        counts: How many by reason.
+        named: The first few.
+        tried: How many tiles were asked for, where the source counts them: of a long stream the share is that of these.
     """
 
     def __init__(self, planned: int, max_bad_fraction: float) -> None:
         """Start at zero."""
         self.counts: Counter[str] = Counter()
         self.named: list[str] = []
-        self._allowed = max_bad_fraction * planned
+        self.tried = 0
         self._max_bad_fraction = max_bad_fraction
         self._planned = planned
         self._bad = 0
@@ -76,9 +86,10 @@ class Skipped:
         for names in (self.named, self._bad_named) if bad else (self.named,):
             if len(names) < NAMED and f"{name} ({reason})" not in names:
                 names.append(f"{name} ({reason})")
-        if self._bad > self._allowed:
+        judged = min(self._planned, max(self.tried, ENOUGH_TO_JUDGE))
+        if self._bad > self._max_bad_fraction * judged:
             msg = (
-                f"Found {self._bad} unreadable of {self._planned} tiles, expected at most {self._max_bad_fraction:.0%} "
+                f"Found {self._bad} unreadable of {judged} tiles, expected at most {self._max_bad_fraction:.0%} "
                 f"(max_bad_fraction): repair or remove {', '.join(self._bad_named)}."
             )
             raise TilesError(msg)

@@ -1,0 +1,104 @@
+"""Memory of batches: tiles are read straight into their slot, and memory nobody holds any more is used again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Buffer:
+    """Memory of one batch.
+
+    Attributes:
+        tensor: Float32 (B, ...).
+        slots: The same memory as an array.
+        tainted: Whether a read that was given up may still write here.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.slots: NDArray[np.float32] = tensor.numpy()
+        self.tainted = False
+
+
+class Slot(NamedTuple):
+    """Where a tile goes."""
+
+    buffer: Buffer
+    number: int
+
+    @property
+    def pixels(self) -> NDArray[np.float32]:
+        """The tile's memory."""
+        pixels: NDArray[np.float32] = self.buffer.slots[self.number]
+        return pixels
+
+
+class Filled(Protocol):
+    """A tile that was read into a slot."""
+
+    @property
+    def slot(self) -> Slot:
+        """Where it was read to."""
+
+
+Tile = TypeVar("Tile", bound=Filled)
+
+
+class Buffers:
+    """Lends memory for batches. Fresh memory is slow: the operating system clears every page of it first.
+
+    Args:
+        shape: Shape of a batch.
+        pin_memory: Page-locked memory, which PyTorch itself uses again.
+    """
+
+    def __init__(self, shape: tuple[int, ...], pin_memory: bool) -> None:
+        self._shape = shape
+        self._pin_memory = pin_memory
+        self._free: list[NDArray[np.float32]] = []
+
+    def take(self) -> Buffer:
+        """Memory nobody else uses; it comes back when the last tensor that shares it is gone."""
+        if self._pin_memory:
+            return Buffer(torch.empty(self._shape, pin_memory=True))
+        # Not np.empty: it asks for huge pages, and where memory is fragmented the system takes seven times as long to find
+        # them as to clear small ones.
+        memory = self._free.pop() if self._free else torch.empty(self._shape).numpy()
+        lent = memory[:]  # an object of its own, which lives as long as the tensor's storage
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return Buffer(torch.from_numpy(lent))
+
+
+def fill_batches(tiles: Iterable[Tile], size: int, take: Callable[[], Buffer]) -> Iterator[tuple[Tensor, list[Tile]]]:
+    """Put tiles side by side, in order. Where none was skipped they are in their places already.
+
+    Args:
+        tiles: Tiles that were read, in order of their slots.
+        size: Tiles in a batch.
+        take: Gives memory if that of the first tile cannot be used.
+
+    Yields:
+        A batch (B, ...) and its tiles.
+    """
+    batch: list[Tile] = []
+    target: Buffer | None = None
+    for tile in tiles:
+        buffer, number = tile.slot
+        if target is None:
+            target = take() if buffer.tainted else buffer
+        if (buffer, number) != (target, len(batch)):
+            # Never overwrites a tile still to come: whatever was in this slot has moved forward, too.
+            target.slots[len(batch)] = tile.slot.pixels
+        batch.append(tile)
+        if len(batch) == size:
+            yield target.tensor, batch
+            batch, target = [], None
+    if target is not None:
+        yield target.tensor[: len(batch)], batch

@@ -1,0 +1,327 @@
+"""What is in the files, without reading a pixel: sizes, bands, dates, and from these the grid of all windows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+from torchgeo.datasets.utils import disambiguate_timestamp
+
+from terratorch_simpler.errors import SimplerWarning, TilesError
+from terratorch_simpler.files import whole_file
+from terratorch_simpler.tiles.paths import is_remote
+from terratorch_simpler.tiles.rasters import DAMAGE, Raster, gdal_settings, why_unreadable
+from terratorch_simpler.tiles.readers import Readers, TimedOut
+
+MAX_PIXELS_PER_BYTE = 2**15
+"""A block of constant pixels takes some 30 bytes and seldom has more than 1024 x 1024: beyond this the header lies."""
+
+CACHE_FORMAT = "terratorch-simpler/tile-index"
+CACHE_VERSION = 1
+
+FILES_PER_RUN = 32
+
+
+class Header(NamedTuple):
+    """What a file says about itself; descriptions are None where they are damaged."""
+
+    width: int
+    height: int
+    real: bool
+    descriptions: tuple[str | None, ...] | None
+    num_bands: int
+
+
+class Unusable(NamedTuple):
+    """A file or window that cannot be used."""
+
+    path: str
+    reason: str
+    bad: bool
+
+
+class Place(NamedTuple):
+    """A window: its number in the grid of all windows, its files (one a time step), and its pixels."""
+
+    number: int
+    paths: tuple[str, ...]
+    column: int
+    row: int
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return self.paths[0]
+
+
+class Grid:
+    """All windows on the grids of all series of files, numbered one series after the other, row by row.
+
+    A sequence that holds one entry a series, not one a window: a thousand scenes have millions of windows.
+
+    Args:
+        series: Files of one place, one a time step.
+        sizes: Width and height of each series in pixels.
+        tile_size: Side of a window in pixels.
+        stride: Step of the grid in pixels.
+    """
+
+    def __init__(
+        self, series: Sequence[tuple[str, ...]], sizes: Sequence[tuple[int, int]], tile_size: int, stride: int
+    ) -> None:
+        self.tile_size = tile_size
+        self.stride = stride
+        self._series = series
+        self._sizes = sizes
+        # A side shorter than a tile has one window: whether it is padded or left out is decided before.
+        self._columns = [max(0, width - tile_size) // stride + 1 for width, _ in sizes]
+        rows = [max(0, height - tile_size) // stride + 1 for _, height in sizes]
+        self._ends = list(accumulate(c * r for c, r in zip(self._columns, rows, strict=True)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, number: int) -> Place:
+        """The window of a number.
+
+        Raises:
+            IndexError: If there is none.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        at = bisect_right(self._ends, number)
+        row, column = divmod(number - (self._ends[at - 1] if at else 0), self._columns[at])
+        (width, height), side = self._sizes[at], self.tile_size
+        return Place(number, self._series[at], column * self.stride, row * self.stride, min(side, width), min(side, height))
+
+
+class Catalogue:
+    """The headers of all files: what each can contribute, and why some cannot.
+
+    Args:
+        paths: Files.
+        headers: Their headers, or why there is none.
+    """
+
+    def __init__(self, paths: Sequence[str], headers: Sequence[Header | Unusable]) -> None:
+        self.unusable = [header for header in headers if isinstance(header, Unusable)]
+        self._headers = {path: header for path, header in zip(paths, headers, strict=True) if isinstance(header, Header)}
+        self.bands: dict[str, list[int]] = {}
+
+    def choose_bands(self, bands: Sequence[int | str] | None) -> None:
+        """Find the bands in every file; files without them are set aside.
+
+        Args:
+            bands: Numbers from 1 or descriptions; None for all, as many as most files have.
+
+        Raises:
+            TilesError: If no file has the bands.
+        """
+        counts = Counter(header.num_bands for header in self._headers.values() if header.real)
+        most = max(counts, key=lambda count: counts[count], default=0)  # the first of several
+        first_refusal = None
+        for path, header in self._headers.items():
+            if not header.real:
+                self._refuse(path, "complex numbers")
+            elif bands is not None and header.descriptions is None and any(isinstance(band, str) for band in bands):
+                self._refuse(path, "unreadable")
+            elif bands is None:
+                self.bands[path] = list(range(1, header.num_bands + 1))
+                if header.num_bands != most:
+                    self._refuse(path, "wrong number of bands")
+            else:
+                known = header.descriptions or ()
+                found = [known.index(b) + 1 if b in known else 0 if isinstance(b, str) else b for b in bands]
+                self.bands[path] = found
+                wrong = [band for band, index in zip(bands, found, strict=True) if not 1 <= index <= header.num_bands]
+                if wrong:
+                    named = [description for description in known if description]
+                    first_refusal = first_refusal or (
+                        f"Found no band {wrong[0]!r} in {path}, expected 1 to {header.num_bands} or one of {named}: "
+                        "change bands."
+                    )
+                    self._refuse(path, "wrong bands")
+        self._drop_refused()
+        if first_refusal and not self._headers:
+            raise TilesError(first_refusal)
+
+    def series(
+        self, num_frames: int, filename_regex: str | None, date_format: str
+    ) -> tuple[list[tuple[str, ...]], dict[str, tuple[int, int]]]:
+        """Group files of one place into runs of ``num_frames`` dates, and tell the date of each.
+
+        Args:
+            num_frames: Files in a run.
+            filename_regex: Pattern with a group ``date``, and perhaps ``tile``; None if every file is a series by itself.
+            date_format: How the date is written.
+
+        Returns:
+            Series, each in order of the dates, and (year, day of the year from 0) of every file with a date.
+        """
+        if filename_regex is None:
+            return [(path,) for path in self._headers], {}
+        pattern = re.compile(filename_regex, re.VERBOSE)
+        dated: dict[object, list[tuple[object, str]]] = {}
+        days: dict[str, tuple[int, int]] = {}
+        for path in self._headers:
+            folder, name = os.path.split(path)
+            match = pattern.match(name)
+            try:
+                date = match["date"] if match else None
+                moment = disambiguate_timestamp(date, date_format)[0] if date else None
+            except ValueError:
+                moment = None
+            if match is None or date is None or moment is None:
+                self._refuse(path, "name without a date", bad=False)
+                continue
+            days[path] = (moment.year, moment.timetuple().tm_yday - 1)
+            start, end = match.span("date")
+            tile = match.groupdict().get("tile") or (folder.replace(date, ""), name[:start] + name[end:])
+            dated.setdefault(tile, []).append((moment, path))
+        self._drop_refused()
+        series = []
+        for frames in dated.values():
+            ordered = [path for _, path in sorted(frames)]
+            for start in range(0, len(ordered), num_frames):
+                run = ordered[start : start + num_frames]
+                if len(run) < num_frames:
+                    self._set_aside(run, "too few dates", bad=False)
+                elif len({self._size(path) for path in run}) > 1:
+                    self._set_aside(run, "dates of unequal size", bad=True)
+                else:
+                    series.append(tuple(run))
+        return series, days
+
+    def grid(self, series: Sequence[tuple[str, ...]], tile_size: int, stride: int, pad: bool) -> Grid:
+        """The windows of the series; those smaller than a tile are set aside unless they are padded."""
+        large = [run for run in series if pad or min(self._size(run[0])) >= tile_size]
+        for run in series:
+            if not pad and min(self._size(run[0])) < tile_size:
+                self._set_aside(run, "smaller than tile_size", bad=False)
+        return Grid(large, [self._size(run[0]) for run in large], tile_size, stride)
+
+    def _size(self, path: str) -> tuple[int, int]:
+        header = self._headers[path]
+        return header.width, header.height
+
+    def _set_aside(self, run: Iterable[str], reason: str, bad: bool) -> None:
+        self.unusable.extend(Unusable(path, reason, bad) for path in run)
+
+    def _refuse(self, path: str, reason: str, bad: bool = True) -> None:
+        self._set_aside([path], reason, bad)
+        self.bands.pop(path, None)
+
+    def _drop_refused(self) -> None:
+        refused = {unusable.path for unusable in self.unusable}
+        self._headers = {path: header for path, header in self._headers.items() if path not in refused}
+
+
+def read_headers(paths: Sequence[str], num_threads: int, timeout: float, cache: str | None) -> list[Header | Unusable]:
+    """Open every file once, in parallel, unless the cache knows it unchanged.
+
+    Args:
+        paths: Files.
+        num_threads: Threads that open.
+        timeout: Seconds one file may take.
+        cache: JSON file to read headers from and keep them in; files that GDAL has to find are not kept, since nothing
+            tells whether they changed.
+
+    Returns:
+        One header, or the reason why there is none, a file.
+    """
+    known = _load_cache(cache) if cache else {}
+    states = {path: _state(path) for path in paths} if cache else {}
+    found: dict[str, Header | Unusable] = {
+        path: known[path][1] for path in paths if path in known and known[path][0] == states[path]
+    }
+    fresh = [path for path in paths if path not in found]
+    for path, header in zip(fresh, _open_all(fresh, num_threads, timeout), strict=True):
+        found[path] = Unusable(path, "timed out", True) if isinstance(header, TimedOut) else header
+    if cache and fresh:
+        _save_cache(cache, {path: (states[path], found[path]) for path in paths})
+    return [found[path] for path in paths]
+
+
+def _open_all(paths: Sequence[str], num_threads: int, timeout: float) -> Iterator[Header | Unusable | TimedOut]:
+    context = (lambda: gdal_settings(timeout)) if paths else nullcontext
+    with Readers(_read_header, min(num_threads, len(paths)), timeout, context) as readers:
+        runs = [readers.submit(paths[start : start + FILES_PER_RUN]) for start in range(0, len(paths), FILES_PER_RUN)]
+        for run in runs:
+            yield from readers.results(run)
+
+
+def _read_header(path: str) -> Header | Unusable:
+    try:
+        raster = Raster(path)
+        try:
+            src = raster.src
+            real = not any(dtype.startswith("complex") for dtype in src.dtypes)
+            try:
+                descriptions = tuple(src.descriptions)
+            except UnicodeDecodeError:
+                descriptions = None
+            header = Header(src.width, src.height, real, descriptions, src.count)
+        finally:
+            raster.close()
+    except DAMAGE:
+        return Unusable(path, why_unreadable(path), True)
+    if not 0 < header.width * header.height <= MAX_PIXELS_PER_BYTE * _size_on_disk(path):
+        return Unusable(path, "unreadable", True)
+    return header
+
+
+def _size_on_disk(path: str) -> float:
+    return float("inf") if is_remote(path) else os.path.getsize(path)
+
+
+def _state(path: str) -> tuple[int, int] | None:
+    """Size and time of the last change, which tell whether a header is still true."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _load_cache(path: str) -> dict[str, tuple[object, Header]]:
+    if not Path(path).exists():
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if (content["format"], content["version"]) != (CACHE_FORMAT, CACHE_VERSION):
+            return {}
+        return {name: _from_json(*entry) for name, entry in content["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        warnings.warn(f"Found {path} damaged, expected an index of tiles: it is made anew.", SimplerWarning, stacklevel=2)
+        return {}
+
+
+def _from_json(
+    size: int, changed: int, width: int, height: int, real: bool, descriptions: list[str | None] | None, num_bands: int
+) -> tuple[object, Header]:
+    numbers = (size, changed, width, height, num_bands)
+    if not all(type(number) is int and number > 0 for number in numbers) or type(real) is not bool:
+        raise ValueError(numbers)
+    if descriptions is not None and not all(text is None or isinstance(text, str) for text in descriptions):
+        raise ValueError(descriptions)
+    return (size, changed), Header(width, height, real, None if descriptions is None else tuple(descriptions), num_bands)
+
+
+def _save_cache(path: str, entries: Mapping[str, tuple[object, Header | Unusable]]) -> None:
+    kept = {
+        name: [*state, *header]  # type: ignore[misc]
+        for name, (state, header) in entries.items()
+        if state is not None and isinstance(header, Header)
+    }
+    content = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "files": kept}
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content), encoding="utf-8")
