@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -173,6 +175,39 @@ def test_geotiff_tiles_instead_of_the_datamodule(trainer, task, datamodule, scen
     assert plan.data["source"] == "GeoTiffTiles"
     assert plan.data["input_shape"] == [6, 32, 32]
     assert plan.tiles_seen + sum(tiles.skipped.values()) == 56 * 4
+
+
+def test_index_of_the_files_is_kept_next_to_the_plan_in_a_folder_of_the_user(trainer, task, datamodule, scenes, tmp_path):
+    tiles = GeoTiffTiles(str(scenes / "images"), tile_size=64)
+    trainer(SimplerCallback(tiles=tiles, output_dir=str(tmp_path / "out"))).fit(task(), datamodule=datamodule())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "report.png", "tiles.json"}
+    assert len(json.loads((tmp_path / "out" / "tiles.json").read_text())["files"]) == 56
+    again = GeoTiffTiles(str(scenes / "images"), tile_size=64, index_cache=str(tmp_path / "out" / "tiles.json"))
+    assert len(again) == len(tiles)
+
+
+def test_time_spent_waiting_for_tiles_is_told(trainer, task, datamodule, caplog):
+    with caplog.at_level("INFO"):
+        trainer(SimplerCallback(), limit_train_batches=0).fit(task(), datamodule=datamodule())
+    (line,) = [record.getMessage() for record in caplog.records if "for tiles" in record.getMessage()]
+    told = re.fullmatch(r"Compared the blocks over 48 tiles in (.+) s; waited (.+) s of these \((.+)%\) for tiles\.", line)
+    seconds, waited, share = map(float, told.groups())
+    assert 0 < waited < seconds
+    assert abs(share - 100 * waited / seconds) < 10
+
+
+def test_geotiff_tiles_with_time_and_place_for_an_encoder_that_takes_them(trainer, task, datamodule, scenes, tmp_path):
+    seen = []
+    module = task()
+    module.model.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append({key: value.shape[1:] for key, value in kwargs.items()}), with_kwargs=True
+    )
+    tiles = GeoTiffTiles(str(shutil.copytree(scenes / "images", tmp_path / "images")), tile_size=64, use_metadata=True)
+    for path in tiles.paths:
+        with rasterio.open(path, "r+") as target:
+            target.update_tags(DATE_ACQUIRED="2020-07-01")
+    trainer(SimplerCallback(tiles=tiles), limit_train_batches=0).fit(module, datamodule=datamodule())
+    assert {"temporal_coords": (1, 2), "location_coords": (2,)} in seen
 
 
 def test_geotiff_tiles_with_other_bands_than_the_encoder(trainer, task, datamodule, scenes):

@@ -702,21 +702,42 @@ def test_arguments_without_a_meaning_are_refused(tmp_path, kwargs, expected):
     ("paths", "tile_size", "bands", "files"),
     [
         ("hls_water/images/*.tif", 128, 6, 204),
+        ("hls_water/qa/*.tif", 128, 1, 204),
         ("terramind_examples/**/*S2L2A*/**/*.tif", 224, 12, 3),
+        ("terramind_examples/**/*S1RTC*/**/*.tif", 224, 2, 3),
         ("sen1floods11_sample/**/*S2Hand*.tif", 128, 13, 3),
+        ("sen1floods11_sample/**/*S1Hand*.tif", 128, 2, 3),
         ("ukis_csmask/**/images/*.tif", 128, 6, 2),
+        ("terratorch_hls_tile/*input*.tif", 112, 10, 1),
         ("scenes/s2_20m_6band_epsg5070.tif", 128, 6, 1),
+        ("scenes/L7_ETMs.tif", 112, 6, 1),
+        ("scenes/cog_nodata.tif", 224, 1, 1),
     ],
 )
 def test_real_rasters(shared_data, paths, tile_size, bands, files):
-    tiles = GeoTiffTiles(str(shared_data / paths), tile_size=tile_size, max_bad_fraction=0)
+    tiles = GeoTiffTiles(str(shared_data / paths), tile_size=tile_size, stride=tile_size - 30, max_bad_fraction=0)
     assert len(tiles.paths) == files
     found = one_by_one(tiles)
     assert len(found) + tiles.skipped.get("nodata", 0) == len(tiles) > 0
     assert set(tiles.skipped) <= {"nodata"}
-    assert {tuple(tile[3].shape) for tile in found} == {(bands, tile_size, tile_size)}
-    assert all(torch.isfinite(tile[3]).all() for tile in found)
-    valid = np.mean([tile[4].double().mean() for tile in found])
-    if "scenes" in paths:
+    for _, path, (column, row, width, height), image, valid in found:
+        assert image.shape == (bands, tile_size, tile_size)
+        with rasterio.open(path) as source:
+            expected = source.read(window=Window(column, row, width, height), masked=True)
+        gaps = np.ma.getmaskarray(expected) | ~np.isfinite(expected.data)
+        assert np.array_equal(~valid, gaps.any(axis=0))
+        assert np.array_equal(image[:, valid], expected.data.astype(np.float32)[:, valid])
+        assert torch.isfinite(image).all()
+    if "scenes/s2" in paths or "scenes/cog" in paths:
         assert tiles.skipped["nodata"] > 0
-        assert valid < 1
+        assert not all(tile[4].all() for tile in found)
+
+
+def test_whole_folder_of_real_rasters_of_every_kind(shared_data):
+    """Sizes, types, CRS, compression and nodata mixed; files with few bands are counted."""
+    tiles = GeoTiffTiles(str(shared_data), tile_size=128, bands=[1, 2, 3], max_bad_fraction=1)
+    found = one_by_one(tiles)
+    assert {tile[3].shape for tile in found} == {(3, 128, 128)}
+    assert len({Path(tile[1]).parts[len(shared_data.parts)] for tile in found}) == 6
+    assert tiles.skipped["wrong bands"] > 600
+    assert len(found) + sum(tiles.skipped.values()) == len(tiles) + tiles.skipped["wrong bands"]

@@ -1,6 +1,7 @@
 """The pass over the tiles: what is drawn, what is left as it was, and that batching does not matter."""
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -119,6 +120,36 @@ def test_planted_stabilisation_is_found(build, settled):
     choice = Simpler().choose(found.similarity, 12, Bounds())
     assert len(choice.kept_blocks) == settled
     torch.testing.assert_close(found.similarity[settled - 1, settled:], torch.ones(12 - settled).double(), rtol=0, atol=1e-6)
+
+
+class SlowTiles(Tiles):
+    """Tiles that come late, and tell when they are no longer wanted."""
+
+    closed = False
+
+    def __iter__(self):
+        try:
+            for batch in super().__iter__():
+                time.sleep(0.05)
+                yield batch
+        finally:
+            self.closed = True
+
+
+def test_time_spent_waiting_for_tiles_is_measured(build):
+    backbone = build()
+    quick, slow = [run(backbone, kind(land(64), batch_size=8)) for kind in (Tiles, SlowTiles)]
+    assert 8 * 0.05 <= slow.data_wait < slow.seconds
+    assert quick.data_wait < 8 * 0.05
+    assert slow.seconds > quick.data_wait
+
+
+def test_error_while_computing_ends_the_stream(build):
+    tiles = SlowTiles(land(64))
+    with pytest.raises(ZeroDivisionError) as error:
+        measure(lambda _: 1 / 0, build(), tiles, Simpler(), Bounds())
+    assert tiles.closed
+    del error
 
 
 def test_max_tiles_is_exact(build):
