@@ -14,7 +14,7 @@ Contenders, each in a process of its own that stays, with the same number of thr
     terratorch  TerraTorch's generic segmentation dataset, masks included, in a DataLoader
 
 GDAL's block cache is kept so small that nothing read once is there when it is read again. Memory is the peak of the process
-and its workers above what it took before its first run (proportional set size). The last table reads few and many tiles.
+and its workers above what it took before its first run. The last lines read few and many tiles.
 """
 
 from __future__ import annotations
@@ -220,14 +220,14 @@ class Contender:
 
 
 def memory(pid: int | None) -> float:
-    """Proportional set size of a process and its children in MB."""
+    """Memory of a process and its children in MB, each page shared between them counted once, files left out."""
     total = 0.0
     for process in [str(pid), *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]:
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue  # a worker that has just ended
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:")) / 1024
     return total
 
 
@@ -268,7 +268,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where scenes are written; a temporary folder by default")
     parser.add_argument("--scenes", type=int, default=2)
     parser.add_argument("--side", type=int, default=8192)
-    parser.add_argument("--slow_tiles", type=int, default=64, help="windows a round of torchgeo, and of strips")
+    parser.add_argument("--torchgeo_tiles", type=int, default=128, help="windows a round of torchgeo, which is slow")
+    parser.add_argument(
+        "--strip_tiles", type=int, default=24, help="windows a round of strips, each decoded over its whole width"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most", type=int, default=10_000, help="tiles of the longest stream in the memory table")
@@ -282,10 +285,10 @@ def main() -> None:
         pixels = draw_scene(args.side)
         for name, layout in LAYOUTS.items():
             write_scenes(folder / name, layout, pixels, args.scenes)
-            few = {"folder": str(folder / name), "size": 512, "tiles": args.slow_tiles, "threads": args.threads}
-            task = few if "strips" in name else {**few, "tiles": 10**9}
+            few, every = (args.strip_tiles,) * 2 if "strips" in name else (args.torchgeo_tiles, 10**9)
+            task = {"folder": str(folder / name), "size": 512, "tiles": every, "threads": args.threads}
             tasks = {"raw": task, "raw float32": {**task, "convert": True}, "ours": task} | {
-                f"torchgeo {sampler}": {**few, "sampler": sampler} for sampler in ("grid", "random")
+                f"torchgeo {sampler}": {**task, "tiles": few, "sampler": sampler} for sampler in ("grid", "random")
             }
             results[name] = compare(contenders, tasks, args.rounds)
             show(f"512 px windows, {name}", results[name])

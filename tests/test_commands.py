@@ -186,6 +186,38 @@ def test_plan_works_without_our_callback_in_the_config(config, plan, tmp_path):
     assert SlimmingPlan.load(tmp_path / "out" / "plan.json").kept_blocks == plan.kept_blocks
 
 
+def test_plan_from_geotiff_tiles_in_the_config(config, scenes, tmp_path):
+    settings = yaml.safe_load(config.read_text())
+    tiles = {
+        "paths": str(scenes / "images"),
+        "tile_size": 32,
+        "bands": [1, "GREEN", 3, 4, 5, 6],
+        "scale": "file",
+        "offset": 0.0,
+        "pad": "reflect",
+        "filename_regex": r"scene_00(?P<date>\d{2})",
+        "date_format": "%y",
+        "max_nodata_fraction": 0.9,
+        "timeout": 20,
+    }
+    callback = {
+        "tiles": {"class_path": "terratorch_simpler.GeoTiffTiles", "init_args": tiles},
+        "min_tiles": 32,
+        "max_tiles": 64,
+    }
+    settings["trainer"]["callbacks"] = [{"class_path": "terratorch_simpler.SimplerCallback", "init_args": callback}]
+    (tmp_path / "tiles.yaml").write_text(yaml.safe_dump(settings))
+    plans = []
+    for workers, out in ((0, "a"), (3, "b"), (3, "b")):  # the last with the index of the one before
+        workers = f"--trainer.callbacks.tiles.num_workers={workers}"
+        assert main(["plan", "-c", str(tmp_path / "tiles.yaml"), workers, "-o", str(tmp_path / out)]) == 0
+        assert {path.name for path in (tmp_path / out).iterdir()} == {"plan.json", "report.png", "tiles.json"}
+        plans.append((tmp_path / out / "plan.json").read_text())
+    assert plans[0] == plans[1] == plans[2]
+    data = json.loads(plans[0])["data"]
+    assert (data["source"], data["files"]) == ("GeoTiffTiles", 56)
+
+
 def test_show_prints_table_and_curve(fitted, plan, capsys):
     assert main(["show", str(fitted / "simpler" / "plan.json")]) == 0
     out = capsys.readouterr().out

@@ -103,7 +103,25 @@ def pipe(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
     yield path
-    os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))  # lets go of who still waits
+    let_go(path)
+
+
+def reading_threads(seconds=2.5):
+    """Threads that still read, when they had time to end."""
+    for _ in range(int(seconds / 0.05)):
+        left = [thread for thread in threading.enumerate() if thread.name == "tiles"]
+        if not left:
+            return []
+        time.sleep(0.05)
+    return left
+
+
+def let_go(path):
+    """Be the writer that a pipe's readers wait for, as often as they open it."""
+    for _ in range(100):
+        os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+        if not reading_threads(0.05):
+            return
 
 
 def test_file_that_hangs_is_skipped_and_counted(tmp_path, pipe):
@@ -130,7 +148,8 @@ def test_file_that_hangs_after_it_was_indexed_is_given_up_whole(tmp_path):
     expected = {f"{n}.tif": draw(2, 64, 64, seed=n) for n in range(6)}
     for _, path, (x, y, _, _), image, _ in found:
         assert np.array_equal(image, expected[Path(path).name][:, y : y + 16, x : x + 16])
-    os.close(os.open(scenes / "3.tif", os.O_RDWR | os.O_NONBLOCK))
+    let_go(scenes / "3.tif")
+    assert not reading_threads()
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -260,8 +279,11 @@ def test_interrupt_ends_within_a_second_and_leaves_nothing(tmp_path, signum):
     assert int(line.split()[1]) > 0
     started = time.perf_counter()
     process.send_signal(signum)
-    rest = process.stdout.read()
-    status = process.wait()
+    try:
+        rest, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    status = process.returncode
     if signum == signal.SIGINT:
         assert rest == "interrupted [] []\n"
         assert status == 0
@@ -270,6 +292,25 @@ def test_interrupt_ends_within_a_second_and_leaves_nothing(tmp_path, signum):
     assert time.perf_counter() - started < 3  # a second, and the interpreter's own end on a busy machine
     assert [path.name for path in out.iterdir()] == ["tiles.json"]
     assert len(json.loads((out / "tiles.json").read_text())["files"]) == 3
+
+
+def stream_for(seconds, folder, timer):
+    timer.start()
+    started = time.monotonic()
+    while time.monotonic() < started + seconds:
+        for _ in GeoTiffTiles(folder, tile_size=64, stride=8, batch_size=2):
+            if time.monotonic() > started + seconds:
+                break
+
+
+def test_interrupt_at_any_moment_arrives_and_leaves_no_thread(tmp_path):
+    folder = write_many(tmp_path, count=30, height=400, width=400)
+    for trial in range(60):
+        timer = threading.Timer(0.0007 * trial, os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            stream_for(10, folder, timer)
+        timer.join()
+        assert not reading_threads(), trial
 
 
 # Memory

@@ -56,23 +56,25 @@ class Buffers:
 
     Args:
         shape: Shape of a batch.
-        pin_memory: Page-locked memory, which PyTorch itself uses again.
+        pin_memory: Page-locked memory, which PyTorch itself uses again; like a DataLoader's, it needs an accelerator.
     """
 
     def __init__(self, shape: tuple[int, ...], pin_memory: bool) -> None:
         self._shape = shape
-        self._pin_memory = pin_memory
-        self._free: list[NDArray[np.float32]] = []
+        self._pin_memory = pin_memory and torch.cuda.is_available()
+        self._lent: list[tuple[weakref.ref[NDArray[np.float32]], NDArray[np.float32]]] = []
 
     def take(self) -> Buffer:
-        """Memory nobody else uses; it comes back when the last tensor that shares it is gone."""
+        """Memory nobody else uses; it is free again when the last tensor that shares it is gone."""
         if self._pin_memory:
             return Buffer(torch.empty(self._shape, pin_memory=True))
+        # Looked up here rather than by callbacks of the references: an interrupt that falls into one is lost.
+        free = next((number for number, (lent, _) in enumerate(self._lent) if lent() is None), None)
         # Not np.empty: it asks for huge pages, and where memory is fragmented the system takes seven times as long to find
         # them as to clear small ones.
-        memory = self._free.pop() if self._free else torch.empty(self._shape).numpy()
+        memory = torch.empty(self._shape).numpy() if free is None else self._lent.pop(free)[1]
         lent = memory[:]  # an object of its own, which lives as long as the tensor's storage
-        weakref.finalize(lent, self._free.append, memory).atexit = False
+        self._lent.append((weakref.ref(lent), memory))
         return Buffer(torch.from_numpy(lent))
 
 

@@ -83,7 +83,7 @@ class GeoTiffTiles:
         timeout: Seconds one read may take before it is given up, and its file with it.
         index_cache: JSON file that keeps sizes and bands of the files for the next time, so that only new or changed
             files are opened. By default none, or ``tiles.json`` in the callback's ``output_dir``.
-        pin_memory: Put batches into page-locked memory; the callback does on a GPU.
+        pin_memory: Put batches into page-locked memory, if there is an accelerator; the callback does on a GPU.
 
     Raises:
         TilesError: If no file is found, or an option has no meaning.

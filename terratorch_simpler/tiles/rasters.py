@@ -29,12 +29,14 @@ MAX_OPEN = 32
 
 def gdal_settings(timeout: float) -> AbstractContextManager[object]:
     """GDAL settings for the reads of one thread; what the user has set in the environment stays."""
-    settings = {
-        # Listing the folder of every file that is opened takes longer than opening it.
-        "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",
-        "GDAL_HTTP_TIMEOUT": math.ceil(timeout),
-        "GDAL_HTTP_MAX_RETRY": 2,
-    }
+    return _unless_set(
+        GDAL_DISABLE_READDIR_ON_OPEN="TRUE",  # listing the folder of every file takes longer than opening it
+        GDAL_HTTP_TIMEOUT=math.ceil(timeout),
+        GDAL_HTTP_MAX_RETRY=2,
+    )
+
+
+def _unless_set(**settings: object) -> AbstractContextManager[object]:
     scoped: AbstractContextManager[object] = rasterio.Env(
         **{name: value for name, value in settings.items() if name not in os.environ}
     )
@@ -54,7 +56,7 @@ class Raster:
     def __init__(self, path: str) -> None:
         self.path = path
         if is_remote(path):
-            with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # no requests for folders and sidecar files
+            with _unless_set(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # no requests for folders and sidecar files
                 self.src = rasterio.open(path, driver="GTiff")  # with the credentials that URLs need
         else:
             self.src = DatasetReader(path, driver="GTiff", sharing=False)
@@ -163,8 +165,12 @@ def why_unreadable(path: str) -> str:
     if is_remote(path):
         return "unreadable"
     try:
-        with open(path, "rb") as file:
-            return "unreadable" if file.read(1) else "empty file"
+        # Not open(): for a named pipe it would wait for somebody to write.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            return "unreadable" if os.read(handle, 1) else "empty file"
+        finally:
+            os.close(handle)
     except FileNotFoundError:
         return "vanished"
     except PermissionError:

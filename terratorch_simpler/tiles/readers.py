@@ -40,7 +40,7 @@ class Run(Generic[Item, Result]):
 
 
 class Readers(Generic[Item, Result]):
-    """Threads that apply a function to runs of items.
+    """Threads that apply a function to runs of items; a context, which they do not outlive.
 
     Differs from :class:`concurrent.futures.ThreadPoolExecutor` where storage fails: a read that the operating system does
     not end can be neither interrupted nor waited for. Its thread is given up and replaced, its item becomes
@@ -69,8 +69,9 @@ class Readers(Generic[Item, Result]):
         self._todo: SimpleQueue[Run[Item, Result] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._stop = False
+        self._num_threads = num_threads
+        self._threads: list[_Thread[Item, Result]] = []
         self._given_up: list[_Thread[Item, Result]] = []
-        self._threads = [self._start_thread() for _ in range(num_threads)]
 
     def __enter__(self) -> Readers[Item, Result]:
         return self
@@ -85,16 +86,19 @@ class Readers(Generic[Item, Result]):
                 self._todo.get_nowait()
             except Empty:
                 break
-        for _ in self._threads:
-            self._todo.put(None)
+        self._todo.put(None)  # handed on from thread to thread
         deadline = time.monotonic() + SECONDS_TO_END
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def submit(self, items: Sequence[Item]) -> Run[Item, Result]:
         """Queue items for one thread."""
+        # Only here, where leaving the context ends them whenever an interrupt comes.
+        while len(self._threads) < self._num_threads:
+            self._threads.append(self._start_thread())
         run: Run[Item, Result] = Run(items)
-        self._todo.put(run)
+        if self._threads:
+            self._todo.put(run)
         return run
 
     def results(self, run: Run[Item, Result]) -> list[Result | TimedOut]:
@@ -108,7 +112,6 @@ class Readers(Generic[Item, Result]):
             BaseException: What the function raised.
         """
         if not self._threads:
-            self._todo.get()
             with self._context():
                 return [self._read(item) for item in run.items]
         while not run.done.wait(min(POLL_SECONDS, self._timeout)):
@@ -127,6 +130,8 @@ class Readers(Generic[Item, Result]):
             run = run or self._todo.get()
             while run is not None and self._finish(thread, run):
                 run = self._todo.get()
+            if run is None:
+                self._todo.put(None)
 
     def _finish(self, thread: _Thread[Item, Result], run: Run[Item, Result]) -> bool:
         """Read what a run lacks; tell whether the thread should go on."""
