@@ -304,6 +304,7 @@ def stream_for(seconds, folder, timer):
 
 
 def test_interrupt_at_any_moment_arrives_and_leaves_no_thread(tmp_path):
+    assert not reading_threads(20)  # of the tests before
     folder = write_many(tmp_path, count=30, height=400, width=400)
     for trial in range(60):
         timer = threading.Timer(0.0007 * trial, os.kill, (os.getpid(), signal.SIGINT))

@@ -33,6 +33,7 @@ def gdal_settings(timeout: float) -> AbstractContextManager[object]:
         GDAL_DISABLE_READDIR_ON_OPEN="TRUE",  # listing the folder of every file takes longer than opening it
         GDAL_HTTP_TIMEOUT=math.ceil(timeout),
         GDAL_HTTP_MAX_RETRY=2,
+        GDAL_HTTP_RETRY_DELAY=0.5,  # of GDAL's own 30 s little would be left of the time one read may take
     )
 
 
