@@ -30,6 +30,7 @@ import statistics
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -175,6 +176,7 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], int]] = {
 
 def serve(name: str, pipe: Any) -> None:
     """Run tasks as they come, in a process that has imported everything."""
+    warnings.showwarning = lambda *_: None  # workers of the others tell of every chip that it has no georeference
     if name != "raw":
         import terratorch_simpler.tiles  # noqa: F401  TerraTorch, torchgeo and ours
     pipe.send("ready")

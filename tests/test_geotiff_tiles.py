@@ -504,6 +504,16 @@ def test_share_of_damage_is_judged_before_a_long_stream_ends(tmp_path, monkeypat
     assert tiles.skips.tried < 100 < len(tiles)
 
 
+def test_few_damaged_of_many_files_are_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("terratorch_simpler.tiles.source.ENOUGH_TO_JUDGE", 20)
+    write_many(tmp_path, count=100, height=8, width=8)
+    for number in range(5):
+        (tmp_path / f"{number}.tif").write_text("no raster")
+    tiles = GeoTiffTiles(str(tmp_path), tile_size=8, max_bad_fraction=0.06)
+    assert len(one_by_one(tiles)) == 95
+    assert tiles.skipped == {"unreadable": 5}
+
+
 @pytest.mark.parametrize("workers", [0, 3])
 def test_too_many_damaged_files_are_an_error_that_names_them(tmp_path, workers):
     for number in range(10):  # lacks data, which must not crowd the damage out of the message

@@ -68,8 +68,8 @@ class GeoTiffTiles:
         stds: Band standard deviations.
         batch_size: Tiles in a batch.
         num_workers: Threads that read; 0 reads in the thread that asks, without ``timeout``.
-        max_bad_fraction: Share of windows that may be unreadable before it is an error, judged over 4096 windows or
-            all.
+        max_bad_fraction: Share of files and windows that may be unreadable before it is an error: of those tried, once
+            these are 4096, else of all.
         seed: Seed of the order.
         pad: "reflect" to mirror files smaller than a tile, where what is added does not count as valid; by default
             they are skipped.
@@ -200,6 +200,7 @@ class GeoTiffTiles:
         """
         grid = self._windows()
         self.skips = Skipped(len(grid) + len(self._unusable), self.max_bad_fraction)
+        self.skips.tried = len(self.paths)
         for unusable in self._unusable:
             self.skips.add(unusable.reason, unusable.path, unusable.bad)
         if not len(grid):

@@ -56,7 +56,8 @@ class Skipped:
     Attributes:
         counts: How many by reason.
         named: The first few.
-        tried: How many tiles were asked for, where the source counts them: of a long stream the share is that of these.
+        tried: How many files and tiles were tried, where the source counts them: of a long stream the share is that of
+            these.
     """
 
     def __init__(self, planned: int, max_bad_fraction: float) -> None:
