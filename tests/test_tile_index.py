@@ -221,6 +221,18 @@ def test_frames_are_the_files_of_a_place_in_order_of_their_dates(tmp_path):
                 assert np.array_equal(image[:, frame], source.read()[:, y : y + 8, x : x + 8])
 
 
+def test_dates_are_put_in_order_not_names(tmp_path):
+    write_dates(
+        tmp_path, ("a",), ("01022020", "02012020"), height=8, width=8
+    )  # the first of February, the second of January
+    arguments = {"tile_size": 8, "num_frames": 2, "filename_regex": r"a_(?P<date>\d{8})", "date_format": "%d%m%Y"}
+    ((_, path, _, image, _),) = one_by_one(GeoTiffTiles(str(tmp_path), **arguments))
+    assert Path(path).stem == "a_02012020_sr"
+    for frame, date in enumerate(("02012020", "01022020")):
+        with rasterio.open(tmp_path / f"a_{date}_sr.tif") as source:
+            assert np.array_equal(image[:, frame], source.read())
+
+
 def test_place_is_the_tile_of_the_name_where_it_has_one(tmp_path):
     for name in ("HLS.S30.T32TQM.2020035.v1", "HLS.L30.T32TQM.2020031.v2", "HLS.S30.T31TAA.2020031.v1"):
         write(tmp_path / f"{name}.tif", draw(1, 8, 8))
