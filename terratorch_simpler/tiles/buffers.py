@@ -70,8 +70,7 @@ class Buffers:
             return Buffer(torch.empty(self._shape, pin_memory=True))
         # Looked up here rather than by callbacks of the references: an interrupt that falls into one is lost.
         free = next((number for number, (lent, _) in enumerate(self._lent) if lent() is None), None)
-        # Not np.empty: it asks for huge pages, and where memory is fragmented the system takes seven times as long to find
-        # them as to clear small ones.
+        # Not np.empty: it asks for huge pages, for which the system has to move others where memory is fragmented.
         memory = torch.empty(self._shape).numpy() if free is None else self._lent.pop(free)[1]
         lent = memory[:]  # an object of its own, which lives as long as the tensor's storage
         self._lent.append((weakref.ref(lent), memory))

@@ -45,7 +45,7 @@ class GeoTiffTiles:
     (``GDAL_CACHEMAX``) and up to 32 files stay open. 8 bytes a window hold the order.
 
     Names are those of torchgeo where it has them. Unlike its ``RasterDataset``, files need no common CRS or resolution
-    and are neither resampled nor merged: an encoder sees pixels, not places, and warping is most of torchgeo's time.
+    and are neither resampled nor merged: an encoder sees pixels, not places.
     Unlike ``GridGeoSampler``, windows stay inside the files, and unlike ``RandomGeoSampler``, no pixel comes twice with
     ``stride >= tile_size``. An alpha band is read as any other, since GDAL declares the fourth band of every 8-bit
     file one.

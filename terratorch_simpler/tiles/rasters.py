@@ -30,7 +30,7 @@ MAX_OPEN = 32
 def gdal_settings(timeout: float) -> AbstractContextManager[object]:
     """GDAL settings for the reads of one thread; what the user has set in the environment stays."""
     return _unless_set(
-        GDAL_DISABLE_READDIR_ON_OPEN="TRUE",  # listing the folder of every file takes longer than opening it
+        GDAL_DISABLE_READDIR_ON_OPEN="TRUE",  # else the folder is listed for every file in it that is opened
         GDAL_HTTP_TIMEOUT=math.ceil(timeout),
         GDAL_HTTP_MAX_RETRY=2,
         GDAL_HTTP_RETRY_DELAY=0.5,  # of GDAL's own 30 s little would be left of the time one read may take
@@ -110,7 +110,7 @@ class Raster:
 
 
 class OpenFiles:
-    """Keeps the files used last open: opening one costs about as much as reading a small tile."""
+    """Keeps the files used last open, for the next of their windows."""
 
     def __init__(self) -> None:
         self._idle: OrderedDict[int, Raster] = OrderedDict()
