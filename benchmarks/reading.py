@@ -176,9 +176,9 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], int]] = {
 
 def serve(name: str, pipe: Any) -> None:
     """Run tasks as they come, in a process that has imported everything."""
-    warnings.showwarning = lambda *_: None  # workers of the others tell of every chip that it has no georeference
     if name != "raw":
         import terratorch_simpler.tiles  # noqa: F401  TerraTorch, torchgeo and ours
+    warnings.showwarning = lambda *_: None  # workers of the others tell of every chip that it has no georeference
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
         start = time.perf_counter()
