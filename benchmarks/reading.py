@@ -30,7 +30,6 @@ import statistics
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,6 +131,11 @@ def read_ours(task: dict[str, Any]) -> int:
     return seen
 
 
+def hush(_: int) -> None:
+    """Workers tell of every chip that it has no georeference."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def read_torchgeo(task: dict[str, Any]) -> int:
     """RasterDataset with one of torchgeo's samplers."""
     from torch.utils.data import DataLoader
@@ -161,7 +165,7 @@ def read_terratorch(task: dict[str, Any]) -> int:
         label_grep="*_mask.tif", no_data_replace=0,
     )  # fmt: skip
     seen = 0
-    for batch in DataLoader(dataset, BATCH, num_workers=task["threads"], shuffle=True):
+    for batch in DataLoader(dataset, BATCH, num_workers=task["threads"], shuffle=True, worker_init_fn=hush):
         seen += len(batch["image"])
     return seen
 
@@ -178,7 +182,6 @@ def serve(name: str, pipe: Any) -> None:
     """Run tasks as they come, in a process that has imported everything."""
     if name != "raw":
         import terratorch_simpler.tiles  # noqa: F401  TerraTorch, torchgeo and ours
-    warnings.showwarning = lambda *_: None  # workers of the others tell of every chip that it has no georeference
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
         start = time.perf_counter()
