@@ -59,9 +59,6 @@ class Place(NamedTuple):
     width: int
     height: int
 
-    def __str__(self) -> str:
-        return self.paths[0]
-
 
 class Grid:
     """All windows on the grids of all series of files, numbered one series after the other, row by row.
@@ -78,8 +75,8 @@ class Grid:
     def __init__(
         self, series: Sequence[tuple[str, ...]], sizes: Sequence[tuple[int, int]], tile_size: int, stride: int
     ) -> None:
-        self.tile_size = tile_size
-        self.stride = stride
+        self._tile_size = tile_size
+        self._stride = stride
         self._series = series
         self._sizes = sizes
         # A side shorter than a tile has one window: whether it is padded or left out is decided before.
@@ -100,8 +97,8 @@ class Grid:
             raise IndexError(number)
         at = bisect_right(self._ends, number)
         row, column = divmod(number - (self._ends[at - 1] if at else 0), self._columns[at])
-        (width, height), side = self._sizes[at], self.tile_size
-        return Place(number, self._series[at], column * self.stride, row * self.stride, min(side, width), min(side, height))
+        (width, height), side, stride = self._sizes[at], self._tile_size, self._stride
+        return Place(number, self._series[at], column * stride, row * stride, min(side, width), min(side, height))
 
 
 class Catalogue:
