@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from terratorch_simpler.encoders import find_adapter
-from terratorch_simpler.errors import CheckpointError, DepthError
+from terratorch_simpler.encoders import BlockPathAdapter, EncoderAdapter, InputShape, Layout, find_adapter
+from terratorch_simpler.errors import CheckpointError, ConfigurationError, DepthError
 from terratorch_simpler.plan import SlimmingPlan, feature_position, resolve_keep
 
 KEPT_KEY = "kept_blocks"
@@ -31,13 +33,15 @@ class SimplerBackbone(nn.Module):
     Args:
         encoder: Encoder of a supported family, with all its blocks.
         name: Its name in TerraTorch's registry; by default the name of its class.
-        out_indices: Blocks whose features are returned, numbered as in the intact encoder; by default all.
+        out_indices: Blocks whose features are returned, numbered as in the intact encoder; by default those that the
+            encoder returns in TerraTorch (all, the last, or the last three).
         keep: First n blocks, or block numbers (0-based), to keep from the start.
         plan: A plan, or the path of a plan.json, to apply from the start.
         pretrained: Whether the encoder holds pretrained weights; None if unknown.
+        block_path: Path of the blocks of an encoder of no supported family, such as ``vit.blocks``.
 
     Raises:
-        UnsupportedEncoderError: If the encoder is of no supported family.
+        UnsupportedEncoderError: If the encoder is of no supported family, or has no equal blocks at ``block_path``.
         DepthError: If ``keep`` or ``out_indices`` do not fit the encoder, or both ``keep`` and ``plan`` are given.
         PlanError: If the plan is damaged or made for another encoder.
     """
@@ -50,19 +54,19 @@ class SimplerBackbone(nn.Module):
         keep: int | Sequence[int] | None = None,
         plan: SlimmingPlan | str | Path | None = None,
         pretrained: bool | None = None,
+        block_path: str | None = None,
     ) -> None:
         """Take over an encoder."""
         super().__init__()
-        self._adapter = find_adapter(encoder)
+        self._adapter = find_adapter(encoder) if block_path is None else _by_path(encoder, block_path)
+        self.full_num_blocks = len(self._adapter.blocks(encoder))
+        # Negative indices count from the end of the intact encoder.
+        self._out_indices = tuple(int(i) for i in self._adapter.feature_blocks(encoder, out_indices))
+        channels = self._adapter.out_channels(encoder)
         self._adapter.prepare(encoder)
         self.encoder = encoder
         self.name = name or type(encoder).__name__
         self.pretrained = pretrained
-        self.full_num_blocks = len(self._adapter.blocks(encoder))
-        channels = self._adapter.out_channels(encoder)
-        # Negative indices count from the end of the intact encoder.
-        wanted = range(self.full_num_blocks) if out_indices is None else out_indices
-        self._out_indices = tuple(int(i) for i in wanted)
         for index in self._out_indices:
             feature_position(index, self.full_num_blocks, self.full_num_blocks)  # refuses what does not exist
         self.out_channels = [channels[i] for i in self._out_indices]
@@ -94,37 +98,71 @@ class SimplerBackbone(nn.Module):
         return len(self._kept)
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def family(self) -> str:
+        """Family of the encoder."""
+        return self._adapter.family
+
+    @property
+    def fewest_blocks(self) -> int:
+        """Fewest blocks that an encoder of this family works with."""
+        return self._adapter.fewest_blocks
+
+    @property
+    def feature_positions(self) -> tuple[int, ...]:
+        """Which kept block answers each feature."""
+        return tuple(self._positions)
+
+    @property
+    def blocks(self) -> nn.ModuleList | nn.Sequential:
         """The kept blocks, in order."""
         return self._adapter.blocks(self.encoder)
 
     @property
-    def prefix_tokens(self) -> int:
-        """Number of tokens before the patch tokens in a block's output."""
-        return self._adapter.prefix_tokens(self.encoder)
-
-    @property
-    def patch_size_px(self) -> tuple[int, int, int]:
-        """Extent of a patch token as (frames, rows, columns)."""
-        return self._adapter.patch_size(self.encoder)
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one native input image, (C, H, W) or (C, T, H, W)."""
+    def input_shape(self) -> InputShape | None:
+        """Shape of one native input: (C, H, W), (C, T, H, W), or one of these for each modality; None if unknown."""
         return self._adapter.input_shape(self.encoder)
+
+    def host_settings(self) -> tuple[dict[str, Any], list[int]] | None:
+        """How TerraTorch itself can build the encoder as it stands.
+
+        Returns:
+            Arguments for TerraTorch's encoder of the same name, and for each feature its place in the list which that one
+            returns; None if TerraTorch has no setting for the depth of this family.
+        """
+        return self._adapter.host_settings(self.encoder, self._positions)
+
+    def watch(self, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
+        """Tell the raw output (B, N, D) of every kept block, in order, each time the encoder runs.
+
+        Args:
+            seen: Called once for every block.
+
+        Returns:
+            Handles that end it.
+        """
+        return self._adapter.watch(self.encoder, seen)
+
+    def layout(self, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
+        """What the tokens of a block's output stand for.
+
+        Args:
+            inputs: First argument of the encoder.
+            length: Number of tokens.
+        """
+        return self._adapter.layout(self.encoder, inputs, length)
 
     def num_parameters(self) -> int:
         """Parameters of the encoder as it stands now."""
         return sum(parameter.numel() for parameter in self.encoder.parameters())
 
-    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Features of the encoder; arguments, coordinates among them, go to it unchanged.
 
         Returns:
-            One tensor per requested index, (B, tokens, D); indices that share a kept block share a tensor.
+            One entry per requested index, shaped as the encoder does it: tokens (B, N, D), images (B, D, h, w), or a
+            dictionary of modalities; indices that share a kept block share a tensor.
         """
-        features = self.encoder(*args, **kwargs)
-        return [features[position] for position in self._positions]
+        return self._adapter.features(self.encoder, self._positions, args, kwargs)
 
     def slim(self, plan: SlimmingPlan) -> tuple[int, ...]:
         """Cut the encoder in place and free what is dropped.
@@ -151,12 +189,26 @@ class SimplerBackbone(nn.Module):
             blocks: Blocks to keep, numbered as in the intact encoder.
 
         Raises:
-            DepthError: If one does not exist or has been dropped before.
+            DepthError: If one does not exist or has been dropped before, or they are too few for the encoder.
+            ConfigurationError: If adapters (LoRA) were asked for in some blocks only and none of these is kept.
         """
         kept = resolve_keep(list(blocks), self.full_num_blocks)
+        if len(kept) < self.fewest_blocks:
+            msg = (
+                f"Found {len(kept)} blocks to keep, expected at least {self.fewest_blocks} for {self.family}: "
+                f"{self._adapter.why_fewest}."
+            )
+            raise DepthError(msg)
         if gone := sorted(set(kept) - set(self._kept)):
             msg = f"Found blocks {gone} to keep, expected some of {list(self._kept)}, the blocks this encoder still holds."
             raise DepthError(msg)
+        named = self._blocks_named_by_peft()
+        if named and not named & set(kept):
+            msg = (
+                f"Found adapters (LoRA) in blocks {sorted(named)} only, expected some in the kept blocks {list(kept)}: "
+                "adapters are dropped with their blocks: change layers_to_transform, or keep more blocks."
+            )
+            raise ConfigurationError(msg)
         if kept != self._kept:
             self._reshape(kept)
 
@@ -193,6 +245,45 @@ class SimplerBackbone(nn.Module):
         self.register_buffer(KEPT_KEY, torch.tensor(kept, device=device))
         self._positions = [feature_position(i, len(kept), self.full_num_blocks) for i in self._out_indices]
 
+    @property
+    def peft_config(self) -> Mapping[str, Any]:
+        """Configuration of the adapters, which PEFT leaves here once it has put them into the blocks."""
+        if "_peft_config" not in self.__dict__:
+            raise AttributeError("peft_config")  # PEFT asks whether there is one
+        return self._peft_config
+
+    @peft_config.setter
+    def peft_config(self, configs: Mapping[str, Any]) -> None:
+        self._peft_config = configs
+        named = self._blocks_named_by_peft()
+        if not named or self.num_blocks == self.full_num_blocks:
+            return
+        # PEFT counts the blocks it finds, which is the numbering of the intact encoder only without gaps.
+        if self._kept != tuple(range(self.num_blocks)):
+            msg = (
+                f"Found adapters (LoRA) for blocks {sorted(named)} of an encoder cut to blocks {list(self._kept)}, expected "
+                "no block numbers where blocks in between are gone: remove layers_to_transform."
+            )
+            raise ConfigurationError(msg)
+        if gone := sorted(named - set(self._kept)):
+            msg = (
+                f"Found adapters (LoRA) for blocks {gone}, expected some of {list(self._kept)}, the blocks this encoder "
+                "still holds: change layers_to_transform."
+            )
+            raise ConfigurationError(msg)
+
+    def _blocks_named_by_peft(self) -> set[int]:
+        """Blocks that adapters are limited to, numbered as in the intact encoder; none if there is no limit."""
+        stack = next(name for name, part in self.named_modules() if part is self.blocks).rpartition(".")[2]
+        named: set[int] = set()
+        for config in getattr(self, "peft_config", {}).values():
+            layers = getattr(config, "layers_to_transform", None)
+            named |= {layers} if isinstance(layers, int) else set(layers or ())
+            targets = getattr(config, "target_modules", None) or ()
+            for target in [targets] if isinstance(targets, str) else targets:
+                named |= {int(number) for number in re.findall(rf"{re.escape(stack)}\\?\.(\d+)", target)}
+        return named
+
     def freeze(self) -> None:
         """Freeze the encoder, the way the encoder itself does it if it has one (Prithvi keeps VPT prompts trainable)."""
         if callable(getattr(self.encoder, "freeze", None)):
@@ -209,6 +300,12 @@ class SimplerBackbone(nn.Module):
     def extra_repr(self) -> str:
         """Name and depth."""
         return f"name={self.name}, num_blocks={self.num_blocks} of {self.full_num_blocks}"
+
+
+def _by_path(encoder: nn.Module, path: str) -> EncoderAdapter:
+    adapter = BlockPathAdapter(path)
+    adapter.matches(encoder)  # says what is wrong with the path
+    return adapter
 
 
 def shape_in_checkpoint(state_dict: Mapping[str, Tensor], source: str) -> tuple[tuple[int, ...], int]:

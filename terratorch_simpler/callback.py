@@ -126,13 +126,11 @@ class SimplerCallback(Callback):
         plan = self._make_plan(trainer, pl_module, backbone)
         plan.check_encoder(backbone.name, backbone.full_num_blocks)
         backbone.keep_blocks(plan.kept_blocks)
-        if plan.parameters is not None and plan.macs is not None and self.plan is None:
-            shape = tuple((plan.data or {}).get("input_shape", backbone.input_shape))
-            plan = replace(
-                plan,
-                parameters={**plan.parameters, "after": backbone.num_parameters()},
-                macs={**plan.macs, "after": count_macs(backbone, shape)},
-            )
+        if plan.parameters is not None and self.plan is None:
+            plan = replace(plan, parameters={**plan.parameters, "after": backbone.num_parameters()})
+            shape = (plan.data or {}).get("input_shape", backbone.input_shape)
+            if plan.macs is not None and shape is not None:
+                plan = replace(plan, macs={**plan.macs, "after": count_macs(backbone, shape)})
         backbone.slim(plan)
         self._report(trainer, plan)
 

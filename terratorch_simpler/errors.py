@@ -27,6 +27,10 @@ class CheckpointError(SimplerError, RuntimeError):
     """A checkpoint does not fit the encoder it is loaded into."""
 
 
+class ExportError(SimplerError, RuntimeError):
+    """A model cannot be expressed without this package, or what was written does not answer alike."""
+
+
 class DegenerateFeaturesError(SimplerError, ValueError):
     """A block's output cannot be compared: constant, not finite, or too few rows."""
 

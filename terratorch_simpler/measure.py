@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.criteria import Bounds, Criterion, vote
-from terratorch_simpler.errors import TilesError
+from terratorch_simpler.encoders import InputShape, Layout, PatchGrid
+from terratorch_simpler.errors import SimplerWarning, TilesError
 from terratorch_simpler.similarity import GroupedCKA, TileGroups
 from terratorch_simpler.tiles import Batch, TileSource
 
@@ -46,7 +48,7 @@ class Measurement:
         tiles_seen: Tiles measured.
         rows_seen: Rows of tokens drawn from them.
         settled: Whether the stream was stopped early because one depth had won.
-        input_shape: Shape of one input of the encoder as it was seen, without the batch.
+        input_shape: Shape of one input of the encoder as it was seen, without the batch; of each modality by name.
         seconds: How long the pass took.
         data_wait: How many of them the model waited for tiles.
     """
@@ -56,7 +58,7 @@ class Measurement:
     tiles_seen: int
     rows_seen: int
     settled: bool
-    input_shape: tuple[int, ...]
+    input_shape: InputShape
     seconds: float
     data_wait: float
 
@@ -168,7 +170,7 @@ def measure(
 
     seen, early = 0, False
     started, waiting = time.perf_counter(), _DataWait(device)
-    with _borrowed(stop_after), _Tap(backbone, stop_after, tokens, seed) as tap, _stream(source) as batches:
+    with _borrowed(stop_after, seed), _Tap(backbone, stop_after, tokens, seed) as tap, _stream(source) as batches:
         # Tile by tile, so that neither max_tiles nor the early stop depends on the batch size in flight.
         for tile in _tiles(waiting.between(batches), tap, forward, source):
             seen += 1
@@ -261,30 +263,49 @@ def _tiles(batches: Iterator[Batch], tap: _Tap, forward: Callable[[Batch], objec
                 source.skips.add("nodata", f"tile {number}")
 
 
-def count_macs(backbone: SimplerBackbone, input_shape: tuple[int, ...]) -> int:
+def zeros_like_input(backbone: SimplerBackbone, input_shape: InputShape) -> Tensor | dict[str, Tensor]:
+    """A batch of one empty tile.
+
+    Args:
+        backbone: Where it will go.
+        input_shape: Shape of one input, or of each modality by name.
+    """
+    parameter = next(backbone.parameters())
+    if isinstance(input_shape, Mapping):
+        return {
+            name: torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+            for name, shape in input_shape.items()
+        }
+    return torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
+
+
+def count_macs(backbone: SimplerBackbone, input_shape: InputShape) -> int:
     """Multiply-accumulate operations of the encoder for one tile, counted by PyTorch's own FLOP counter.
 
     Args:
         backbone: The encoder as it stands now.
-        input_shape: Shape of one input, (C, H, W) or (C, T, H, W).
+        input_shape: Shape of one input, (C, H, W) or (C, T, H, W), or of each modality by name.
     """
-    parameter = next(backbone.parameters())
-    image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
     # Fused attention kernels are not counted on every device; the plain one is made of products that are.
     with _borrowed(backbone), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        backbone(image)
+        backbone(zeros_like_input(backbone, input_shape))
     return int(counter.get_total_flops()) // 2  # a multiply and an add are one MAC
 
 
 @contextmanager
-def _borrowed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random state come back, whatever happens."""
+def _borrowed(module: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random state come back, whatever happens.
+
+    Some encoders draw random numbers even then (TerraMind's Thinking-in-Modalities samples tokens): from ``seed``.
+    """
     modes = [(part, part.training) for part in module.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
             module.eval()
+            random.seed(seed)
+            torch.manual_seed(seed)
             yield
     finally:
         for part, training in modes:
@@ -304,19 +325,20 @@ class _Tap:
     """
 
     def __init__(self, backbone: SimplerBackbone, stop_after: nn.Module, tokens: Tokens, seed: int) -> None:
-        self.input_shape: tuple[int, ...] = ()
+        self.input_shape: InputShape = ()
         self._backbone = backbone
         self._stop_after = stop_after
         self._tokens = tokens
         self._seed = seed
         self._hooks = ExitStack()
         self._rows: list[Tensor] = []
-        self._drawn = _Draw(index=torch.empty(0, dtype=torch.long), weights=None, counts=[])
+        self._inputs: Tensor | Mapping[str, Any] = {}
+        self._drawn: _Draw | None = None
         self._batch: Batch = {}
 
     def __enter__(self) -> _Tap:
         handles = [self._backbone.register_forward_pre_hook(self._before, with_kwargs=True)]
-        handles += [block.register_forward_hook(self._after_block) for block in self._backbone.blocks]
+        handles += self._backbone.watch(self._after_block)
         handles += [self._stop_after.register_forward_hook(self._after_encoder)]
         for handle in handles:
             self._hooks.callback(handle.remove)
@@ -332,112 +354,196 @@ class _Tap:
             Rows after every block, (L, R, D), and how many of the R rows came from each tile.
 
         Raises:
-            TilesError: If the tiles have not the bands of the encoder.
+            TilesError: If the tiles have not the modalities or bands of the encoder.
         """
-        self._check_bands(batch["image"])  # before the datamodule's means meet another number of bands
-        self._batch, self._rows = batch, []
+        check_input(self._backbone, batch["image"])  # before the datamodule's means meet another number of bands
+        self._batch, self._rows, self._drawn = batch, [], None
         with suppress(_EncoderDone):
             forward(batch)
+        assert self._drawn is not None
         return torch.stack(self._rows), self._drawn.counts
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        image = args[0] if args else next(iter(kwargs.values()))
-        self.input_shape = tuple(image.shape[1:])
-        tokens = _valid_tokens(self._batch["valid"], image.shape, self._backbone.patch_size_px)
-        self._drawn = _draw(
-            tokens, self._backbone.prefix_tokens, self._batch["index"], self._tokens, self._seed, image.device
-        )
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        self._inputs = inputs
+        if isinstance(inputs, Mapping):
+            images = {name: part for name, part in inputs.items() if isinstance(part, Tensor) and part.ndim >= 4}
+            self.input_shape = {name: tuple(part.shape[1:]) for name, part in images.items()}
+        else:
+            self.input_shape = tuple(inputs.shape[1:])
 
-    def _check_bands(self, image: Tensor) -> None:
-        found, expected = image.shape[1], self._backbone.input_shape[0]
-        if found != expected:
-            msg = (
-                f"Found tiles with {found} bands, expected the {expected} bands of '{self._backbone.name}': choose bands "
-                "with output_bands in the datamodule or bands in GeoTiffTiles, or set backbone_bands."
-            )
-            raise TilesError(msg)
-
-    def _after_block(self, _module: nn.Module, _args: object, output: Tensor) -> None:
+    def _after_block(self, output: Tensor) -> None:
+        if self._drawn is None:  # only an output tells how many tokens there are
+            layout = self._backbone.layout(self._inputs, output.shape[-2])
+            valid, special = _token_masks(self._batch["valid"], output.shape[0], layout)
+            self._drawn = _draw(valid, special, self._batch["index"], self._tokens, self._seed, output.device)
         self._rows.append(self._drawn.take(output))
 
     def _after_encoder(self, _module: nn.Module, _args: object, _output: object) -> None:
         raise _EncoderDone
 
 
+def check_input(backbone: SimplerBackbone, image: Tensor | Mapping[str, Any]) -> None:
+    """Refuse tiles whose modalities or bands are not those of the encoder.
+
+    Args:
+        backbone: The encoder.
+        image: A batch of tiles, (B, C, ...), or of each modality by name.
+
+    Raises:
+        TilesError: If they are not.
+    """
+    expected = backbone.input_shape
+    if expected is None:
+        return
+    if isinstance(image, Mapping):
+        if not isinstance(expected, Mapping):
+            msg = (
+                f"Found tiles with the modalities {', '.join(image)}, expected one image for '{backbone.name}': choose an "
+                "encoder of several modalities, or set concat_bands in the datamodule."
+            )
+            raise TilesError(msg)
+        _check_modalities(backbone.name, image, expected)
+    elif isinstance(expected, Mapping):
+        if len(expected) > 1:
+            msg = (
+                f"Found tiles of one image, expected the modalities {', '.join(expected)} of '{backbone.name}': stream the "
+                "datamodule's images instead of tiles, or name one modality in backbone_modalities."
+            )
+            raise TilesError(msg)
+        _check_bands(backbone.name, image, next(iter(expected.values()))[0])
+    else:
+        _check_bands(backbone.name, image, expected[0])
+
+
+def _check_modalities(backbone: str, image: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in expected if name not in image]
+    if len(missing) == len(expected):
+        msg = (
+            f"Found tiles with the modalities {', '.join(image)}, expected {', '.join(expected)} of '{backbone}': give "
+            "datamodule and backbone_modalities the same names."
+        )
+        raise TilesError(msg)
+    if missing:
+        warnings.warn(
+            f"Found tiles without {', '.join(missing)}, expected all modalities of '{backbone}': the depth is chosen from "
+            "what is there; remove them from backbone_modalities if they are never there.",
+            SimplerWarning,
+            stacklevel=2,
+        )
+    for name, shape in expected.items():
+        if name in image:
+            _check_bands(f"{backbone}' for modality '{name}", image[name], shape[0])
+
+
+def _check_bands(backbone: str, image: Tensor, expected: int) -> None:
+    found = image.shape[1]
+    if found != expected:
+        msg = (
+            f"Found tiles with {found} bands, expected the {expected} bands of '{backbone}': choose bands "
+            "with output_bands in the datamodule or bands in GeoTiffTiles, or set backbone_bands."
+        )
+        raise TilesError(msg)
+
+
 class _Draw(NamedTuple):
     """Which rows of a block's output are compared, for the tiles of a batch."""
 
     index: Tensor  # (R,) into the tokens of all tiles, laid out one tile after the other
-    weights: Tensor | None  # (B, patch tokens) for the mean over patch tokens
+    weights: Tensor | None  # (B, tokens) for the mean over patch tokens
     counts: list[int]  # rows of each tile
 
     def take(self, output: Tensor) -> Tensor:
         """Rows (R, D) of a block's output (B * T, N, D), where T > 1 if frames pass as separate images."""
         tiles, width = len(self.counts), output.shape[-1]
-        per_image = output.reshape(tiles, -1, output.shape[-2], width)
         if self.weights is None:
-            return per_image.reshape(-1, width).index_select(0, self.index)
-        patches = per_image[:, :, -(self.weights.shape[1] // per_image.shape[1]) :].reshape(tiles, -1, width)
-        means = torch.einsum("bn,bnd->bd", self.weights, patches.to(self.weights.dtype))
+            return output.reshape(-1, width).index_select(0, self.index)
+        per_tile = output.reshape(tiles, -1, width)
+        means = torch.einsum("bn,bnd->bd", self.weights, per_tile.to(self.weights.dtype))
         return means.index_select(0, self.index)
 
 
-def _valid_tokens(valid: Tensor, shape: torch.Size, patch: tuple[int, int, int]) -> Tensor:
-    """Which patch tokens show at least one valid pixel.
+def _token_masks(valid: Tensor, images: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Which tokens show at least one valid pixel, and which show none by their nature.
 
     Args:
         valid: Valid pixels of the tiles, (B, H, W) or (B, T, H, W).
-        shape: Shape of the encoder's input, (B, C, H', W') or (B, C, T', H', W'); frames may have become images, and
-            the model may have padded the images evenly on both sides. What is padded mirrors pixels that count already.
-        patch: Extent of a patch as (frames, rows, columns).
+        images: Images that the encoder sees at once: B, or B * T if frames have become images.
+        layout: What the tokens of an image stand for.
 
     Returns:
-        Bool of shape (B, images of a tile, tokens of an image).
+        Bools of shape (B, images of a tile, N) and (N,).
+    """
+    per_tile = images // valid.shape[0]
+    shown: list[Tensor] = []
+    special: list[Tensor] = []
+    for part in layout:
+        if isinstance(part, PatchGrid):
+            shown.append(_valid_patches(valid, per_tile, part))
+            special.append(torch.zeros(part.tokens, dtype=torch.bool))
+        else:
+            shown.append(torch.zeros(valid.shape[0], per_tile, part, dtype=torch.bool))
+            special.append(torch.ones(part, dtype=torch.bool))
+    return torch.cat(shown, dim=2), torch.cat(special)
+
+
+def _valid_patches(valid: Tensor, images: int, grid: PatchGrid) -> Tensor:
+    """Which patches show at least one valid pixel.
+
+    Args:
+        valid: Valid pixels of the tiles, (B, H, W) or (B, T, H, W).
+        images: Images of a tile.
+        grid: Patches of one image. The model may have padded the images evenly on both sides: what is padded mirrors
+            pixels that count already.
+
+    Returns:
+        Bool of shape (B, images of a tile, patches of an image).
     """
     tiles = valid.shape[0]
-    height, width = shape[-2:]
-    frames = (shape[2] if len(shape) == 5 else 1) * (shape[0] // tiles)
+    frames_of_image, height, width = grid.size
+    frames = frames_of_image * images
     pixels = valid if valid.ndim == 4 else valid[:, None].expand(-1, frames, -1, -1)
     if pixels.shape[1] != frames:
         pixels = pixels.all(dim=1, keepdim=True).expand(-1, frames, -1, -1)
+    if pixels.shape[2:] == (1, 1):  # modalities on different grids have no common mask
+        pixels = pixels.expand(-1, -1, height, width)
     extra_rows, extra_columns = height - pixels.shape[2], width - pixels.shape[3]
     if min(extra_rows, extra_columns) < 0:  # the model resized the images
         pixels = nn.functional.interpolate(pixels.float(), size=(height, width)) > 0
         extra_rows = extra_columns = 0
     top, left = extra_rows // 2, extra_columns // 2
     pixels = nn.functional.pad(pixels.float(), (left, extra_columns - left, top, extra_rows - top))
-    images = shape[0] // tiles
-    per_image = pixels.reshape(tiles * images, 1, frames // images, height, width)
-    return nn.functional.max_pool3d(per_image, patch).gt(0).reshape(tiles, images, -1)
+    per_image = pixels.reshape(tiles * images, 1, frames_of_image, height, width)
+    return nn.functional.max_pool3d(per_image, grid.patch).gt(0).reshape(tiles, images, -1)
 
 
-def _draw(valid: Tensor, prefix: int, numbers: list[int], tokens: Tokens, seed: int, device: torch.device) -> _Draw:
+def _draw(valid: Tensor, special: Tensor, numbers: list[int], tokens: Tokens, seed: int, device: torch.device) -> _Draw:
     """Draw rows for every tile from a seed of its own.
 
     Args:
         valid: Valid patch tokens, (B, images of a tile, N).
-        prefix: Tokens before the patch tokens of an image.
+        special: Tokens that show no patch, (N,); the first is the class token.
         numbers: Each tile's own number.
         tokens: Which rows to draw.
         seed: Seed of the pass.
         device: Where the rows will be taken.
     """
-    if tokens == "cls" and prefix == 0:
+    if tokens == "cls" and not special[0]:
         msg = "Found tokens 'cls' for an encoder without a class token, expected 'patch', 'mean' or 'all': change tokens."
         raise TilesError(msg)
-    tiles, images, patches = valid.shape
     usable = valid.any(dim=(1, 2))
     if tokens == "mean":
-        weights = valid.reshape(tiles, -1).float()
+        weights = valid.flatten(1).float()
         weights = (weights / weights.sum(dim=1, keepdim=True).clamp(min=1)).to(device, non_blocking=True)
         index = usable.nonzero().flatten()
         return _Draw(index.to(device, non_blocking=True), weights, usable.int().tolist())
-    candidates = torch.zeros(tiles, images, prefix + patches, dtype=torch.bool)
-    if tokens in ("patch", "all"):
-        candidates[:, :, prefix:] = valid
-    if tokens in ("cls", "all"):
-        candidates[:, :, : 1 if tokens == "cls" else prefix] = usable[:, None, None]
-    per_tile = candidates.reshape(tiles, -1).numpy()
+    if tokens == "patch":
+        candidates = valid
+    else:
+        only_class = torch.arange(len(special)) == 0
+        candidates = usable[:, None, None] & (only_class if tokens == "cls" else special)
+        candidates = candidates.expand_as(valid) | (valid & (tokens == "all"))
+    per_tile = candidates.flatten(1).numpy()
     chosen = []
     for tile, (number, row) in enumerate(zip(numbers, per_tile, strict=True)):
         allowed = np.flatnonzero(row)

@@ -12,6 +12,7 @@ from terratorch.utils import InvalidModelError
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.encoders import refuse_by_name
+from terratorch_simpler.errors import ConfigurationError
 
 SOURCE = "simpler"
 
@@ -24,8 +25,9 @@ class SimplerSource:
         return MultiSourceRegistry(**{key: BACKBONE_REGISTRY[key] for key in BACKBONE_REGISTRY.keys() if key != SOURCE})  # noqa: SIM118 (this registry iterates over names, not keys)
 
     def __contains__(self, name: object) -> bool:
-        """Whether TerraTorch can build the encoder ``name``."""
-        return name in self._others()
+        """Whether TerraTorch can build the encoder ``name``, also with weights after a dot (``.mae``), as in timm."""
+        others = self._others()
+        return name in others or (isinstance(name, str) and name.partition(".")[0] in others)
 
     def __iter__(self) -> Iterator[str]:
         """Names without ``simpler_``."""
@@ -41,7 +43,9 @@ class SimplerSource:
         *args: Any,
         plan: str | Path | None = None,
         keep: int | list[int] | str | None = None,
-        out_indices: list[int] | None = None,
+        width: float | None = None,
+        block_path: str | None = None,
+        out_indices: list[int] | str | None = None,
         **kwargs: Any,
     ) -> SimplerBackbone:
         """Build an encoder with all its blocks, wrap it, and cut it if asked to.
@@ -51,21 +55,28 @@ class SimplerSource:
             *args: For the encoder.
             plan: Path of a plan.json to apply.
             keep: First n blocks, or block numbers, to keep.
+            width: Width slimming, which this version does not do: only 1.0.
+            block_path: Path of the blocks of an encoder of no known family.
             out_indices: Blocks whose features are returned, numbered as in the intact encoder.
             **kwargs: For the encoder.
 
         Raises:
             InvalidModelError: If no other source knows the name, as TerraTorch's registry expects.
             UnsupportedEncoderError: If the encoder cannot be cut.
+            ConfigurationError: If ``width`` is not 1.0.
         """
-        others = self._others()
-        if name not in others:
+        if name not in self:
             msg = f"Found no backbone '{name}' behind 'simpler_{name}', expected a name that TerraTorch can build."
             raise InvalidModelError(msg)
         refuse_by_name(name)
-        if isinstance(keep, str):  # settings of model_args given on the command line arrive as text
-            keep = yaml.safe_load(keep)
-        encoder = others.build(name, *args, **kwargs)
+        # Settings of model_args given on the command line arrive as text.
+        keep, width, out_indices = (
+            yaml.safe_load(value) if isinstance(value, str) else value for value in (keep, width, out_indices)
+        )
+        if width not in (None, 1, 1.0):
+            msg = f"Found backbone_width {width}, expected 1.0, since only depth can be cut: remove backbone_width."
+            raise ConfigurationError(msg)
+        encoder = self._others().build(name, *args, **kwargs)
         return SimplerBackbone(
             encoder,
             name=name,
@@ -73,6 +84,7 @@ class SimplerSource:
             keep=keep,
             plan=plan,
             pretrained=bool(kwargs.get("pretrained", False)),
+            block_path=block_path,
         )
 
 

@@ -6,7 +6,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.criteria import Bounds, Criterion
+from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
     ConfigurationError,
     FewTilesWarning,
@@ -86,14 +87,19 @@ def select(
     Raises:
         ConfigurationError: If the rule needs tiles and there are none.
     """
+    if backbone.fewest_blocks > 1:
+        least = max(how.bounds.min_depth or 1, backbone.fewest_blocks)
+        how = replace(how, bounds=replace(how.bounds, min_depth=least))
     found = data = None
     if how.criterion.needs_similarity:
         source = _open_source(getattr(trainer, "datamodule", None), tiles, how.seed)
         found = _stream(trainer, pl_module, backbone, source, how)
-        data = {**source.describe(), "input_shape": list(found.input_shape), "skipped": source.skipped}
+        data = {**source.describe(), "input_shape": _plain(found.input_shape), "skipped": source.skipped}
     blocks = backbone.full_num_blocks
     choice = how.criterion.choose(None if found is None else found.similarity, blocks, how.bounds)
-    parameters, macs = backbone.num_parameters(), count_macs(backbone, found.input_shape if found else backbone.input_shape)
+    parameters = backbone.num_parameters()
+    shape = backbone.input_shape if found is None else found.input_shape
+    macs = None if shape is None else count_macs(backbone, shape)
     return SlimmingPlan(
         backbone=backbone.name,
         full_num_blocks=blocks,
@@ -105,10 +111,14 @@ def select(
         tiles_seen=0 if found is None else found.tiles_seen,
         rows_seen=0 if found is None else found.rows_seen,
         parameters={"before": parameters, "after": parameters},
-        macs={"before": macs, "after": macs},
+        macs=None if macs is None else {"before": macs, "after": macs},
         data=data,
         versions=_versions(),
     )
+
+
+def _plain(shape: InputShape) -> list[int] | dict[str, list[int]]:
+    return {name: list(part) for name, part in shape.items()} if isinstance(shape, dict) else list(shape)
 
 
 def _open_source(datamodule: LightningDataModule | None, tiles: GeoTiffTiles | None, seed: int) -> TileSource:
@@ -177,7 +187,8 @@ def _forward(trainer: Trainer, pl_module: LightningModule, source: TileSource) -
     datamodule: LightningDataModule | None = getattr(trainer, "datamodule", None)
     device = trainer.strategy.root_device
     normalise = None if getattr(source, "means", None) is not None else _normalisation(datamodule)
-    if normalise is None and getattr(source, "means", None) is None:
+    # A datamodule without such a transform normalises while it reads (Sen4Map).
+    if normalise is None and isinstance(source, GeoTiffTiles) and source.means is None:
         warnings.warn(
             "Found neither means in tiles nor a normalisation in the datamodule, expected one of them, since the encoder "
             "was trained on normalised pixels: give tiles means and stds.",

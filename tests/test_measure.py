@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from terratorch_simpler.criteria import Bounds, Simpler
-from terratorch_simpler.errors import DegenerateFeaturesError, TilesError
+from terratorch_simpler.errors import DegenerateFeaturesError, SimplerWarning, TilesError
 from terratorch_simpler.measure import count_macs, measure
 from terratorch_simpler.similarity import TileGroups, linear_cka
 from terratorch_simpler.tiles import Skipped
@@ -315,10 +315,84 @@ def test_block_with_constant_output_is_named(build):
     handle.remove()
 
 
-def test_class_token_of_an_encoder_without_one_is_refused(build, monkeypatch):
-    monkeypatch.setattr("terratorch_simpler.backbone.SimplerBackbone.prefix_tokens", 0)
+def test_class_token_of_an_encoder_without_one_is_refused(build):
+    backbone = build("simpler_terramind_v1_tiny", modalities=["S2L2A"])
     with pytest.raises(TilesError, match="Found tokens 'cls' for an encoder without a class token"):
-        run(build(), Tiles(land(40)), tokens="cls")
+        run(backbone, Tiles(land(40, bands=12)), tokens="cls")
+
+
+class Modalities(Tiles):
+    """Two modalities of the same places."""
+
+    def __init__(self, images, others, **kwargs):
+        super().__init__(images, **kwargs)
+        self.others = others
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield {**batch, "image": {"S2L2A": batch["image"], "S1RTC": self.others[batch["index"]]}}
+
+
+def terramind(build, **kwargs):
+    return build("simpler_terramind_v1_tiny", modalities=["S2L2A", "S1RTC"], **kwargs)
+
+
+@pytest.mark.parametrize("merge_method", ["mean", "concat", "dict", None])
+def test_similarity_of_modalities_is_that_of_all_their_patches(build, merge_method):
+    backbone = terramind(build, merge_method=merge_method)
+    optical, radar = land(40, size=32, bands=12), land(40, size=32, bands=2, seed=1)
+    outputs = []
+    handles = backbone.watch(outputs.append)
+    with torch.no_grad():
+        backbone({"S2L2A": optical, "S1RTC": radar})
+    for handle in handles:
+        handle.remove()
+    found = run(backbone, Modalities(optical, radar))  # four patches of each modality: all are drawn, in order
+    torch.testing.assert_close(found.similarity, linear_cka(torch.stack(outputs).flatten(1, 2)), rtol=0, atol=1e-5)
+    assert found.rows_seen == 40 * 8
+    assert found.input_shape == {"S2L2A": (12, 32, 32), "S1RTC": (2, 32, 32)}
+
+
+def test_modalities_do_not_depend_on_the_batch_and_leave_it_alone(build):
+    backbone, optical, radar = terramind(build), land(70, bands=12), land(70, bands=2, seed=1)
+    first = run(backbone, Modalities(optical, radar, batch_size=7))
+    second = run(backbone, Modalities(optical, radar, batch_size=32))
+    assert torch.allclose(first.similarity, second.similarity, atol=1e-6)
+
+
+def test_patches_without_data_are_left_out_in_every_modality(build):
+    backbone, optical, radar = terramind(build), land(40, bands=12), land(40, bands=2, seed=1)
+    valid = torch.ones(40, 64, 64, dtype=torch.bool)
+    valid[:, :48] = False  # one row of four patches is left in each of the two
+    assert run(backbone, Modalities(optical, radar, valid=valid)).rows_seen == 40 * 8
+
+
+def test_thinking_in_modalities_is_measured_on_its_input(build):
+    backbone = build("simpler_terramind_v1_tiny_tim", modalities=["S2L2A"], img_size=32)
+    tiles = Tiles(land(40, size=32, bands=12))
+    found, again = run(backbone, tiles), run(backbone, tiles)
+    assert found.rows_seen == 40 * 4  # patches of the input, not those that the encoder made up
+    assert torch.equal(found.similarity, again.similarity)
+
+
+def test_modalities_that_do_not_fit_are_refused(build):
+    both = Modalities(land(40, bands=12), land(40, bands=2))
+    with pytest.raises(TilesError, match="Found tiles with the modalities S2L2A, S1RTC, expected one image for 'prithvi"):
+        run(build(), both)
+    with pytest.raises(TilesError, match="Found tiles of one image, expected the modalities S2L2A, S1RTC of 'terramind"):
+        run(terramind(build), Tiles(land(40, bands=12)))
+    with pytest.raises(TilesError, match="Found tiles with the modalities S2L2A, S1RTC, expected DEM of 'terramind"):
+        run(build("simpler_terramind_v1_tiny", modalities=["DEM"]), both)
+    with pytest.raises(
+        TilesError, match="Found tiles with 3 bands, expected the 2 bands of 'terramind_v1_tiny' for modality 'S1RTC'"
+    ):
+        run(terramind(build), Modalities(land(40, bands=12), land(40, bands=3)))
+
+
+def test_a_missing_modality_is_said(build):
+    backbone = build("simpler_terramind_v1_tiny", modalities=["S2L2A", "S1RTC", "DEM"])
+    with pytest.warns(SimplerWarning, match="Found tiles without DEM, expected all modalities"):
+        run(backbone, Modalities(land(40, bands=12), land(40, bands=2)))
 
 
 def test_macs_are_the_closed_form_count(build):

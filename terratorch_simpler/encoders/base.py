@@ -4,38 +4,60 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from terratorch_simpler.errors import ConfigurationError, UnsupportedEncoderError
 
 HIERARCHICAL = ("swin", "convnext", "resnet", "efficientnet", "hiera", "pvt", "maxvit", "mobilenet")
 
+InputShape = tuple[int, ...] | dict[str, tuple[int, ...]]
+"""(C, H, W) or (C, T, H, W) of one image, or that of every modality by name."""
+
+
+class PatchGrid(NamedTuple):
+    """Tokens that stand for patches of one image, in row-major order."""
+
+    size: tuple[int, int, int]  # frames, rows and columns of the image
+    patch: tuple[int, int, int]  # of one patch
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        frames, rows, columns = (extent // step for extent, step in zip(self.size, self.patch, strict=True))
+        return frames * rows * columns
+
+
+Layout = list["int | PatchGrid"]
+"""Tokens of one image (or set of modalities) in order: numbers of tokens that show no patch, and grids of those that do."""
+
 
 class EncoderAdapter(ABC):
-    """Where one family of encoders keeps what is measured and cut. Adapters hold no state.
+    """Where one family of encoders keeps what is measured and cut. Adapters hold no state of an encoder.
 
     Attributes:
         family: Name for messages.
+        fewest_blocks: Fewest blocks that an encoder of this family works with.
+        why_fewest: The reason, as a clause.
     """
 
     family: str
+    fewest_blocks: int = 1
+    why_fewest: str = ""
 
     @abstractmethod
     def matches(self, encoder: nn.Module) -> bool:
-        """Whether the encoder is of this family.
-
-        Raises:
-            UnsupportedEncoderError: If it is, but a variant that cannot be cut.
-        """
+        """Whether the encoder is of this family."""
 
     @abstractmethod
     def prepare(self, encoder: nn.Module) -> None:
         """Make ``encoder(...)`` return the features after every block it holds, and copy correctly."""
 
     @abstractmethod
-    def blocks(self, encoder: nn.Module) -> nn.ModuleList:
+    def blocks(self, encoder: nn.Module) -> nn.ModuleList | nn.Sequential:
         """Blocks the encoder holds, in order; their outputs are what is compared."""
 
     @abstractmethod
@@ -62,8 +84,90 @@ class EncoderAdapter(ABC):
         """Extent of a patch token as (frames, rows, columns) of the input."""
 
     @abstractmethod
-    def input_shape(self, encoder: nn.Module) -> tuple[int, ...]:
-        """Shape of one native input image, (C, H, W) or (C, T, H, W)."""
+    def input_shape(self, encoder: nn.Module) -> InputShape | None:
+        """Shape of one native input, or None if the encoder does not tell."""
+
+    def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:
+        """Blocks whose features TerraTorch's encoder returns, in its order, when it is built with ``out_indices``.
+
+        Called on the intact encoder, before :meth:`prepare`.
+
+        Args:
+            encoder: The encoder, built without ``out_indices``.
+            out_indices: What the user asked for.
+        """
+        if out_indices is None:
+            return range(len(self.blocks(encoder)))
+        return [out_indices] if isinstance(out_indices, int) else list(out_indices)
+
+    def features(
+        self,
+        encoder: nn.Module,
+        positions: Sequence[int],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> list[Any]:
+        """Run the encoder.
+
+        Args:
+            encoder: The encoder, prepared.
+            positions: Positions of the held blocks that answer each feature.
+            args: Positional arguments of the encoder.
+            kwargs: Keyword arguments of the encoder.
+
+        Returns:
+            One entry for each position, as the encoder shapes it.
+        """
+        features = encoder(*args, **kwargs)
+        return [features[position] for position in positions]
+
+    def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+        """How TerraTorch itself can build the encoder as it stands.
+
+        Args:
+            encoder: The encoder, prepared and cut.
+            positions: Positions of the held blocks that answer each feature.
+
+        Returns:
+            Arguments for TerraTorch's encoder of the same name, and for each feature its place in the list which that one
+            returns; None if TerraTorch has no setting for the depth of this family.
+        """
+        del encoder, positions
+        return None
+
+    def watch(self, encoder: nn.Module, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
+        """Tell the raw output (B, N, D) of every block, before any final norm, each time the encoder runs.
+
+        Args:
+            encoder: The encoder.
+            seen: Called once for every block, in order.
+
+        Returns:
+            Handles that end it.
+        """
+
+        def after_block(_block: nn.Module, _args: object, output: Tensor) -> None:
+            seen(output)
+
+        return [block.register_forward_hook(after_block) for block in self.blocks(encoder)]
+
+    def layout(self, encoder: nn.Module, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
+        """What the tokens of a block's output stand for.
+
+        Args:
+            encoder: The encoder.
+            inputs: Its first argument: a batch of images, or modalities by name.
+            length: Number N of tokens of the output.
+        """
+        del length
+        assert isinstance(inputs, Tensor)
+        return [self.prefix_tokens(encoder), PatchGrid(image_size(inputs), self.patch_size(encoder))]
+
+
+def image_size(images: Tensor) -> tuple[int, int, int]:
+    """Frames, rows and columns of a batch of images, (B, C, H, W) or (B, C, T, H, W)."""
+    frames = images.shape[2] if images.ndim == 5 else 1
+    return int(frames), int(images.shape[-2]), int(images.shape[-1])
 
 
 def take(items: Iterable[nn.Module], positions: Sequence[int]) -> list[nn.Module]:
@@ -74,6 +178,19 @@ def take(items: Iterable[nn.Module], positions: Sequence[int]) -> list[nn.Module
         item = held[position]
         taken.append(copy.deepcopy(item) if position in positions[:number] else item)
     return taken
+
+
+def take_prompts(module: nn.Module, positions: Sequence[int]) -> None:
+    """Rearrange visual prompts, which TerraTorch keeps beside the blocks and looks up by position."""
+    if getattr(module, "vpt", False):
+        module.vpt_prompt_embeddings = nn.ParameterList(take(module.vpt_prompt_embeddings, positions))  # type: ignore[arg-type]
+        module.vpt_dropout_layers = nn.ModuleList(take(module.vpt_dropout_layers, positions))  # type: ignore[arg-type]
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a size that is given as one number or two."""
+    rows, columns = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    return int(rows), int(columns)
 
 
 _ADAPTERS: list[EncoderAdapter] = []
@@ -92,6 +209,11 @@ def register_adapter(adapter: EncoderAdapter) -> EncoderAdapter:
     return adapter
 
 
+def families() -> tuple[str, ...]:
+    """Names of the known families."""
+    return tuple(adapter.family for adapter in _ADAPTERS)
+
+
 def find_adapter(encoder: nn.Module) -> EncoderAdapter:
     """Adapter of an encoder's family.
 
@@ -101,10 +223,9 @@ def find_adapter(encoder: nn.Module) -> EncoderAdapter:
     for adapter in _ADAPTERS:
         if adapter.matches(encoder):
             return adapter
-    known = ", ".join(adapter.family for adapter in _ADAPTERS)
     msg = (
-        f"Found an encoder of class {type(encoder).__name__}, expected one of the families {known}: use its plain name "
-        "without 'simpler_', or register an adapter for it."
+        f"Found an encoder of class {type(encoder).__name__}, expected one of the families {', '.join(families())}: say "
+        "where its blocks are with backbone_block_path, or use its plain name without 'simpler_'."
     )
     raise UnsupportedEncoderError(msg)
 

@@ -1,15 +1,21 @@
-"""Prithvi-EO 1.0 and 2.0, from tiny to 600M, with and without time and location (TL), single image or time series."""
+"""Prithvi-EO 1.0 and 2.0, from tiny to 600M: with time and location (TL), time series, visual prompts, ViT-Adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from terratorch.models.backbones import prithvi_vit_adapter
 from terratorch.models.backbones.prithvi_mae import PrithviViT
-from terratorch.models.backbones.prithvi_vit_adapter import PrithviViTAdapter
 from torch import nn
 
-from terratorch_simpler.encoders.base import EncoderAdapter, take
-from terratorch_simpler.errors import UnsupportedEncoderError
+from terratorch_simpler.encoders.base import EncoderAdapter, take, take_prompts
+from terratorch_simpler.errors import DepthError
+
+
+def _with_vit_adapter(encoder: nn.Module) -> bool:
+    # Looked up late: TerraTorch puts a dummy there where the compiled operation it needs is missing.
+    return isinstance(encoder, prithvi_vit_adapter.PrithviViTAdapter)
 
 
 class PrithviAdapter(EncoderAdapter):
@@ -19,13 +25,7 @@ class PrithviAdapter(EncoderAdapter):
 
     def matches(self, encoder: nn.Module) -> bool:
         """Any PrithviViT without ViT-Adapter."""
-        if isinstance(encoder, PrithviViTAdapter):
-            msg = (
-                "Found a Prithvi with vit_adapter: true, expected a plain Prithvi: its four interaction ranges span all "
-                "blocks; remove backbone_vit_adapter, or use the backbone without 'simpler_'."
-            )
-            raise UnsupportedEncoderError(msg)
-        return isinstance(encoder, PrithviViT)
+        return isinstance(encoder, PrithviViT) and not _with_vit_adapter(encoder)
 
     def prepare(self, encoder: nn.Module) -> None:
         """Replace TerraTorch's closure, which keeps running the original's weights after a deep copy."""
@@ -38,14 +38,15 @@ class PrithviAdapter(EncoderAdapter):
         return encoder.blocks  # type: ignore[return-value]
 
     def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
-        """Blocks, and with them the visual prompts, which TerraTorch looks up by position."""
+        """Blocks, and with them the visual prompts."""
         encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))  # type: ignore[arg-type]
-        if encoder.vpt:
-            prompts = take(encoder.vpt_prompt_embeddings, positions)  # type: ignore[arg-type]
-            encoder.vpt_prompt_embeddings = nn.ParameterList(prompts)
-            encoder.vpt_dropout_layers = nn.ModuleList(take(encoder.vpt_dropout_layers, positions))  # type: ignore[arg-type]
+        take_prompts(encoder, positions)
         encoder.out_channels = encoder.out_channels[:1] * len(positions)  # type: ignore[index,operator]
         self._renumber(encoder)
+
+    def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+        """``depth``."""
+        return {"depth": len(self.blocks(encoder))}, list(positions)
 
     @staticmethod
     def _renumber(encoder: nn.Module) -> None:
@@ -67,3 +68,76 @@ class PrithviAdapter(EncoderAdapter):
     def input_shape(self, encoder: nn.Module) -> tuple[int, ...]:
         """(C, T, H, W) the encoder was built for."""
         return (encoder.in_chans, *encoder.patch_embed.input_size)  # type: ignore[union-attr,return-value]
+
+
+class PrithviViTAdapterAdapter(PrithviAdapter):
+    """Prithvi with ``vit_adapter: true``: four feature maps, each after one of four ranges of blocks.
+
+    The ranges are laid anew over the kept blocks, with ends where an index of the intact encoder is answered.
+    """
+
+    family = "Prithvi with ViT-Adapter"
+    fewest_blocks = 4
+    why_fewest = "ViT-Adapter interacts with four ranges of at least one block each"
+
+    def matches(self, encoder: nn.Module) -> bool:
+        """Prithvi built with ``vit_adapter: true``."""
+        return _with_vit_adapter(encoder)
+
+    def prepare(self, encoder: nn.Module) -> None:
+        """Nothing: its forward is a bound method already, and its features are maps of ranges."""
+
+    def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:
+        """Last block of each range."""
+        if out_indices is not None:
+            msg = (
+                f"Found backbone_out_indices {out_indices} with vit_adapter: true, expected none, since the adapter always "
+                "returns four feature maps: remove backbone_out_indices."
+            )
+            raise DepthError(msg)
+        return [indexes[-1] for indexes in encoder.interaction_indexes]  # type: ignore[union-attr]
+
+    def features(
+        self,
+        encoder: nn.Module,
+        positions: Sequence[int],  # noqa: ARG002
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> list[Any]:
+        """The four maps, whatever the depth."""
+        return list(encoder(*args, **kwargs))
+
+    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+        """Blocks, and the four ranges over them."""
+        before, after = len(encoder.blocks), len(positions)  # type: ignore[arg-type]
+        ends = [indexes[-1] for indexes in encoder.interaction_indexes]  # type: ignore[union-attr]
+        encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))  # type: ignore[arg-type]
+        encoder.interaction_indexes = _ranges(ends, before, after)  # type: ignore[assignment]
+        encoder.num_block = after  # type: ignore[assignment]
+        encoder.out_indices = [indexes[-1] for indexes in encoder.interaction_indexes]  # type: ignore[union-attr,assignment]
+
+    def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+        """``depth`` and the ranges."""
+        ranges = [list(indexes) for indexes in encoder.interaction_indexes]  # type: ignore[union-attr]
+        return {"depth": len(self.blocks(encoder)), "interaction_indexes": ranges}, list(range(len(positions)))
+
+    def out_channels(self, encoder: nn.Module) -> list[int]:
+        """The same for all maps."""
+        return encoder.out_channels[:1] * len(encoder.blocks)  # type: ignore[index,operator,arg-type]
+
+    def prefix_tokens(self, encoder: nn.Module) -> int:  # noqa: ARG002
+        """None: the adapter works without a class token."""
+        return 0
+
+
+def _ranges(ends: Sequence[int], before: int, after: int) -> list[list[int]]:
+    """Ranges [first, last] over ``after`` blocks, in the proportions that ``ends`` have over ``before`` blocks."""
+    ranges: list[list[int]] = []
+    first = 0
+    for number, end in enumerate(ends):
+        last = -(-(end + 1) * after // before) - 1  # where index ``end`` is answered
+        # Every range needs a block, those to come as well.
+        last = min(max(last, first), after - (len(ends) - number))
+        ranges.append([first, last])
+        first = last + 1
+    return ranges

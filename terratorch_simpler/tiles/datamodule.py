@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from albumentations import BaseCompose
 from lightning.pytorch import LightningDataModule
+from terratorch.datasets.transforms import MultimodalToTensor, MultimodalTransforms
 from terratorch.datasets.utils import default_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
@@ -39,7 +42,7 @@ class DatamoduleTiles:
 
     def __init__(self, datamodule: LightningDataModule, seed: int = 0) -> None:
         """Copy the training dataset and draw the order."""
-        dataset = getattr(datamodule, "train_dataset", None) or getattr(datamodule, "dataset", None)
+        dataset = _training_dataset(datamodule)
         if dataset is None:
             msg = (
                 f"Found no train_dataset in {type(datamodule).__name__}, expected one after setup('fit'): give the callback "
@@ -94,6 +97,14 @@ class DatamoduleTiles:
             yield from batches
 
 
+def _training_dataset(datamodule: LightningDataModule) -> Dataset[Any] | None:
+    dataset = getattr(datamodule, "train_dataset", None) or getattr(datamodule, "dataset", None)
+    if dataset is None and hasattr(datamodule, "train_dataloader"):
+        with contextlib.suppress(Exception):  # its data may be missing, which is said in our own words
+            dataset = getattr(datamodule.train_dataloader(), "dataset", None)  # Sen4Map names its dataset otherwise
+    return dataset
+
+
 class _Images(Dataset[dict[str, Any]]):
     """Samples without labels, with a mask of valid pixels."""
 
@@ -129,14 +140,21 @@ def _file(dataset: Dataset[Any], index: int) -> str:
     """Path of an image, or its number where the dataset does not list its files."""
     while isinstance(dataset, Subset):
         index, dataset = dataset.indices[index], dataset.dataset
-    files = getattr(dataset, "image_files", None)
-    return str(files[index]) if isinstance(files, list) else f"image {index}"
+    samples = getattr(dataset, "samples", None)
+    if isinstance(samples, list) and samples and isinstance(samples[0], dict):  # modalities
+        return str(next(iter(samples[index].values())))
+    for name in ("image_files", "image_filenames"):
+        files = getattr(dataset, name, None)
+        if isinstance(files, list):
+            return str(files[index])
+    return f"image {index}"
 
 
 def _finite(image: Tensor | dict[str, Tensor]) -> Tensor:
     """Where all bands are finite: (H, W), or (T, H, W) for a time series."""
     if isinstance(image, dict):
-        masks = [_finite(part) for part in image.values()]
+        # Text and single numbers have no pixels.
+        masks = [_finite(part) for part in image.values() if isinstance(part, Tensor) and part.ndim >= 3]
         same = all(mask.shape == masks[0].shape for mask in masks)
         # Modalities on different grids have no common mask; a gap in one makes the whole tile suspect.
         return torch.stack(masks).all(dim=0) if same else torch.stack([mask.all() for mask in masks]).all()[None, None]
@@ -156,17 +174,36 @@ def _with(dataset: Dataset[Any], **attributes: object) -> Dataset[Any]:
 
 def _without_labels(dataset: Dataset[Any], transform: Callable[..., Any] | None) -> Dataset[Any]:
     transforms = {} if transform is None else {"transform": transform, "transforms": transform}
-    return _with(dataset, segmentation_mask_files=[], require_label=False, **transforms)
+    plain = _with(dataset, segmentation_mask_files=[], require_label=False, **transforms)
+    samples = getattr(dataset, "samples", None)
+    if isinstance(samples, list) and samples and isinstance(samples[0], dict):  # modalities, and the mask among them
+        unlabeled = [{key: value for key, value in sample.items() if key != "mask"} for sample in samples]
+        return _with(plain, samples=unlabeled, scalar_label=False)
+    return plain
 
 
 def _plain_transform(datamodule: LightningDataModule) -> Callable[..., Any] | None:
     """The transform of evaluation, which has no random part; None if the datamodule does not say."""
     if not hasattr(datamodule, "train_transform"):
         return None
-    for name in ("test_transform", "val_transform"):
-        if getattr(datamodule, name, None) is not None:
-            return getattr(datamodule, name)  # type: ignore[no-any-return]
-    return default_transform  # type: ignore[no-any-return]
+    names = ("test_transform", "val_transform")
+    given = next((getattr(datamodule, name) for name in names if getattr(datamodule, name, None) is not None), None)
+    if isinstance(getattr(datamodule, "modalities", None), list):
+        return _for_modalities(datamodule, given)
+    return default_transform if given is None else given  # type: ignore[no-any-return]
+
+
+def _for_modalities(datamodule: LightningDataModule, transform: Any) -> Callable[..., Any]:
+    """A transform of images by modality, as TerraTorch's datasets build it from the datamodule's."""
+    modalities: list[str] = datamodule.modalities
+    if isinstance(transform, dict) and any(transform.values()):
+        return MultimodalTransforms(  # type: ignore[no-any-return]
+            {name: transform.get(name) or default_transform for name in modalities}, shared=False
+        )
+    if isinstance(transform, BaseCompose):
+        others = [name for name in datamodule.non_image_modalities if name != "label"]
+        return MultimodalTransforms(transform, non_image_modalities=others)  # type: ignore[no-any-return]
+    return MultimodalToTensor(modalities)  # type: ignore[no-any-return]
 
 
 def _stackable(samples: Sequence[dict[str, Any]]) -> tuple[list[Batch], list[tuple[str, str, bool]]]:
@@ -185,7 +222,7 @@ def _stackable(samples: Sequence[dict[str, Any]]) -> tuple[list[Batch], list[tup
 
 def _shapes(sample: dict[str, Any]) -> object:
     image = sample["image"]
-    return {k: v.shape for k, v in image.items()} if isinstance(image, dict) else image.shape
+    return {k: getattr(v, "shape", None) for k, v in image.items()} if isinstance(image, dict) else image.shape
 
 
 def _collate(run: Sequence[dict[str, Any]]) -> Batch:

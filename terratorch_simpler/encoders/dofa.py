@@ -1,0 +1,56 @@
+"""DOFA small, base and large: any bands, by their wavelengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from terratorch.models.backbones.dofa_vit import DOFAEncoderWrapper
+from torch import nn
+
+from terratorch_simpler.encoders.base import EncoderAdapter, pair, take
+
+
+class DofaAdapter(EncoderAdapter):
+    """TerraTorch's ``DOFAEncoderWrapper``: ``dofa_model.blocks``, a class token first, no final norm."""
+
+    family = "DOFA"
+
+    def matches(self, encoder: nn.Module) -> bool:
+        """Any size."""
+        return isinstance(encoder, DOFAEncoderWrapper)
+
+    def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:
+        """The last block by default; order and repetitions are lost, as in TerraTorch."""
+        total = len(self.blocks(encoder))
+        wanted = super().feature_blocks(encoder, out_indices or [-1])
+        return sorted({i % total if -total <= i < total else i for i in wanted})
+
+    def prepare(self, encoder: nn.Module) -> None:
+        """Return the features after all blocks."""
+        encoder.out_indices = list(range(len(self.blocks(encoder))))  # type: ignore[assignment]
+
+    def blocks(self, encoder: nn.Module) -> nn.ModuleList:
+        """The transformer blocks."""
+        return encoder.dofa_model.blocks  # type: ignore[union-attr,return-value]
+
+    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+        """Blocks."""
+        encoder.dofa_model.blocks = nn.ModuleList(take(self.blocks(encoder), positions))  # type: ignore[union-attr]
+        encoder.out_channels = self.out_channels(encoder)  # type: ignore[assignment]
+        self.prepare(encoder)
+
+    def out_channels(self, encoder: nn.Module) -> list[int]:
+        """Width."""
+        return [encoder.dofa_model.patch_embed.embed_dim] * len(self.blocks(encoder))  # type: ignore[union-attr,list-item]
+
+    def prefix_tokens(self, encoder: nn.Module) -> int:  # noqa: ARG002
+        """The class token."""
+        return 1
+
+    def patch_size(self, encoder: nn.Module) -> tuple[int, int, int]:
+        """Patch of the dynamic patch embedding."""
+        return (1, *pair(encoder.dofa_model.patch_embed.kernel_size))  # type: ignore[union-attr,arg-type]
+
+    def input_shape(self, encoder: nn.Module) -> tuple[int, ...]:
+        """As many bands as wavelengths."""
+        return (len(encoder.wavelengths), *pair(encoder.dofa_model.img_size))  # type: ignore[union-attr,arg-type]
