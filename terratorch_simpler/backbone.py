@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,10 @@ class SimplerBackbone(nn.Module):
             returns; None if TerraTorch has no setting for the depth of this family.
         """
         return self._adapter.host_settings(self.encoder, self._positions)
+
+    def without_prompts(self) -> AbstractContextManager[object]:
+        """Run the encoder as it was pretrained, without the visual prompts that will be tuned."""
+        return self._adapter.without_prompts(self.encoder)
 
     def watch(self, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
         """Tell the raw output (B, N, D) of every kept block, in order, each time the encoder runs.
@@ -271,6 +276,10 @@ class SimplerBackbone(nn.Module):
                 "still holds: change layers_to_transform."
             )
             raise ConfigurationError(msg)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self._peft_config  # PEFT does so when it merges
 
     def _blocks_named_by_peft(self) -> set[int]:
         """Blocks that adapters are limited to, numbered as in the intact encoder; none if there is no limit."""

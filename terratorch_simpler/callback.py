@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,7 +20,7 @@ from torch import nn
 
 from terratorch_simpler.backbone import SimplerBackbone, shape_in_checkpoint
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
-from terratorch_simpler.errors import ConfigurationError
+from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.files import whole_file
 from terratorch_simpler.measure import Tokens, count_macs
 from terratorch_simpler.plan import SlimmingPlan
@@ -29,6 +31,7 @@ from terratorch_simpler.tiles import GeoTiffTiles
 PLAN_FILE = "plan.json"
 FIGURE_FILE = "report.png"
 INDEX_FILE = "tiles.json"
+PLAIN_FOLDER = "plain"
 FAST_DEV_RUN_TILES = 64
 DEPLOY_CONFIG = "config_deploy.yaml"
 
@@ -51,6 +54,8 @@ class SimplerCallback(Callback):
         plan: A plan.json to apply; nothing is streamed.
         output_dir: Folder for plan.json and report.png; by default ``<trainer.log_dir>/simpler``.
         seed: Same data and seed give the same plan.
+        export: At the end of fit, write the best checkpoint as plain TerraTorch config and checkpoint into the subfolder
+            ``plain`` of that folder.
 
     Attributes:
         written: Folder that holds plan.json, once it was written.
@@ -72,6 +77,7 @@ class SimplerCallback(Callback):
         plan: str | None = None,
         output_dir: str | None = None,
         seed: int = 0,
+        export: bool = False,
     ) -> None:
         """Check the options; nothing is read yet."""
         if not 1 <= min_tiles <= max_tiles:
@@ -85,6 +91,7 @@ class SimplerCallback(Callback):
         self.tiles = tiles
         self.plan = plan
         self.output_dir = output_dir
+        self.export = export
         self.written: Path | None = None
         self._how = Selection(
             criterion=build_criterion(criterion, drop_blocks),
@@ -101,6 +108,8 @@ class SimplerCallback(Callback):
             return
         backbone = find_backbone(pl_module)
         self._refuse_copies(trainer, backbone)
+        if self.export and not trainer.fast_dev_run:
+            _check_export(trainer, backbone)  # before hours of training
         checkpoint = _checkpoint_to_resume(trainer)
         if checkpoint is not None:
             weights = trainer.strategy.checkpoint_io.load_checkpoint(checkpoint, weights_only=True)["state_dict"]
@@ -121,6 +130,25 @@ class SimplerCallback(Callback):
             config["trainer"]["callbacks"] = [{"class_path": "terratorch_simpler.SimplerCallback"}]
             with whole_file(path) as part:
                 part.write_text(yaml.safe_dump(config))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export the best checkpoint, if asked to."""
+        folder = trainer.log_dir  # a collective call, so on every rank
+        if not self.export or trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        from terratorch_simpler.export import export_plain, load_trained
+
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not best:
+            warnings.warn("Found no checkpoint to export, expected one at the end of fit.", SimplerWarning, stacklevel=2)
+            return
+        config = _config_of_run(trainer, pl_module)
+        target = self._output(trainer, folder) / PLAIN_FOLDER
+        written, weights, _ = export_plain(load_trained(config, best), config, target)
+        rank_zero_info(f"Plain TerraTorch, without terratorch_simpler: {written} and {weights}.")
+
+    def _output(self, trainer: Trainer, folder: str | None) -> Path:
+        return Path(self.output_dir) if self.output_dir else Path(folder or trainer.default_root_dir) / "simpler"
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> None:
         plan = self._make_plan(trainer, pl_module, backbone)
@@ -154,7 +182,7 @@ class SimplerCallback(Callback):
         Console().print(plan_table(plan))
         if trainer.fast_dev_run:
             return
-        output = Path(self.output_dir) if self.output_dir else Path(folder or trainer.default_root_dir) / "simpler"
+        output = self._output(trainer, folder)
         plan.save(output / PLAN_FILE)
         if plan.similarity is not None:
             figure = plan_figure(plan)
@@ -173,6 +201,27 @@ class SimplerCallback(Callback):
                     "it after: list SimplerCallback first."
                 )
                 raise ConfigurationError(msg)
+
+
+def _check_export(trainer: Trainer, backbone: SimplerBackbone) -> None:
+    if backbone.host_settings() is None:
+        msg = (
+            f"Found export: true for '{backbone.name}', expected an encoder whose depth TerraTorch can set, which "
+            f"{backbone.family} is not: remove export, and use terratorch-simpler export --formats onnx or pt2 afterwards."
+        )
+        raise ConfigurationError(msg)
+    if trainer.checkpoint_callback is None:
+        msg = "Found export: true without checkpoints, expected some to export the best: set enable_checkpointing: true."
+        raise ConfigurationError(msg)
+
+
+def _config_of_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """The config that TerraTorch's command line was given, or at least the task."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SaveConfigCallback):
+            return yaml.safe_load(callback.parser.dump(callback.config, skip_none=False))  # type: ignore[no-any-return]
+    task = type(pl_module)
+    return {"model": {"class_path": f"{task.__module__}.{task.__qualname__}"}}
 
 
 def _depth(backbone: SimplerBackbone) -> str:

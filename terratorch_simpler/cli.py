@@ -59,14 +59,7 @@ def _build_terratorch(arguments: Namespace, overrides: Sequence[str]) -> Any:
     """TerraTorch's own command line up to the point where everything is built."""
     from terratorch.cli_tools import build_lightning_cli, import_custom_modules
 
-    try:
-        config = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as err:
-        msg = f"Found no readable YAML at {arguments.config} ({' '.join(str(err).split())}), expected a TerraTorch config."
-        raise _ConfigError(msg) from err
-    if not isinstance(config, dict):
-        msg = f"Found no settings in {arguments.config}, expected a TerraTorch config with trainer, data and model."
-        raise _ConfigError(msg)
+    config = _read_config(arguments)
     config.pop("ckpt_path", None)  # an argument of fit, which is not run
     import_custom_modules(config.get("custom_modules_path"))
     said = io.StringIO()
@@ -77,6 +70,27 @@ def _build_terratorch(arguments: Namespace, overrides: Sequence[str]) -> Any:
         reason = " ".join(said.getvalue().rpartition("error:")[2].split())
         msg = f"TerraTorch cannot read {arguments.config}: {reason[:400]}"
         raise _ConfigError(msg) from err
+
+
+def _read_config(arguments: Namespace) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as err:
+        msg = f"Found no readable YAML at {arguments.config} ({' '.join(str(err).split())}), expected a TerraTorch config."
+        raise _ConfigError(msg) from err
+    if not isinstance(config, dict):
+        msg = f"Found no settings in {arguments.config}, expected a TerraTorch config with trainer, data and model."
+        raise _ConfigError(msg)
+    model = config.get("model")
+    settings = model.get("init_args") if isinstance(model, dict) else None
+    backbone = ((settings or {}).get("model_args") or {}).get("backbone")
+    if (settings or {}).get("model_factory") == "PrithviModelFactory" and str(backbone).startswith("simpler_"):
+        msg = (
+            f"Found model_factory PrithviModelFactory with backbone '{backbone}', expected EncoderDecoderFactory: "
+            "TerraTorch has deprecated the former, and it takes no names that start otherwise than with prithvi_."
+        )
+        raise _ConfigError(msg)
+    return config
 
 
 class _ConfigError(ConfigurationError):
@@ -100,7 +114,31 @@ def run_demo(arguments: Namespace, _overrides: Sequence[str]) -> None:
     run(Path(arguments.output_dir), official_weights=arguments.official_weights)
 
 
-COMMANDS: dict[str, Callable[[Namespace, Sequence[str]], None]] = {"plan": run_plan, "show": run_show, "demo": run_demo}
+def run_export(arguments: Namespace, _overrides: Sequence[str]) -> None:
+    """Write a slimmed model so that it runs without this package."""
+    from terratorch.cli_tools import import_custom_modules
+
+    from terratorch_simpler.export import GRAPH_FORMATS, check_expressible, export_graph, export_plain, load_trained
+
+    config = _read_config(arguments)
+    import_custom_modules(config.get("custom_modules_path"))
+    trained = load_trained(config, arguments.ckpt_path)
+    if "plain" in arguments.formats:
+        check_expressible(trained.backbone)  # before anything is written
+    for format_ in (name for name in GRAPH_FORMATS if name in arguments.formats):
+        path, gap = export_graph(trained, format_, arguments.output_dir, arguments.image_size)
+        print(f"{path} (answers differ by at most {gap:.1g} of the largest value)")
+    if "plain" in arguments.formats:  # last, since it takes the model apart
+        written, weights, gap = export_plain(trained, config, arguments.output_dir)
+        print(f"{written}\n{weights} (answers differ by at most {gap:.1g} of the largest value)")
+
+
+COMMANDS: dict[str, Callable[[Namespace, Sequence[str]], None]] = {
+    "plan": run_plan,
+    "show": run_show,
+    "export": run_export,
+    "demo": run_demo,
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -113,12 +151,24 @@ def build_parser() -> ArgumentParser:
     plan.add_argument("-o", "--output_dir", help="folder for plan.json and report.png; default <log_dir>/simpler")
     show = ArgumentParser(description="Show a plan in the terminal.")
     show.add_argument("plan", help="path of a plan.json")
+    export = ArgumentParser(description="Write a slimmed model so that it runs where this package is not installed.")
+    export.add_argument("-c", "--config", required=True, help="the YAML of the fit")
+    export.add_argument("--ckpt_path", required=True, help="checkpoint of the fit")
+    export.add_argument("-o", "--output_dir", required=True, help="folder for what is written")
+    export.add_argument(
+        "--formats",
+        nargs="+",
+        choices=["plain", "onnx", "pt2"],
+        default=["plain"],
+        help="plain: config and checkpoint for TerraTorch; onnx and pt2 (torch.export): the whole model as one graph",
+    )
+    export.add_argument("--image_size", type=int, help="rows and columns in a graph, in pixels; default the encoder's own")
     demo = ArgumentParser(description=run_demo.__doc__)
     demo.add_argument("-o", "--output_dir", default="demo", help="folder for everything the demo makes")
     demo.add_argument(
         "--official_weights", action="store_true", help="use Prithvi-EO-2.0-tiny-TL from the Hugging Face Hub instead"
     )
-    for name, command in (("plan", plan), ("show", show), ("demo", demo)):
+    for name, command in (("plan", plan), ("show", show), ("export", export), ("demo", demo)):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         commands.add_subcommand(name, command)
     return parser

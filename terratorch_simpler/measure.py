@@ -170,7 +170,12 @@ def measure(
 
     seen, early = 0, False
     started, waiting = time.perf_counter(), _DataWait(device)
-    with _borrowed(stop_after, seed), _Tap(backbone, stop_after, tokens, seed) as tap, _stream(source) as batches:
+    with (
+        _borrowed(stop_after, seed),
+        _as_pretrained(stop_after, backbone),
+        _Tap(backbone, stop_after, tokens, seed) as tap,
+        _stream(source) as batches,
+    ):
         # Tile by tile, so that neither max_tiles nor the early stop depends on the batch size in flight.
         for tile in _tiles(waiting.between(batches), tap, forward, source):
             seen += 1
@@ -287,7 +292,12 @@ def count_macs(backbone: SimplerBackbone, input_shape: InputShape) -> int:
         input_shape: Shape of one input, (C, H, W) or (C, T, H, W), or of each modality by name.
     """
     # Fused attention kernels are not counted on every device; the plain one is made of products that are.
-    with _borrowed(backbone), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (
+        _borrowed(backbone),
+        _frozen(backbone),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         backbone(zeros_like_input(backbone, input_shape))
     return int(counter.get_total_flops()) // 2  # a multiply and an add are one MAC
 
@@ -312,6 +322,31 @@ def _borrowed(module: nn.Module, seed: int = 0) -> Iterator[None]:
             part.training = training
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _as_pretrained(encoder: nn.Module, backbone: SimplerBackbone) -> Iterator[None]:
+    """Without the adapters (LoRA) and prompts that will be tuned: what they start from need not be neutral."""
+    with ExitStack() as off:
+        for part in encoder.modules():
+            if hasattr(part, "disable_adapter"):
+                off.enter_context(part.disable_adapter())
+                break  # PEFT's outermost module answers for all
+        off.enter_context(backbone.without_prompts())
+        yield
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """The FLOP counter hooks the gradients of whatever has one, and stumbles over prompts where there are none."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 class _EncoderDone(Exception):

@@ -33,8 +33,11 @@ CONSTANT_RATIO = 1e-12
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
-    """Keep matrix products in full float32: TF32's 10-bit mantissa would show in the third digit of S."""
+def full_float32() -> Iterator[None]:
+    """Keep matrix products in full float32.
+
+    Importing TerraTorch allows TF32 on GPUs and bfloat16 on some CPUs, whose short mantissa shows in the third digit.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -73,7 +76,7 @@ def hsic_matrix(features: Tensor) -> Tensor:
     if m < MIN_ROWS:
         msg = f"Found {m} rows of tokens, expected at least {MIN_ROWS}: give more tiles or a larger tile_size."
         raise DegenerateFeaturesError(msg)
-    with _full_float32(), torch.autocast(features.device.type, enabled=False):
+    with full_float32(), torch.autocast(features.device.type, enabled=False):
         x = _centred(features)
         gram = x @ x.mT  # (L, m, m)
         gram.diagonal(dim1=1, dim2=2).zero_()

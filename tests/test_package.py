@@ -17,7 +17,7 @@ LAYERS = [
     {"criteria"},
     {"encoders", "tiles"},
     {"backbone"},
-    {"registry", "report", "measure"},
+    {"registry", "report", "measure", "export"},
     {"selection"},
     {"callback"},
     {"demo", "cli"},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -121,6 +122,11 @@ class EncoderAdapter(ABC):
         features = encoder(*args, **kwargs)
         return [features[position] for position in positions]
 
+    def without_prompts(self, encoder: nn.Module) -> AbstractContextManager[object]:
+        """Run the encoder as it was pretrained, without the visual prompts that will be tuned."""
+        del encoder
+        return nullcontext()
+
     def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
         """How TerraTorch itself can build the encoder as it stands.
 
@@ -185,6 +191,17 @@ def take_prompts(module: nn.Module, positions: Sequence[int]) -> None:
     if getattr(module, "vpt", False):
         module.vpt_prompt_embeddings = nn.ParameterList(take(module.vpt_prompt_embeddings, positions))  # type: ignore[arg-type]
         module.vpt_dropout_layers = nn.ModuleList(take(module.vpt_dropout_layers, positions))  # type: ignore[arg-type]
+
+
+@contextmanager
+def prompts_off(module: nn.Module) -> Iterator[None]:
+    """Let TerraTorch's forward pass skip the visual prompts that it would put beside the tokens of each block."""
+    before = module.vpt
+    module.vpt = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module.vpt = before
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

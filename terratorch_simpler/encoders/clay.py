@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from terratorch.models.backbones.clay_v1.embedder import Embedder
@@ -10,7 +11,7 @@ from terratorch.registry.timm_registry import TimmBackboneWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from terratorch_simpler.encoders.base import EncoderAdapter, pair, take, take_prompts
+from terratorch_simpler.encoders.base import EncoderAdapter, pair, prompts_off, take, take_prompts
 
 
 class ClayAdapter(EncoderAdapter):
@@ -55,6 +56,10 @@ class ClayAdapter(EncoderAdapter):
         """As many bands as were named; the position encoding takes no other size."""
         embedder = _embedder(encoder)
         return (len(embedder.bands), *pair(embedder.img_size))
+
+    def without_prompts(self, encoder: nn.Module) -> AbstractContextManager[object]:
+        """Skip VPT."""
+        return prompts_off(encoder.clay_encoder.transformer)  # type: ignore[union-attr,arg-type]
 
     def watch(self, encoder: nn.Module, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
         """A block is no module that is called: its output is that of its feed-forward part plus the residual."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from terratorch.models.backbones import prithvi_vit_adapter
 from terratorch.models.backbones.prithvi_mae import PrithviViT
 from torch import nn
 
-from terratorch_simpler.encoders.base import EncoderAdapter, take, take_prompts
+from terratorch_simpler.encoders.base import EncoderAdapter, prompts_off, take, take_prompts
 from terratorch_simpler.errors import DepthError
 
 
@@ -43,6 +44,10 @@ class PrithviAdapter(EncoderAdapter):
         take_prompts(encoder, positions)
         encoder.out_channels = encoder.out_channels[:1] * len(positions)  # type: ignore[index,operator]
         self._renumber(encoder)
+
+    def without_prompts(self, encoder: nn.Module) -> AbstractContextManager[object]:
+        """Skip VPT."""
+        return prompts_off(encoder)
 
     def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
         """``depth``."""

@@ -97,8 +97,8 @@ class DatamoduleTiles:
             yield from batches
 
 
-def _training_dataset(datamodule: LightningDataModule) -> Dataset[Any] | None:
-    dataset = getattr(datamodule, "train_dataset", None) or getattr(datamodule, "dataset", None)
+def _training_dataset(datamodule: LightningDataModule) -> Any:
+    dataset: Any = getattr(datamodule, "train_dataset", None) or getattr(datamodule, "dataset", None)
     if dataset is None and hasattr(datamodule, "train_dataloader"):
         with contextlib.suppress(Exception):  # its data may be missing, which is said in our own words
             dataset = getattr(datamodule.train_dataloader(), "dataset", None)  # Sen4Map names its dataset otherwise
@@ -193,7 +193,7 @@ def _plain_transform(datamodule: LightningDataModule) -> Callable[..., Any] | No
     return default_transform if given is None else given  # type: ignore[no-any-return]
 
 
-def _for_modalities(datamodule: LightningDataModule, transform: Any) -> Callable[..., Any]:
+def _for_modalities(datamodule: Any, transform: Any) -> Callable[..., Any]:
     """A transform of images by modality, as TerraTorch's datasets build it from the datamodule's."""
     modalities: list[str] = datamodule.modalities
     if isinstance(transform, dict) and any(transform.values()):

@@ -1,0 +1,121 @@
+"""The slimmed model as a graph that needs neither TerraTorch nor this package: ONNX, or a PyTorch program (.pt2)."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from terratorch_simpler.errors import ExportError
+from terratorch_simpler.export.plain import difference
+from terratorch_simpler.export.trained import Trained, answer
+from terratorch_simpler.files import whole_file
+from terratorch_simpler.similarity import full_float32
+
+GRAPH_FORMATS = {"onnx": "model.onnx", "pt2": "model.pt2"}
+ALLOWED = 1e-4
+"""Largest difference of an answer as a share of its largest value: other kernels round otherwise."""
+
+
+class _Answer(nn.Module):
+    """A task as a function of images alone, or of modalities in order, with tensors as the answer."""
+
+    def __init__(self, trained: Trained, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = trained.task.model
+        self._names = names
+
+    def forward(self, *images: Tensor) -> Tensor:
+        inputs: Any = dict(zip(self._names, images, strict=True)) if self._names else images[0]
+        return self.model(inputs).output  # type: ignore[no-any-return]
+
+
+def export_graph(trained: Trained, format_: str, folder: str | Path, size: int | None = None) -> tuple[Path, float]:
+    """Write the whole model, encoder to head, as a graph.
+
+    Args:
+        trained: The trained task; it is not changed.
+        format_: "onnx" or "pt2".
+        folder: Where to write ``model.onnx`` or ``model.pt2``.
+        size: Rows and columns of the images in pixels; by default those of the encoder. Other sizes cannot be run.
+
+    Returns:
+        The file, and the largest difference of an answer, as a share of the largest value.
+
+    Raises:
+        ExportError: If the model cannot be traced, or the graph answers otherwise.
+    """
+    example = trained.example(size)
+    names = tuple(example) if isinstance(example, dict) else ()
+    images = tuple(example.values()) if isinstance(example, dict) else (example,)
+    expected = answer(trained.task, example)
+    if len(expected) != 1:
+        msg = (
+            f"Found {len(expected)} tensors in the answer of {trained.class_path}, expected one: a task whose answer "
+            "changes its shape with the image (object detection) cannot be written as a graph; export it as plain."
+        )
+        raise ExportError(msg)
+    model = _Answer(trained, names).eval()
+    path = Path(folder) / GRAPH_FORMATS[format_]
+    try:
+        program = _trace(model, images)
+        with whole_file(path) as part:
+            found = _write_onnx(program, images, names, part) if format_ == "onnx" else _write_pt2(program, images, part)
+            gap = difference(found, expected)
+            if not gap <= ALLOWED:
+                msg = (
+                    f"Found answers of the {format_} graph that differ by {gap:.2g} of the largest value, expected at most "
+                    f"{ALLOWED:g}: it is not written; please report the config."
+                )
+                raise ExportError(msg)
+    except ExportError:
+        raise
+    except Exception as err:  # tracing fails in many ways, each with a long report
+        reason = " ".join(str(err).split())[:300]
+        msg = (
+            f"Found a model that PyTorch cannot trace to {format_} ({type(err).__name__}: {reason}), expected one without "
+            "branches on pixel values: export it as plain, or choose another decoder."
+        )
+        raise ExportError(msg) from err
+    return path, gap
+
+
+def _trace(model: nn.Module, images: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """With any number of images if the model allows it: TerraTorch loops over the batch where it pads."""
+    batch = torch.export.Dim("batch", min=1)
+    dynamic = (tuple({0: batch} for _ in images),)  # one entry for the variadic argument
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(model, images, dynamic_shapes=dynamic, strict=False)
+        except Exception:  # a fixed batch is the next best thing
+            return torch.export.export(model, images, strict=False)
+
+
+def _write_pt2(program: torch.export.ExportedProgram, images: tuple[Tensor, ...], path: Path) -> list[Tensor]:
+    torch.export.save(program, path)
+    with torch.no_grad(), full_float32():
+        return [torch.export.load(path).module()(*images)]
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, images: tuple[Tensor, ...], names: tuple[str, ...], path: Path
+) -> list[Tensor]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  the exporter needs it
+    except ImportError as err:
+        msg = f"Found no package {err.name}, expected it for ONNX: install terratorch-simpler[onnx]."
+        raise ExportError(msg) from err
+    inputs = list(names) or ["image"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onnx = torch.onnx.export(program, (), input_names=inputs, output_names=["output"], dynamo=True, verbose=False)
+    assert onnx is not None
+    onnx.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = {node.name: image.numpy() for node, image in zip(session.get_inputs(), images, strict=True)}
+    return [torch.from_numpy(part) for part in session.run(None, feeds)]

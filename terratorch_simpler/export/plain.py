@@ -1,0 +1,206 @@
+"""The slimmed model in TerraTorch's own words: depth, mapped indices, no wrapper, no callback."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from terratorch.models.necks import NeckSequential
+from torch import nn
+
+from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.errors import ExportError
+from terratorch_simpler.export.trained import PREFIX, Trained, answer, unwrap
+from terratorch_simpler.files import whole_file
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINT_FILE = "model.ckpt"
+OURS = ("plan", "keep", "width", "block_path")
+RUN_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
+"""Arguments of single commands such as fit, which the others refuse."""
+CHECK = Path(__file__).with_name("check_plain.py")
+
+
+def check_expressible(backbone: SimplerBackbone) -> None:
+    """Refuse what TerraTorch cannot build without this package.
+
+    Raises:
+        ExportError: If its family has no setting for the depth.
+    """
+    if backbone.num_blocks < backbone.full_num_blocks and backbone.host_settings() is None:
+        msg = (
+            f"Found '{backbone.name}' cut to {backbone.num_blocks} of {backbone.full_num_blocks} blocks, expected an "
+            f"encoder whose depth TerraTorch can set: {backbone.family} has no such setting, so keep terratorch_simpler "
+            "installed where the model runs, or export it as onnx or pt2."
+        )
+        raise ExportError(msg)
+
+
+def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path, float]:
+    """Write a config and a checkpoint that run where this package is not installed.
+
+    Both are tried in a process that cannot import this package before they get their names.
+
+    Args:
+        trained: The trained task; it is taken apart.
+        config: The config it was trained with.
+        folder: Where to write ``config.yaml`` and ``model.ckpt``.
+
+    Returns:
+        The two files, and the largest difference of an answer, as a share of the largest value.
+
+    Raises:
+        ExportError: If TerraTorch cannot express the model, or answers otherwise.
+    """
+    backbone = trained.backbone
+    check_expressible(backbone)
+    images = trained.example()
+    expected = answer(trained.task, images)
+    settings, places = _settings(backbone, trained.hparams["model_args"])
+    model_args, shifted = _plain_model_args(trained.hparams["model_args"], settings, places, backbone)
+    hparams = {**trained.hparams, "model_args": model_args}
+    state = unwrap(trained.task).state_dict()
+    if shifted:
+        state = _shift_necks(trained.task, state)
+    how = trained.checkpoint["hyper_parameters"]
+    checkpoint = {**trained.checkpoint, "hyper_parameters": {**how, **hparams}, "state_dict": state}
+    plain = _plain_config(config, trained.class_path, hparams)
+    folder = Path(folder)
+    with whole_file(folder / CONFIG_FILE) as new_config, whole_file(folder / CHECKPOINT_FILE) as new_checkpoint:
+        new_config.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+        torch.save(checkpoint, new_checkpoint)
+        difference = _try_without_us(new_config, new_checkpoint, images, expected)
+        allowed = 1e-4 if trained.merged else 1e-5
+        if not difference <= allowed:
+            msg = (
+                f"Found answers of the plain model that differ by {difference:.2g} of the largest value, expected at most "
+                f"{allowed:g}: it is not written; please report the config."
+            )
+            raise ExportError(msg)
+    return folder / CONFIG_FILE, folder / CHECKPOINT_FILE, difference
+
+
+def _settings(backbone: SimplerBackbone, model_args: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    found = backbone.host_settings()
+    if found is not None:
+        return found
+    # An intact encoder of any family is built as it was.
+    given = _backbone_arguments(model_args)[0]
+    keep = {"out_indices": given["out_indices"]} if "out_indices" in given else {}
+    return keep, list(range(len(backbone.feature_positions)))
+
+
+def _backbone_arguments(model_args: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Arguments of the backbone without their prefix, and the prefix: TerraTorch takes them in two ways."""
+    if model_args.get("backbone_kwargs"):
+        return dict(model_args["backbone_kwargs"]), ""
+    prefix = "backbone_"
+    return {key.removeprefix(prefix): value for key, value in model_args.items() if key.startswith(prefix)}, prefix
+
+
+def _plain_model_args(
+    model_args: Mapping[str, Any], settings: Mapping[str, Any], places: Sequence[int], backbone: SimplerBackbone
+) -> tuple[dict[str, Any], bool]:
+    """Arguments of TerraTorch's factory, and whether a neck was put in front of the others."""
+    arguments, prefix = _backbone_arguments(model_args)
+    for key in (*OURS, "out_indices", "ckpt_path"):
+        arguments.pop(key, None)
+    arguments.update(settings, pretrained=False)
+    plain = {key: value for key, value in model_args.items() if not (prefix and key.startswith(prefix))}
+    plain = copy.deepcopy({key: value for key, value in plain.items() if key not in ("peft_config", "pretrained")})
+    plain["backbone"] = str(model_args["backbone"]).removeprefix(PREFIX)
+    if prefix:
+        plain.update({f"{prefix}{key}": value for key, value in arguments.items()})
+    else:
+        plain["backbone_kwargs"] = arguments
+    necks = plain.get("necks") or []
+    shifted = False
+    if necks and necks[0].get("name") == "SelectIndices":
+        necks[0]["indices"] = [places[i] for i in necks[0]["indices"]]
+    elif list(places) != list(range(_returned(settings, backbone))) and (necks or not _own_neck(backbone)):
+        plain["necks"] = [{"name": "SelectIndices", "indices": list(places)}, *necks]
+        shifted = bool(necks)
+    return plain, shifted
+
+
+def _returned(settings: Mapping[str, Any], backbone: SimplerBackbone) -> int:
+    """How many features the plain encoder returns."""
+    if "out_indices" in settings:
+        return len(settings["out_indices"])
+    return len(backbone.feature_positions) if "interaction_indexes" in settings else backbone.num_blocks
+
+
+def _own_neck(backbone: SimplerBackbone) -> bool:
+    """Whether TerraTorch, if no necks are given, lets the encoder shape its features, which a neck would end."""
+    prepare = getattr(backbone, "prepare_features_for_image_model", None)
+    marker = [torch.zeros(1)]
+    try:
+        return prepare is not None and prepare(marker) is not marker
+    except (IndexError, ValueError, RuntimeError):
+        return True
+
+
+def _shift_necks(task: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Number the weights of the necks one higher, since there is one more in front."""
+    names = [name for name, part in task.named_modules() if isinstance(part, NeckSequential)]
+    pattern = re.compile(rf"^({'|'.join(map(re.escape, names))})\.(\d+)\.")
+    return {pattern.sub(lambda m: f"{m[1]}.{int(m[2]) + 1}.", key): value for key, value in state.items()}
+
+
+def _plain_config(config: Mapping[str, Any], class_path: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    plain = copy.deepcopy(dict(config))
+    trainer = plain.get("trainer") or {}
+    callbacks = [entry for entry in trainer.get("callbacks") or [] if "terratorch_simpler" not in str(_class_of(entry))]
+    plain["trainer"] = {**trainer, "callbacks": callbacks}
+    model = plain.get("model") or {}
+    # What was given on the command line of the fit is in the checkpoint, not in the file.
+    plain["model"] = {"class_path": class_path, "init_args": {**(model.get("init_args") or {}), **hparams}}
+    for key in RUN_ARGUMENTS:
+        plain.pop(key, None)
+    modules = plain.get("custom_modules_path")
+    if isinstance(modules, str) and Path(modules).name == "terratorch_simpler":
+        plain.pop("custom_modules_path")
+    return plain
+
+
+def _class_of(entry: object) -> object:
+    return entry.get("class_path") if isinstance(entry, Mapping) else entry
+
+
+def _try_without_us(config: Path, checkpoint: Path, images: Any, expected: Sequence[torch.Tensor]) -> float:
+    """Largest difference of the answers of a process that cannot import this package."""
+    with tempfile.TemporaryDirectory() as folder:
+        question, reply = Path(folder) / "images.pt", Path(folder) / "answer.pt"
+        torch.save(images, question)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", str(CHECK), str(config), str(checkpoint), str(question), str(reply)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode or not reply.is_file():
+            said = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["no message"]
+            msg = (
+                f"Found that TerraTorch cannot build the model without this package ({said[0][:300]}), expected it to: it "
+                "is not written; please report the config."
+            )
+            raise ExportError(msg)
+        found = torch.load(reply, weights_only=True)
+    return difference(found, expected)
+
+
+def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Largest difference between two answers, as a share of the largest value; infinite if they differ in shape."""
+    if [part.shape for part in found] != [part.shape for part in expected]:
+        return float("inf")
+    largest = max((float(part.abs().max()) for part in expected if part.numel()), default=0.0) or 1.0
+    gaps = [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True) if b.numel()]
+    return max(gaps, default=0.0) / largest

@@ -1,0 +1,284 @@
+"""Out again to plain TerraTorch: settings, weights, a process without this package; ONNX and torch.export."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from terratorch.tasks import ClassificationTask, ObjectDetectionTask, SemanticSegmentationTask
+
+from terratorch_simpler import cli
+from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
+from terratorch_simpler.export import export_graph, export_plain, load_trained, plain
+from terratorch_simpler.export.trained import answer
+
+TINY = "simpler_prithvi_eo_v2_tiny_tl"
+SELECT = {"name": "SelectIndices", "indices": [2, 5, 8, 11]}
+RESHAPE = {"name": "ReshapeTokensToImage"}
+PYRAMID = {"name": "LearnedInterpolateToPyramidal"}
+NECKS = [SELECT, RESHAPE, PYRAMID]
+UNET = {"decoder": "UNetDecoder", "decoder_channels": [16, 8, 8, 4], "num_classes": 3}
+LORA = {
+    "method": "LORA",
+    "replace_qkv": "qkv",
+    "peft_config_kwargs": {"target_modules": ["q_linear", "v_linear", "mlp.fc1"], "r": 4, "lora_alpha": 4},
+}
+CONFIG = {
+    "trainer": {"max_epochs": 1, "callbacks": [{"class_path": "terratorch_simpler.SimplerCallback"}]},
+    "model": {"class_path": "terratorch.tasks.SemanticSegmentationTask"},
+}
+
+
+@pytest.fixture
+def trained(tmp_path, trainer):
+    """A checkpoint of a cut task with all weights changed, and the task."""
+
+    def make(kept=range(5), task=SemanticSegmentationTask, factory="EncoderDecoderFactory", **model_args):
+        torch.manual_seed(0)
+        built = task(model_factory=factory, model_args=model_args)
+        backbone = next(part for part in built.modules() if isinstance(part, SimplerBackbone))
+        if kept is not None:
+            backbone.keep_blocks(kept)
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        saver = trainer()
+        saver.strategy.connect(built)
+        saver.save_checkpoint(tmp_path / "fit.ckpt")
+        config = {**CONFIG, "model": {"class_path": f"terratorch.tasks.{task.__name__}"}}
+        return built.eval(), config, tmp_path / "fit.ckpt"
+
+    return make
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Try the plain model in this process: as strict, and ten times as fast."""
+
+    def attempt(config, checkpoint, images, expected):
+        settings = yaml.safe_load(config.read_text())["model"]
+        task = getattr(sys.modules["terratorch.tasks"], settings["class_path"].rpartition(".")[2])(**settings["init_args"])
+        assert not any(isinstance(part, SimplerBackbone) for part in task.modules())
+        task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
+        return plain.difference(answer(task.eval(), images), expected)
+
+    monkeypatch.setattr(plain, "_try_without_us", attempt)
+
+
+STACKS = {
+    "unet": {"backbone": TINY, "necks": NECKS, **UNET},
+    "upernet": {
+        "backbone": TINY, "necks": NECKS[:2], "decoder": "UperNetDecoder", "decoder_channels": 16,
+        "decoder_scale_modules": True, "num_classes": 3,
+    },
+    "no necks": {"backbone": TINY, "decoder": "FCNDecoder", "decoder_channels": 16, "num_classes": 3},
+    "smp": {"backbone": TINY, "necks": NECKS, "decoder": "smp_Unet", "decoder_decoder_channels": [8, 8, 4],
+            "num_classes": 3},
+    "out_indices": {"backbone": TINY, "backbone_out_indices": [2, 5, 8, -1], "necks": NECKS[1:], **UNET},
+    "backbone_kwargs": {"backbone": TINY, "backbone_kwargs": {"bands": ["RED", "GREEN"]}, "necks": NECKS, **UNET},
+    "visual prompts": {"backbone": TINY, "backbone_vpt": True, "backbone_vpt_n_tokens": 3, "necks": NECKS, **UNET},
+    "lora": {"backbone": TINY, "necks": NECKS, "peft_config": LORA, **UNET},
+    "temporal": {
+        "backbone": TINY, "backbone_use_temporal": True, "backbone_temporal_pooling": "concat",
+        "backbone_temporal_n_timestamps": 3, "necks": NECKS, **UNET,
+    },
+    "frames": {
+        "backbone": TINY, "backbone_num_frames": 3, "necks": [SELECT, {**RESHAPE, "effective_time_dim": 3}, PYRAMID], **UNET,
+    },
+    "timm": {
+        "backbone": "simpler_timm_vit_tiny_patch16_224", "backbone_out_indices": [2, 5, 8, 11], "necks": [PYRAMID], **UNET,
+    },
+    "torchgeo": {
+        "backbone": "simpler_ssl4eos12_vit_small_patch16_224_sentinel2_all_dino", "backbone_model_bands": ["RED", "GREEN"],
+        "necks": [SELECT, PYRAMID], **UNET,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("kept", [range(5), [3, 11]], ids=["five", "two"])
+def test_plain_model_answers_alike(trained, in_process, tmp_path, stack, kept):
+    task, config, checkpoint = trained(kept, **STACKS[stack])
+    loaded = load_trained(config, checkpoint)
+    images = loaded.example()
+    config_file, weights, gap = export_plain(loaded, config, tmp_path / "plain")
+    assert gap <= (1e-6 if stack == "lora" else 0)
+    written = yaml.safe_load(config_file.read_text())
+    assert "simpler" not in config_file.read_text()
+    assert written["trainer"] == {"max_epochs": 1, "callbacks": []}
+    assert (written["model"]["init_args"]["model_args"]["backbone"]) == STACKS[stack]["backbone"].removeprefix("simpler_")
+    # and as the task that was trained
+    fresh = SemanticSegmentationTask(**written["model"]["init_args"])
+    fresh.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
+    for found, expected in zip(answer(fresh.eval(), images), answer(task, images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if stack == "lora" else 0)
+
+
+def test_indices_are_mapped_where_they_are(trained, in_process, tmp_path):
+    _, config, checkpoint = trained(**STACKS["unet"])
+    config_file, *_ = export_plain(load_trained(config, checkpoint), config, tmp_path)
+    args = yaml.safe_load(config_file.read_text())["model"]["init_args"]["model_args"]
+    assert args["backbone_depth"] == 5
+    assert args["necks"] == [{"name": "SelectIndices", "indices": [1, 2, 3, 4]}, RESHAPE, PYRAMID]
+    assert args["backbone_pretrained"] is False
+
+
+def test_classification_gets_a_neck_in_front(trained, in_process, tmp_path):
+    necks = [{"name": "AggregateTokens", "pooling": "cls", "indices": [3]}]
+    _, config, checkpoint = trained(
+        task=ClassificationTask, backbone=TINY, necks=necks, decoder="IdentityDecoder", num_classes=3
+    )
+    config_file, _, gap = export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")
+    assert gap == 0
+    args = yaml.safe_load(config_file.read_text())["model"]["init_args"]["model_args"]
+    assert args["necks"] == [{"name": "SelectIndices", "indices": [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4]}, *necks]
+
+
+def test_learned_necks_keep_their_weights_behind_a_neck_in_front(trained, in_process, tmp_path):
+    stack = {**STACKS["out_indices"], "backbone_out_indices": [0, 1, 6, 11]}
+    _, config, checkpoint = trained([0, 9, 10], **stack)
+    _, weights, gap = export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")
+    assert gap == 0
+    assert any(key.startswith("model.neck.2.") for key in torch.load(weights, weights_only=True)["state_dict"])
+
+
+def detection():
+    bands = ["BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2"]
+    return {
+        "task": ObjectDetectionTask, "factory": "ObjectDetectionModelFactory", "backbone": TINY, "backbone_bands": bands,
+        "necks": [*NECKS, {"name": "FeaturePyramidNetworkNeck"}], "framework": "faster-rcnn", "num_classes": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stack", "kept"), [("unet", range(5)), ("lora", range(5)), ("timm", [3, 11]), ("detection", range(4))]
+)
+@pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
+def test_a_process_without_this_package_answers_alike(trained, tmp_path, capsys, stack, kept):
+    _, config, checkpoint = trained(kept, **(detection() if stack == "detection" else STACKS[stack]))
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["-c", str(tmp_path / "fit.yaml"), "--ckpt_path", str(checkpoint), "-o", str(tmp_path / "plain")]
+    assert cli.main(["export", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'plain' / 'config.yaml'}\n{tmp_path / 'plain' / 'model.ckpt'} (answers differ by at most" in said
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["config.yaml", "model.ckpt"]
+
+
+def test_the_other_process_really_cannot_import_us(tmp_path):
+    # The script itself: with a config that needs us, it fails.
+    model = {
+        "class_path": "terratorch.tasks.SemanticSegmentationTask",
+        "init_args": {"model_factory": "EncoderDecoderFactory", "model_args": STACKS["unet"]},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"model": model}))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(plain.CHECK), str(config), "no.ckpt", "no.pt", "no.pt"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "could not be instantiated" in done.stderr
+
+
+def test_what_answers_otherwise_is_not_written(trained, monkeypatch, tmp_path):
+    _, config, checkpoint = trained(**STACKS["unet"])
+    monkeypatch.setattr(plain, "_try_without_us", lambda *args: 0.3)
+    with pytest.raises(ExportError, match=r"differ by 0\.3 of the largest value, expected at most 1e-05"):
+        export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")
+    assert list((tmp_path / "plain").iterdir()) == []
+
+
+def test_what_terratorch_cannot_build_is_not_written(trained, tmp_path):
+    _, config, checkpoint = trained(**STACKS["unet"])
+    broken = {**config, "data": {"class_path": "terratorch.datamodules.NoSuchDataModule"}}
+    with pytest.raises(ExportError, match="Found that TerraTorch cannot build the model without this package"):
+        export_plain(load_trained(config, checkpoint), broken, tmp_path / "plain")
+    assert list((tmp_path / "plain").iterdir()) == []
+
+
+TERRAMIND = {"backbone": "simpler_terramind_v1_tiny", "backbone_modalities": ["S2L2A", "S1RTC"], "necks": NECKS, **UNET}
+
+
+def test_family_the_host_cannot_express_is_one_clear_sentence(trained, tmp_path, capsys):
+    _, config, checkpoint = trained(**TERRAMIND)
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["-c", str(tmp_path / "fit.yaml"), "--ckpt_path", str(checkpoint), "-o", str(tmp_path / "plain")]
+    assert cli.main(["export", *arguments, "--formats", "onnx", "plain"]) == 1
+    said = capsys.readouterr().err
+    assert "Found 'terramind_v1_tiny' cut to 5 of 12 blocks, expected an encoder whose depth TerraTorch can set" in said
+    assert "onnx or pt2" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "plain").exists()
+
+
+def test_intact_encoder_of_any_family_can_be_expressed(trained, in_process, tmp_path):
+    _, config, checkpoint = trained(None, **TERRAMIND)
+    assert export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")[2] == 0
+
+
+@pytest.mark.parametrize("stack", ["unet", "upernet", "timm", "lora", "modalities"])
+@pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
+def test_graphs_answer_alike_for_any_number_of_images(trained, tmp_path, stack):
+    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
+    import onnxruntime
+
+    _, config, checkpoint = trained(**(TERRAMIND if stack == "modalities" else STACKS[stack]))
+    loaded = load_trained(config, checkpoint)
+    images = loaded.example(batch=3)
+    images = tuple(images.values()) if isinstance(images, dict) else (images,)
+    expected = answer(loaded.task, loaded.example(batch=3))[0]
+    program, gap = export_graph(loaded, "pt2", tmp_path)
+    assert gap < 1e-5
+    with torch.no_grad():
+        found = torch.export.load(program).module()(*images)
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()  # TerraTorch allows bfloat16 in products
+    path, gap = export_graph(loaded, "onnx", tmp_path)
+    assert gap < 1e-5
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    assert names == (["S2L2A", "S1RTC"] if stack == "modalities" else ["image"])
+    found = torch.from_numpy(session.run(None, dict(zip(names, (i.numpy() for i in images), strict=True)))[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_graph_of_another_image_size(trained, tmp_path):
+    _, config, checkpoint = trained(**STACKS["unet"])
+    path, _ = export_graph(load_trained(config, checkpoint), "pt2", tmp_path, size=96)
+    with torch.no_grad():
+        assert torch.export.load(path).module()(torch.zeros(1, 6, 96, 96)).shape == (1, 3, 96, 96)
+
+
+def test_detection_cannot_be_a_graph(trained, tmp_path):
+    _, config, checkpoint = trained(range(4), **detection())
+    with pytest.raises(ExportError, match="cannot be written as a graph; export it as plain"):
+        export_graph(load_trained(config, checkpoint), "onnx", tmp_path)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_wrong_checkpoints_are_said(trained, tmp_path):
+    _, config, checkpoint = trained(**STACKS["unet"])
+    with pytest.raises(CheckpointError, match="Found no readable checkpoint at"):
+        load_trained(config, tmp_path / "none.ckpt")
+    content = checkpoint.read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="Found no readable checkpoint at"):
+        load_trained(config, tmp_path / "half.ckpt")
+    torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="Found no state_dict with hyper_parameters"):
+        load_trained(config, tmp_path / "other.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["hyper_parameters"]["model_args"]["backbone"] = "prithvi_eo_v2_tiny_tl"
+    torch.save(saved, tmp_path / "plain.ckpt")
+    with pytest.raises(CheckpointError, match="the model is plain TerraTorch already"):
+        load_trained(config, tmp_path / "plain.ckpt")
+    saved["hyper_parameters"]["model_args"].update(backbone=TINY, num_classes=9)
+    torch.save(saved, tmp_path / "classes.ckpt")
+    with pytest.raises(CheckpointError, match="do not fit the model it describes"):
+        load_trained(config, tmp_path / "classes.ckpt")
+    with pytest.raises(ConfigurationError, match=r"Found no model\.class_path"):
+        load_trained({}, checkpoint)
+    with pytest.raises(ConfigurationError, match=r"Found model\.class_path 'terratorch\.tasks\.Nothing'"):
+        load_trained({"model": {"class_path": "terratorch.tasks.Nothing"}}, checkpoint)
