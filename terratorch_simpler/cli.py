@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from terratorch_simpler.errors import ConfigurationError, PlanError, SimplerError
@@ -47,6 +48,8 @@ def run_plan(arguments: Namespace, overrides: Sequence[str]) -> None:
         callbacks.insert(0, ours)
     ours.output_dir = arguments.output_dir or ours.output_dir
     callbacks.insert(callbacks.index(ours) + 1, _StopBeforeTraining())
+    if not is_overridden("training_step", cli.model):  # tasks that only predict can be cut as well
+        cli.model.training_step = lambda *_args: None
     with contextlib.suppress(_Planned):
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     if ours.written is None:

@@ -171,7 +171,7 @@ def measure(
     seen, early = 0, False
     started, waiting = time.perf_counter(), _DataWait(device)
     with (
-        _borrowed(stop_after, seed),
+        borrowed(stop_after, seed),
         _as_pretrained(stop_after, backbone),
         _Tap(backbone, stop_after, tokens, seed) as tap,
         _stream(source) as batches,
@@ -293,7 +293,7 @@ def count_macs(backbone: SimplerBackbone, input_shape: InputShape) -> int:
     """
     # Fused attention kernels are not counted on every device; the plain one is made of products that are.
     with (
-        _borrowed(backbone),
+        borrowed(backbone),
         _frozen(backbone),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
@@ -303,8 +303,8 @@ def count_macs(backbone: SimplerBackbone, input_shape: InputShape) -> int:
 
 
 @contextmanager
-def _borrowed(module: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random state come back, whatever happens.
+def borrowed(module: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Borrow a module: evaluation mode without gradients; modes and random state come back, whatever happens.
 
     Some encoders draw random numbers even then (TerraMind's Thinking-in-Modalities samples tokens): from ``seed``.
     """

@@ -27,7 +27,7 @@ from terratorch_simpler.errors import (
     SkippedTilesWarning,
     UntrainedEncoderWarning,
 )
-from terratorch_simpler.measure import Measurement, Tokens, count_macs, measure
+from terratorch_simpler.measure import Measurement, Tokens, borrowed, count_macs, measure
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, TileSource
 
@@ -151,7 +151,11 @@ def _stream(
         )
     encoder = _outermost_encoder(pl_module, backbone)
     source.pin_memory = source.pin_memory or trainer.strategy.root_device.type == "cuda"
-    with _on_device(encoder, trainer.strategy.root_device), _progress_bar(trainer, planned, backbone) as progress:
+    with (
+        borrowed(pl_module, how.seed),  # all of it: detection models ask for boxes while they train
+        _on_device(encoder, trainer.strategy.root_device),
+        _progress_bar(trainer, planned, backbone) as progress,
+    ):
         found = measure(
             _forward(trainer, pl_module, source),
             backbone,

@@ -35,6 +35,8 @@ class Family:
         depth: Arguments with which TerraTorch itself builds the encoder with k blocks; None if it cannot.
         norm: The final norm, where only the last feature has passed through it.
         exports: Whether the host can express the cut model.
+        graphs: Graph formats that the cut encoder can be written in.
+        fit: What a whole ``terratorch fit`` with selection is tried on.
         tested: How the encoder of the test differs from the official one.
     """
 
@@ -47,7 +49,9 @@ class Family:
     depth: Callable[[int], dict[str, Any]] | None = None
     norm: Callable[[Any], Any] | None = None
     exports: bool = False
-    tested: str = "random weights"
+    graphs: tuple[str, ...] = ("onnx", "pt2")
+    fit: str = ""
+    tested: str = ""
     fewest: int = 1
     before: Callable[[], Any] = mock.MagicMock  # a context in which it can be built
 
@@ -149,27 +153,32 @@ FAMILIES = [
     Family(
         "prithvi", "Prithvi", PRITHVI, "prithvi_eo_v2_tiny_tl", (6, 64, 64),
         depth=by_depth, norm=lambda e: e.norm, exports=True,
+        fit="real HLS tiles",
     ),
     Family(
         "prithvi time series", "Prithvi, time series", PRITHVI, "prithvi_eo_v2_300_tl", (2, 3, 64, 64),
         kwargs={**NARROW, "num_frames": 3, "bands": TWO_BANDS},
         depth=by_depth, norm=lambda e: e.norm, exports=True,
+        fit="generated time series in the layout of Sen4Map",
     ),
     Family(
         "prithvi vpt", "Prithvi with VPT", "`backbone_vpt: true`", "prithvi_eo_v2_tiny_tl", (6, 64, 64),
         kwargs={"vpt": True, "vpt_n_tokens": 3},
         depth=by_depth, norm=lambda e: e.norm, exports=True,
+        fit="real HLS tiles",
     ),
     Family(
         "prithvi vit_adapter", "Prithvi with ViT-Adapter", "`backbone_vit_adapter: true`", "prithvi_eo_v2_300_tl",
         (6, 64, 64),
         kwargs={"vit_adapter": True, "embed_dim": 48, "num_heads": 4, "deform_num_heads": 4, "conv_inplane": 8},
         depth=interaction_indexes, exports=True, fewest=4, before=vit_adapter,
-        tested="random weights; pure-PyTorch deformable attention in place of the CUDA operation",
+        tested="pure-PyTorch deformable attention in place of the CUDA operation",
+        graphs=(), fit="generated scenes",
     ),
     Family(
         "terramind", "TerraMind", TERRAMIND, "terramind_v1_tiny", (12, 64, 64),
         kwargs={"modalities": ["S2L2A"]}, norm=lambda e: e.encoder_norm,
+        fit="real Sen1Floods11 chips",
     ),
     Family(
         "terramind gated", "TerraMind", TERRAMIND, "terramind_v1_base", (12, 32, 32),
@@ -180,11 +189,13 @@ FAMILIES = [
         "terramind_v1_tiny",
         {"S2L2A": (12, 64, 64), "S1RTC": (2, 64, 64)}, kwargs={"modalities": ["S2L2A", "S1RTC"], "merge_method": None},
         norm=lambda e: e.encoder_norm,
+        fit="real Sentinel-2 and Sentinel-1 tiles",
     ),
     Family(
         "terramind tim", "TerraMind TiM", "`terramind_v1_tiny_tim` to `_large_tim`", "terramind_v1_tiny_tim", (12, 32, 32),
         kwargs={"modalities": ["S2L2A"], "merge_method": None, "img_size": 32},
         norm=lambda e: e.encoder_norm,
+        graphs=(),
     ),
     Family(
         "dofa", "DOFA", "`dofa_small_patch16_224`, `_base_`, `_large_`", "dofa_small_patch16_224", (2, 64, 64),
@@ -208,23 +219,25 @@ FAMILIES = [
     Family(
         "dinov3", "DINOv3", "`dinov3_vits16` to `dinov3_vit7b16`", "dinov3_vits16", (3, 64, 64),
         kwargs={"ckpt_path": None}, before=dinov3,
-        tested="random weights; timm's model of the architecture in place of Meta's code",
+        tested="timm's model of the architecture in place of Meta's code",
     ),
     Family(
         "timm", "timm ViT", "`timm_vit_*`, `timm_deit*`, with weights as `.mae` or `.dino`", "timm_vit_base_patch16_224.mae",
         (3, 64, 64), kwargs={**TIMM_SMALL, "out_indices": list(range(12))},
         depth=lambda k: {"depth": k, "out_indices": list(range(k))}, exports=True,
+        fit="generated images in the layout of CIFAR-100",
     ),
     Family(
-        "eva", "timm EVA, BEiT, DINOv3", "`timm_eva02_*`, `timm_beit*`, `timm_vit_*_dinov3`",
+        "eva", "timm EVA and DINOv3", "`timm_eva02_*`, `timm_vit_*_dinov3`",
         "timm_vit_small_patch16_dinov3",
         (3, 64, 64), kwargs={**TIMM_SMALL, "out_indices": list(range(12))},
         depth=lambda k: {"depth": k, "out_indices": list(range(k))}, exports=True,
     ),
     Family(
-        "beit", "timm EVA, BEiT, DINOv3", "`timm_eva02_*`, `timm_beit*`, `timm_vit_*_dinov3`", "timm_beit_base_patch16_224",
+        "beit", "timm BEiT", "`timm_beit*`, `timm_beitv2*`", "timm_beit_base_patch16_224",
         (3, 64, 64), kwargs={**TIMM_SMALL, "out_indices": list(range(12))},
         depth=lambda k: {"depth": k, "out_indices": list(range(k))}, exports=True,
+        graphs=("pt2",),
     ),
     Family(
         "by path", "any other, by its block path", "`backbone_block_path: vit_model.blocks`",
@@ -232,6 +245,7 @@ FAMILIES = [
         kwargs={
             "model_bands": TWO_BANDS, "embed_dim": 48, "num_heads": 3, "img_size": 64, "block_path": "vit_model.blocks",
         },
+        graphs=(),
     ),
 ]
 # fmt: on
@@ -247,3 +261,36 @@ def plain(family: Family, seed: int = 0, **more: Any) -> Any:
 
 def wrapped(family: Family, seed: int = 0, **more: Any) -> SimplerBackbone:
     return family.build(seed, **more)
+
+
+# --- the table of the README
+
+START, END = "<!-- families -->", "<!-- end of families -->"
+
+
+def readme_table() -> str:
+    lines = [
+        "| encoder | names after `simpler_` | cut | width | export | tested how |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title in dict.fromkeys(family.title for family in FAMILIES):
+        rows = [family for family in FAMILIES if family.title == title]
+        first = rows[0]
+        formats = [*(["plain"] if first.exports else []), *first.graphs]
+        kept = "to 1 block" if first.fewest == 1 else f"to {first.fewest} blocks"
+        like = "TerraTorch built with k blocks" if first.depth else "the features of the intact encoder"
+        how = [
+            f"equal to {like}",
+            *([f"`fit` on {first.fit}"] if first.fit else []),
+            *([first.tested] if first.tested else []),
+        ]
+        lines.append(f"| {title} | {first.names} | {kept} | no | {', '.join(formats) or 'no'} | {'; '.join(how)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    readme = Path(__file__).parents[1] / "README.md"
+    before, rest = readme.read_text().split(START)
+    readme.write_text(f"{before}{START}\n{readme_table()}\n{END}{rest.split(END)[1]}")

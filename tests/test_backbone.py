@@ -353,38 +353,3 @@ def test_checkpoint_of_another_width_is_refused(build):
 def test_checkpoint_without_simpler_is_refused(build):
     with pytest.raises(CheckpointError, match="Found no 'kept_blocks' in checkpoint"):
         build().load_state_dict(build("prithvi_eo_v2_tiny_tl").state_dict())
-
-
-@pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
-@pytest.mark.parametrize("replace_qkv", [None, "qkv"])
-def test_lora_on_a_backbone_that_is_cut_afterwards(replace_qkv):
-    pytest.importorskip("peft", reason="the extra 'peft' is not installed")
-    targets = ["q_linear", "v_linear", "mlp.fc1"] if replace_qkv else ["qkv", "mlp.fc1"]
-    config = {
-        "method": "LORA",
-        "replace_qkv": replace_qkv,
-        "peft_config_kwargs": {"target_modules": targets, "r": 4, "lora_alpha": 4},
-    }
-
-    def model():
-        torch.manual_seed(0)
-        return EncoderDecoderFactory().build_model(
-            "segmentation",
-            "simpler_prithvi_eo_v2_tiny_tl",
-            "UNetDecoder",
-            num_classes=2,
-            peft_config=config,
-            necks=NECKS,
-            decoder_channels=[32, 16, 8, 4],
-        )
-
-    cut, fresh = model(), model()
-    backbone = next(m for m in cut.modules() if isinstance(m, SimplerBackbone))
-    backbone.keep_blocks(range(4))
-    adapters = [n for n, _ in cut.named_parameters() if "lora_" in n]
-    assert len(adapters) == 4 * 2 * len(targets)
-    fresh.load_state_dict(cut.state_dict(), strict=True)
-    x = image((6, 64, 64))
-    assert torch.equal(fresh.eval()(x).output, cut.eval()(x).output)
-    cut(x).output.square().mean().backward()
-    assert all(p.grad is not None for n, p in cut.named_parameters() if "lora_B" in n)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -491,3 +492,33 @@ def test_any_lightning_module_with_a_simpler_backbone_will_do(trainer, datamodul
     trainer(SimplerCallback(), limit_val_batches=0).fit(module, datamodule=datamodule())
     assert module.net.encoder.num_blocks < 12
     assert not isinstance(module, SemanticSegmentationTask)
+
+
+# --- export at the end of fit
+
+
+def test_export_that_cannot_work_is_refused_before_streaming(trainer, datamodule, task, monkeypatch, tmp_path):
+    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *args, **kwargs: pytest.fail("streamed"))
+    terramind = task(
+        "simpler_terramind_v1_tiny", backbone_modalities={"image": 6},
+        necks=[{"name": "SelectIndices", "indices": [2, 5, 8, 11]}, {"name": "ReshapeTokensToImage"},
+               {"name": "LearnedInterpolateToPyramidal"}],
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigurationError, match="Found export: true for 'terramind_v1_tiny', expected an encoder whose dep"
+    ):
+        trainer(SimplerCallback(export=True), enable_checkpointing=True).fit(terramind, datamodule=datamodule())
+    with pytest.raises(ConfigurationError, match="Found export: true without checkpoints"):
+        trainer(SimplerCallback(export=True)).fit(task(), datamodule=datamodule())
+
+
+def test_export_without_the_command_line_writes_the_task(trainer, datamodule, task, tmp_path):
+    callback = SimplerCallback(output_dir=str(tmp_path / "out"), export=True)
+    made = task()
+    trainer(callback, enable_checkpointing=True, limit_train_batches=1, limit_val_batches=1).fit(
+        made, datamodule=datamodule()
+    )
+    written = yaml.safe_load((tmp_path / "out" / "plain" / "config.yaml").read_text())
+    assert written["model"]["class_path"] == "terratorch.tasks.segmentation_tasks.SemanticSegmentationTask"
+    kept = len(plan_of(tmp_path / "out").kept_blocks)
+    assert written["model"]["init_args"]["model_args"]["backbone_depth"] == kept

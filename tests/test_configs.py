@@ -1,9 +1,12 @@
 """Every config we ship is read by the real command line, builds its model, and runs on small data of its layout."""
 
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rasterio
 import torch
 import yaml
 from terratorch.__main__ import main as terratorch_main
@@ -49,6 +52,18 @@ def terratorch(*args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["terratorch", *map(str, args)])
         terratorch_main()
+
+
+def without_this_package(*args):
+    """TerraTorch's command where this package is not installed."""
+    code = "import sys; sys.modules['terratorch_simpler'] = None; from terratorch.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def read(path):
+    with rasterio.open(path) as source:
+        return source.read()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -100,3 +115,13 @@ def test_config_runs(name, request, monkeypatch, tmp_path):
     assert tuple(next(value for key, value in state.items() if key.endswith("kept_blocks")).tolist()) == plan.kept_blocks
     terratorch("test", "--config", "small.yaml", "--ckpt_path", full)
     assert Path("simpler/plain/model.ckpt").is_file() == (name == "hls_water_lora")
+    if name == "hls_water_lora":
+        few = ("--trainer.limit_predict_batches", 3)
+        terratorch("predict", "--config", "small.yaml", "--ckpt_path", full, "--predict_output_dir", "ours", *few)
+        plain = ("--config", "simpler/plain/config.yaml", "--ckpt_path", "simpler/plain/model.ckpt")
+        without_this_package("predict", *plain, "--predict_output_dir", "plain", *few)
+        names = sorted(path.name for path in Path("ours").iterdir())
+        assert len(names) == 12
+        assert names == sorted(path.name for path in Path("plain").iterdir())
+        same = [read(f"ours/{name}") == read(f"plain/{name}") for name in names]
+        assert np.mean(same) > 0.999  # folding the adapters in rounds

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from terratorch.tasks import ClassificationTask, ObjectDetectionTask, SemanticSe
 from terratorch_simpler import cli
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
-from terratorch_simpler.export import export_graph, export_plain, load_trained, plain
+from terratorch_simpler.export import Trained, export_graph, export_plain, load_trained, plain
 from terratorch_simpler.export.trained import answer
+from tests.families import FAMILIES, wrapped
 
 TINY = "simpler_prithvi_eo_v2_tiny_tl"
 SELECT = {"name": "SelectIndices", "indices": [2, 5, 8, 11]}
@@ -282,3 +284,40 @@ def test_wrong_checkpoints_are_said(trained, tmp_path):
         load_trained({}, checkpoint)
     with pytest.raises(ConfigurationError, match=r"Found model\.class_path 'terratorch\.tasks\.Nothing'"):
         load_trained({"model": {"class_path": "terratorch.tasks.Nothing"}}, checkpoint)
+
+
+class _Encoder(torch.nn.Module):
+    """An encoder as a model."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images):
+        return SimpleNamespace(output=self.encoder(images)[-1])
+
+
+class _Task(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
+def test_graphs_of_every_family(family, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
+    backbone = wrapped(family, keep=max(family.fewest, 3))
+    loaded = Trained("a.Task", _Task(_Encoder(backbone)), {"model_args": {}}, {}, merged=False)
+    monkeypatch.setattr(Trained, "example", lambda self, size=None, batch=2: family.image(batch))
+    if family.key == "by path":
+        monkeypatch.undo()  # it does not tell its input
+    for format_ in ("onnx", "pt2"):
+        if format_ in family.graphs:
+            assert export_graph(loaded, format_, tmp_path)[1] < 1e-5
+        else:
+            with pytest.raises(ExportError, match=r"cannot trace to|Found no input shape for"):
+                export_graph(loaded, format_, tmp_path)
+    assert backbone.host_settings() is not None or not family.exports

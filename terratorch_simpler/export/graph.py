@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def export_graph(trained: Trained, format_: str, folder: str | Path, size: int |
     except ExportError:
         raise
     except Exception as err:  # tracing fails in many ways, each with a long report
-        reason = " ".join(str(err).split())[:300]
+        reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(err)).split())[:300]
         msg = (
             f"Found a model that PyTorch cannot trace to {format_} ({type(err).__name__}: {reason}), expected one without "
             "branches on pixel values: export it as plain, or choose another decoder."

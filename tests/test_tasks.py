@@ -1,0 +1,319 @@
+"""Every task of TerraTorch that trains an encoder: selection, training, test, and test again from the checkpoint."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+import yaml
+from albumentations.pytorch import ToTensorV2
+from terratorch.__main__ import main as terratorch_main
+from terratorch.datamodules import (
+    GenericNonGeoClassificationDataModule,
+    GenericNonGeoObjectDetectionDataModule,
+    GenericNonGeoPixelwiseRegressionDataModule,
+    GenericNonGeoSegmentationDataModule,
+)
+from terratorch.tasks import (
+    ClassificationTask,
+    EmbeddingGenerationTask,
+    ObjectDetectionTask,
+    PixelwiseRegressionTask,
+    SemanticSegmentationTask,
+)
+
+from terratorch_simpler import SimplerCallback, SlimmingPlan, cli
+from terratorch_simpler.backbone import SimplerBackbone
+from tests import layouts
+from tests.rasters import write
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning"),
+    pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.UntrainedEncoderWarning"),
+]
+TINY = "simpler_prithvi_eo_v2_tiny_tl"
+BANDS = ["BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2"]
+NECKS = [
+    {"name": "SelectIndices", "indices": [2, 5, 8, 11]},
+    {"name": "ReshapeTokensToImage"},
+    {"name": "LearnedInterpolateToPyramidal"},
+]
+UNET = {"decoder": "UNetDecoder", "decoder_channels": [16, 8, 8, 4]}
+MEANS, STDS = [650.0, 900.0, 925.0, 2250.0, 1950.0, 1350.0], [500.0, 550.0, 650.0, 850.0, 850.0, 800.0]
+
+
+def backbone_of(task):
+    return next(part for part in task.modules() if isinstance(part, SimplerBackbone))
+
+
+def fit(trainer, tmp_path, task, datamodule, tiles=48, **kwargs):
+    """Select, train, test, and test again from the checkpoint with a task that knows nothing of the cut."""
+    callback = SimplerCallback(output_dir=str(tmp_path / "simpler"))
+    run = trainer(callback, limit_train_batches=2, limit_val_batches=1, limit_test_batches=2, **kwargs)
+    made = task()
+    run.fit(made, datamodule=datamodule)
+    plan = SlimmingPlan.load(tmp_path / "simpler" / "plan.json")
+    assert plan.tiles_seen == tiles
+    assert 2 <= len(plan.kept_blocks) <= 10
+    assert backbone_of(made).num_blocks == len(plan.kept_blocks)
+    run.save_checkpoint(tmp_path / "fit.ckpt")
+    first = run.test(made, datamodule=datamodule, verbose=False)
+    fresh = task()
+    again = trainer(limit_test_batches=2).test(
+        fresh, datamodule=datamodule, ckpt_path=tmp_path / "fit.ckpt", weights_only=True, verbose=False
+    )
+    assert backbone_of(fresh).kept == plan.kept_blocks
+    assert first == pytest.approx(again, nan_ok=True) if isinstance(first, dict) else str(first) == str(again)
+    return plan
+
+
+SEGMENTATION = {
+    "UNet": {"necks": NECKS, **UNET},
+    "UPerNet": {"necks": NECKS, "decoder": "UperNetDecoder", "decoder_channels": 16},
+    "UPerNet with scale modules": {
+        "necks": NECKS[:2], "decoder": "UperNetDecoder", "decoder_channels": 16, "decoder_scale_modules": True,
+    },
+    "FCN": {"necks": NECKS[:2], "decoder": "FCNDecoder", "decoder_channels": 16},
+    "FCN without necks": {"decoder": "FCNDecoder", "decoder_channels": 16},
+    "linear": {
+        "necks": NECKS[:2], "decoder": "LinearDecoder", "decoder_upsampling_size": 16, "decoder_num_classes": 6,
+    },
+    "smp_Unet": {"necks": NECKS, "decoder": "smp_Unet", "decoder_decoder_channels": [8, 8, 4]},
+    "smp_FPN": {"necks": NECKS, "decoder": "smp_FPN", "decoder_pyramid_channels": 8, "decoder_segmentation_channels": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("decoder", SEGMENTATION)
+def test_segmentation(trainer, tmp_path, datamodule, decoder):
+    model_args = {"backbone": TINY, "num_classes": 6, **SEGMENTATION[decoder]}
+
+    def task():
+        torch.manual_seed(0)
+        return SemanticSegmentationTask(model_factory="EncoderDecoderFactory", model_args=dict(model_args), ignore_index=-1)
+
+    fit(trainer, tmp_path, task, datamodule())
+
+
+def test_pixelwise_regression(trainer, tmp_path, scenes):
+    splits = {
+        f"{split}_{key}": scenes / folder
+        for split in ("train", "val", "test")
+        for key, folder in (("data_root", "images"), ("label_data_root", "masks"), ("split", f"splits/{split}.txt"))
+    }
+    datamodule = GenericNonGeoPixelwiseRegressionDataModule(
+        batch_size=8, num_workers=0, img_grep="*_image.tif", label_grep="*_mask.tif", no_data_replace=0, means=MEANS,
+        stds=STDS, **splits,
+    )  # fmt: skip
+
+    def task():
+        torch.manual_seed(0)
+        return PixelwiseRegressionTask(
+            model_factory="EncoderDecoderFactory", model_args={"backbone": TINY, "necks": NECKS, **UNET}
+        )
+
+    fit(trainer, tmp_path, task, datamodule)
+
+
+@pytest.fixture
+def classes(tmp_path):
+    for split, count in {"train": 24, "val": 4, "test": 4}.items():
+        for label, name in enumerate(("field", "lake")):
+            for number in range(count):
+                pixels = (1000 + 300 * layouts.smooth(6, 64, 64, seed=10 * number + label)).astype(np.float32)
+                write(tmp_path / "classes" / split / name / f"{number}.tif", pixels)
+    return GenericNonGeoClassificationDataModule(
+        batch_size=8, num_workers=0, num_classes=2, train_data_root=tmp_path / "classes/train",
+        val_data_root=tmp_path / "classes/val", test_data_root=tmp_path / "classes/test", means=MEANS, stds=STDS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "neck", [{"pooling": "cls"}, {"pooling": "mean", "drop_cls": True}, {"pooling": "mean", "indices": [5]}]
+)
+def test_classification(trainer, tmp_path, classes, neck):
+    def task():
+        torch.manual_seed(0)
+        necks = [{"name": "AggregateTokens", **neck}]
+        model_args = {"backbone": TINY, "necks": necks, "decoder": "IdentityDecoder", "num_classes": 2}
+        return ClassificationTask(model_factory="EncoderDecoderFactory", model_args=model_args)
+
+    fit(trainer, tmp_path, task, classes)
+
+
+@pytest.fixture
+def boxes(tmp_path):
+    """Scenes with bright squares, and their boxes."""
+    random = np.random.default_rng(0)
+    for split, count in {"train": 40, "val": 4, "test": 4}.items():
+        for number in range(count):
+            pixels = 1000 + 300 * layouts.smooth(6, 64, 64, seed=number)
+            row, column = random.integers(4, 36, 2)
+            pixels[:, row : row + 20, column : column + 20] += 2000
+            write(tmp_path / "boxes" / split / f"{number}.tif", pixels.astype(np.float32))
+            found = {"boxes": [[int(column), int(row), int(column) + 20, int(row) + 20]], "labels": [1]}
+            (tmp_path / "boxes" / split / f"{number}.json").write_text(json.dumps(found))
+    return GenericNonGeoObjectDetectionDataModule(
+        batch_size=4, num_workers=0, num_classes=2, img_grep="*.tif", train_data_root=tmp_path / "boxes/train",
+        val_data_root=tmp_path / "boxes/val", test_data_root=tmp_path / "boxes/test", means=MEANS, stds=STDS,
+        **{f"{split}_transform": [ToTensorV2()] for split in ("train", "val", "test")},
+    )  # fmt: skip
+
+
+def test_detection(trainer, tmp_path, boxes):
+    def task():
+        torch.manual_seed(0)
+        return ObjectDetectionTask(
+            model_factory="ObjectDetectionModelFactory",
+            model_args={
+                "backbone": TINY, "backbone_bands": BANDS, "necks": [*NECKS, {"name": "FeaturePyramidNetworkNeck"}],
+                "framework": "faster-rcnn", "num_classes": 2,
+            },
+            boxes_field="boxes",
+        )  # fmt: skip
+
+    fit(trainer, tmp_path, task, boxes, tiles=40)
+
+
+def terratorch(*args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["terratorch", *map(str, args)])
+        terratorch_main()
+
+
+def test_embeddings_of_a_cut_encoder(tmp_path, scenes, monkeypatch, capsys):
+    """A plan from unlabeled scenes, then embeddings of the encoder it describes: nothing is trained."""
+    monkeypatch.chdir(tmp_path)
+    data = {
+        "class_path": "terratorch.datamodules.GenericNonGeoSegmentationDataModule",
+        "init_args": {
+            "batch_size": 8, "num_workers": 0, "num_classes": 6, "img_grep": "*_image.tif", "label_grep": "*_mask.tif",
+            **{f"{split}_data_root": str(scenes / "images") for split in ("train", "val", "test", "predict")},
+            "train_label_data_root": str(scenes / "masks"), "val_label_data_root": str(scenes / "masks"),
+            "test_label_data_root": str(scenes / "masks"), "no_data_replace": 0, "means": MEANS, "stds": STDS,
+        },
+    }  # fmt: skip
+    model = {
+        "class_path": "terratorch.tasks.EmbeddingGenerationTask",
+        "init_args": {
+            "model_args": {"backbone": TINY, "backbone_pretrained": False}, "output_dir": "embeddings", "layers": [5, -1],
+            "has_cls": True, "embedding_pooling": "mean", "output_format": "parquet",
+        },
+    }  # fmt: skip
+    trainer = {
+        "accelerator": "cpu", "precision": "32-true", "logger": False,
+        "callbacks": [{"class_path": "terratorch_simpler.SimplerCallback"}],
+    }  # fmt: skip
+    config = {"seed_everything": 0, "trainer": trainer, "data": data, "model": model}
+    Path("embed.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["plan", "-c", "embed.yaml", "-o", "chosen"]) == 0, capsys.readouterr().err
+    plan = SlimmingPlan.load("chosen/plan.json")
+    model["init_args"]["model_args"]["backbone_plan"] = "chosen/plan.json"
+    Path("embed.yaml").write_text(yaml.safe_dump(config))
+    terratorch("predict", "--config", "embed.yaml", "--predict_output_dir", "embeddings")
+    written = sorted(Path("embeddings").rglob("*.parquet"))
+    assert written
+    task = EmbeddingGenerationTask(**{**model["init_args"], "output_dir": str(tmp_path / "again")})
+    assert backbone_of(task).num_blocks == len(plan.kept_blocks)
+
+
+def flood_config(tmp_path):
+    roots = {f"{split}_data_root": "S2Hand" for split in ("train", "val", "test", "predict")}
+    labels = {f"{split}_label_data_root": "LabelHand" for split in ("train", "val", "test")}
+    lists = {f"{split}_split": f"splits/{split}.txt" for split in ("train", "val", "test")}
+    bands = list(range(13))
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu", "precision": "32-true", "max_epochs": 2, "log_every_n_steps": 1,
+            "enable_checkpointing": True, "enable_progress_bar": False, "enable_model_summary": False,
+            "callbacks": [{"class_path": "terratorch_simpler.SimplerCallback"}],
+        },
+        "data": {
+            "class_path": "terratorch.datamodules.GenericNonGeoSegmentationDataModule",
+            "init_args": {
+                "batch_size": 8, "num_workers": 0, "num_classes": 2, "img_grep": "*_S2Hand.tif",
+                "label_grep": "*_LabelHand.tif",
+                **roots, **labels, **lists, "dataset_bands": bands, "output_bands": bands, "rgb_indices": [3, 2, 1],
+                "no_data_replace": 0, "no_label_replace": -1,
+                # TerraMind's own statistics of L1C.
+                "means": [2357.089, 2137.385, 2018.788, 2082.986, 2295.651, 2854.537, 3122.849, 3040.56, 3306.481, 1473.847,
+                          506.07, 2472.825, 1838.929],
+                "stds": [1624.683, 1675.806, 1557.708, 1833.702, 1823.738, 1733.977, 1732.131, 1679.732, 1727.26, 1024.687,
+                         442.165, 1331.411, 1160.419],
+            },
+        },
+        "model": {
+            "class_path": "terratorch.tasks.SemanticSegmentationTask",
+            "init_args": {
+                "model_factory": "EncoderDecoderFactory",
+                "model_args": {
+                    "backbone": "simpler_terramind_v1_tiny", "backbone_pretrained": False, "backbone_modalities": ["S2L1C"],
+                    "necks": [NECKS[0], {"name": "ReshapeTokensToImage", "remove_cls_token": False}, NECKS[2]], **UNET,
+                    "num_classes": 2,
+                },
+                "loss": "ce", "ignore_index": -1,
+            },
+        },
+    }  # fmt: skip
+
+
+def test_real_floods_with_terramind_through_fit_resume_test_and_predict(shared_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layouts.floods(tmp_path, shared_data)
+    Path("floods.yaml").write_text(yaml.safe_dump(flood_config(tmp_path)))
+    terratorch("fit", "--config", "floods.yaml")
+    logs = next(Path("lightning_logs").iterdir())
+    plan = SlimmingPlan.load(logs / "simpler/plan.json")
+    assert plan.tiles_seen == 40
+    assert plan.data["input_shape"] == [13, 64, 64]
+    full = next(path for path in (logs / "checkpoints").glob("*.ckpt") if "state_dict" not in path.name)
+    terratorch("fit", "--config", "floods.yaml", "--ckpt_path", full, "--trainer.max_epochs", 3)
+    terratorch("test", "--config", "floods.yaml", "--ckpt_path", full, "--trainer.logger", "false")
+    out = ("--predict_output_dir", "out", "--trainer.logger", "false")
+    terratorch(
+        "predict", "--config", logs / "config_deploy.yaml", "--ckpt_path", full, *out, "--trainer.precision", "32-true"
+    )
+    predicted = sorted(Path("out").glob("*.tif"))
+    assert len(predicted) == 48
+    with rasterio.open(predicted[0]) as source:
+        assert source.crs.to_epsg() == 32632  # that of the chips
+        assert set(np.unique(source.read())) <= {0, 1}
+
+
+def test_time_series_with_a_temporal_wrapper_around_terramind(trainer, tmp_path):
+    """Frames pass the encoder as separate images: rows come from all of them."""
+    bands = list(range(12))
+    for split, count in {"train": 32, "val": 2, "test": 2}.items():
+        for number in range(count):
+            pixels = (2000 + 500 * layouts.smooth(36, 32, 32, seed=number)).astype(np.float32)
+            write(tmp_path / split / f"{number}_image.tif", pixels)
+            write(tmp_path / split / f"{number}_mask.tif", (pixels[:1] > 2000).astype(np.uint8))
+    roots = {f"{s}_{kind}": tmp_path / s for s in ("train", "val", "test") for kind in ("data_root", "label_data_root")}
+    datamodule = GenericNonGeoSegmentationDataModule(
+        batch_size=8, num_workers=0, num_classes=2, img_grep="*_image.tif", label_grep="*_mask.tif", **roots,
+        dataset_bands=bands, output_bands=bands, rgb_indices=[3, 2, 1], expand_temporal_dimension=True, no_data_replace=0,
+        means=[2000.0] * 12, stds=[600.0] * 12,
+    )  # fmt: skip
+
+    def task():
+        torch.manual_seed(0)
+        necks = [NECKS[0], {"name": "ReshapeTokensToImage", "remove_cls_token": False}, NECKS[2]]
+        model_args = {
+            "backbone": "simpler_terramind_v1_tiny", "backbone_modalities": ["S2L2A"], "backbone_use_temporal": True,
+            "backbone_temporal_pooling": "mean", "necks": necks, **UNET, "num_classes": 2,
+        }  # fmt: skip
+        return SemanticSegmentationTask(model_factory="EncoderDecoderFactory", model_args=model_args, ignore_index=-1)
+
+    plan = fit(trainer, tmp_path, task, datamodule, tiles=32)
+    assert plan.data["input_shape"] == [12, 32, 32]
+    assert plan.rows_seen == 32 * 12  # 4 patches in each of 3 frames
+
+
+def test_prithvi_model_factory_says_what_to_use(tmp_path, capsys):
+    config = {"model": {"init_args": {"model_factory": "PrithviModelFactory", "model_args": {"backbone": TINY}}}}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["plan", "-c", str(tmp_path / "old.yaml")]) == 2
+    assert "Found model_factory PrithviModelFactory with backbone 'simpler_" in capsys.readouterr().err
