@@ -66,6 +66,7 @@ def main() -> None:
     """Time both in turn, after one round that is not counted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="prithvi_eo_v2_100_tl")
+    parser.add_argument("--arguments", type=json.loads, default={}, help='of the backbone, e.g. {"modalities": ["S2L2A"]}')
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--tiles", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
@@ -74,8 +75,9 @@ def main() -> None:
     parser.add_argument("--tile_size", type=int, help="pixels; by default as the encoder is built")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    backbone = BACKBONE_REGISTRY.build(f"simpler_{args.backbone}").to(args.device).eval()
-    bands, *_, height, width = backbone.input_shape
+    backbone = BACKBONE_REGISTRY.build(f"simpler_{args.backbone}", **args.arguments).to(args.device).eval()
+    shape = backbone.input_shape
+    bands, *_, height, width = next(iter(shape.values())) if isinstance(shape, dict) else shape  # the first modality
     height, width = (args.tile_size or height, args.tile_size or width)
     tiles: TileSource = RandomTiles((bands, height, width), args.tiles, args.batch)
     if args.paths:

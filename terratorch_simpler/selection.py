@@ -157,7 +157,7 @@ def _stream(
         _progress_bar(trainer, planned, backbone) as progress,
     ):
         found = measure(
-            _forward(trainer, pl_module, source),
+            _forward(trainer, pl_module, backbone, source),
             backbone,
             source,
             how.criterion,
@@ -186,7 +186,9 @@ def _outermost_encoder(pl_module: LightningModule, backbone: SimplerBackbone) ->
     return backbone
 
 
-def _forward(trainer: Trainer, pl_module: LightningModule, source: TileSource) -> Callable[[Batch], object]:
+def _forward(
+    trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone, source: TileSource
+) -> Callable[[Batch], object]:
     """Send a batch the way of a training step: to the device, normalised, through the task's own forward."""
     datamodule: LightningDataModule | None = getattr(trainer, "datamodule", None)
     device = trainer.strategy.root_device
@@ -207,8 +209,12 @@ def _forward(trainer: Trainer, pl_module: LightningModule, source: TileSource) -
 
     transfer = move if device.type != "cuda" else _beside_compute(move, device)
 
+    by_name = isinstance(getattr(normalise, "means", None), dict) and isinstance(backbone.input_shape, dict)
+
     def forward(batch: Batch) -> object:
         inputs = transfer({key: value for key, value in batch.items() if key not in NOT_INPUT})
+        if by_name and not isinstance(inputs["image"], dict):  # the datamodule knows means by modality only
+            inputs["image"] = dict.fromkeys(backbone.input_shape, inputs["image"])  # one: others were refused
         if normalise is not None:
             inputs["image"] = normalise({"image": inputs["image"]})["image"]
         with _precision(trainer):

@@ -10,12 +10,18 @@ import pytest
 import rasterio
 import torch
 from albumentations.pytorch import ToTensorV2
-from terratorch.datamodules import GenericNonGeoClassificationDataModule, GenericNonGeoSegmentationDataModule
-from torch.utils.data import Subset
+from lightning.pytorch import LightningDataModule
+from terratorch.datamodules import (
+    GenericMultiModalDataModule,
+    GenericNonGeoClassificationDataModule,
+    GenericNonGeoSegmentationDataModule,
+)
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from terratorch_simpler.demo.scenes import NODATA, write_scenes
 from terratorch_simpler.errors import ConfigurationError, TilesError
 from terratorch_simpler.tiles import DatamoduleTiles
+from tests import layouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning:rioxarray")
 
@@ -363,3 +369,121 @@ def test_real_tiles(shared_data):
     files = [Path(file) for file in datamodule.train_dataset.image_files]
     for number, image, _ in found[:5]:
         assert np.array_equal(image, pixels_of(files[number]))
+
+
+# --- modalities
+
+
+@pytest.fixture
+def modalities(shared_data, tmp_path):
+    """Real Sentinel-2 and Sentinel-1 chips of TerraMind, with a datamodule that augments."""
+    layouts.land_cover(tmp_path, shared_data)
+    root = tmp_path / "land_cover"
+
+    def make(**kwargs):
+        roots = {
+            f"{split}_data_root": {name: str(root / split / name) for name in ("S2L2A", "S1RTC")}
+            for split in ("train", "val")
+        }
+        labels = {f"{split}_label_data_root": str(root / split / "LULC") for split in ("train", "val")}
+        datamodule = GenericMultiModalDataModule(
+            batch_size=8, num_classes=10, modalities=["S2L2A", "S1RTC"],
+            image_grep={"S2L2A": "*_S2L2A.tif", "S1RTC": "*_S1RTC.tif"}, label_grep="*_LULC.tif",
+            means={"S2L2A": [0.0] * 12, "S1RTC": [0.0] * 2}, stds={"S2L2A": [1.0] * 12, "S1RTC": [1.0] * 2},
+            no_data_replace=0, **{"task": "segmentation", **roots, **labels, **kwargs},
+        )  # fmt: skip
+        datamodule.setup("fit")
+        return datamodule
+
+    return root, make
+
+
+def flips():
+    return [albumentations.HorizontalFlip(p=1.0), ToTensorV2()]
+
+
+@pytest.mark.parametrize("transform", [flips(), {"S2L2A": flips(), "S1RTC": flips()}], ids=["shared", "each its own"])
+def test_modalities_come_without_masks_and_augmentation(modalities, transform):
+    root, make = modalities
+    datamodule = make(train_transform=transform)
+    before = copy.deepcopy(datamodule.train_dataset.samples)
+    shutil.rmtree(root / "train" / "LULC")  # the masks are not read
+    tiles = DatamoduleTiles(datamodule)
+    seen = {}
+    for batch in tiles:
+        assert batch.keys() == {"image", "valid", "index"}
+        assert batch["valid"].shape == (len(batch["index"]), 48, 48)
+        for index, optical, radar in zip(batch["index"], batch["image"]["S2L2A"], batch["image"]["S1RTC"], strict=True):
+            seen[index] = (optical, radar)
+    assert sorted(seen) == list(range(40))
+    for index in (0, 39):
+        for pixels, name in zip(seen[index], ("S2L2A", "S1RTC"), strict=True):
+            with rasterio.open(datamodule.train_dataset.samples[index][name]) as file:
+                assert torch.equal(pixels.float(), torch.from_numpy(file.read().astype("float32")))
+    assert datamodule.train_dataset.samples == before
+    assert tiles.describe()["fingerprint"] == DatamoduleTiles(datamodule).describe()["fingerprint"]
+
+
+def test_transform_of_evaluation_is_applied_to_modalities(modalities):
+    _, make = modalities
+    crop = [albumentations.CenterCrop(32, 32), ToTensorV2()]
+    batch = next(iter(DatamoduleTiles(make(val_transform=crop))))
+    assert batch["image"]["S2L2A"].shape[1:] == (12, 32, 32)
+    assert batch["image"]["S1RTC"].shape[1:] == (2, 32, 32)
+    assert batch["valid"].shape[1:] == (32, 32)
+
+
+def test_gap_in_one_modality_is_no_data_in_the_tile(modalities):
+    root, make = modalities
+    path = root / "train" / "S1RTC" / "03_S1RTC.tif"
+    with rasterio.open(path, "r+") as file:
+        pixels = file.read()
+        pixels[0, :5, 3:9] = np.nan
+        file.write(pixels)
+    tiles = {
+        index: valid
+        for batch in DatamoduleTiles(make())
+        for index, valid in zip(batch["index"], batch["valid"], strict=True)
+    }
+    gaps = {index: int((~valid).sum()) for index, valid in tiles.items() if not valid.all()}
+    assert gaps == {3: 30}
+
+
+def test_damaged_modality_is_skipped_and_named(modalities):
+    root, make = modalities
+    datamodule = make()
+    path = root / "train" / "S2L2A" / "07_S2L2A.tif"
+    path.write_bytes(path.read_bytes()[:500])
+    tiles = DatamoduleTiles(datamodule)
+    assert sum(len(batch["index"]) for batch in tiles) == 39
+    assert tiles.skipped == {"unreadable": 1}
+    assert "07_S2L2A.tif" in str(tiles.skips)
+
+
+def test_scalar_labels_of_modalities_are_left_out(modalities, tmp_path):
+    _, make = modalities
+    for split in ("train", "val"):
+        names = [path.name.removesuffix("_S2L2A.tif") for path in (tmp_path / "land_cover" / split / "S2L2A").iterdir()]
+        rows = "".join(f"{name},1\n" for name in sorted(names))
+        (tmp_path / f"{split}.csv").write_text("sample,label\n" + rows)
+    labels = {f"{split}_label_data_root": str(tmp_path / f"{split}.csv") for split in ("train", "val")}
+    datamodule = make(task="classification", label_grep=None, **labels)
+    batch = next(iter(DatamoduleTiles(datamodule)))
+    assert batch.keys() == {"image", "valid", "index"}
+
+
+def test_dataset_of_another_name_is_found_through_the_loader():
+    class Named(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(Ones(), batch_size=2, shuffle=True)
+
+    class Ones(Dataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return {"image": torch.ones(2, 4, 4) * index, "label": index}
+
+    batches = list(DatamoduleTiles(Named()))
+    assert sorted(index for batch in batches for index in batch["index"]) == list(range(5))
+    assert "label" not in batches[0]

@@ -92,6 +92,14 @@ STACKS = {
     "timm": {
         "backbone": "simpler_timm_vit_tiny_patch16_224", "backbone_out_indices": [2, 5, 8, 11], "necks": [PYRAMID], **UNET,
     },
+    "eva": {
+        "backbone": "simpler_timm_vit_small_patch16_dinov3", "backbone_out_indices": [2, 5, 8, 11], "backbone_embed_dim": 48,
+        "backbone_num_heads": 3, "necks": [PYRAMID], **UNET,
+    },
+    "beit": {
+        "backbone": "simpler_timm_beit_base_patch16_224", "backbone_out_indices": [2, 5, 8, 11], "backbone_embed_dim": 48,
+        "backbone_num_heads": 3, "necks": [PYRAMID], **UNET,
+    },
     "torchgeo": {
         "backbone": "simpler_ssl4eos12_vit_small_patch16_224_sentinel2_all_dino", "backbone_model_bands": ["RED", "GREEN"],
         "necks": [SELECT, PYRAMID], **UNET,
@@ -117,6 +125,18 @@ def test_plain_model_answers_alike(trained, in_process, tmp_path, stack, kept):
     fresh.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
     for found, expected in zip(answer(fresh.eval(), images), answer(task, images), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if stack == "lora" else 0)
+
+
+def test_plain_vit_adapter_has_its_ranges(trained, in_process, tmp_path):
+    family = next(family for family in FAMILIES if family.key == "prithvi vit_adapter")
+    settings = {f"backbone_{key}": value for key, value in family.kwargs.items()}
+    with family.before():
+        _, config, checkpoint = trained(backbone=f"simpler_{family.name}", **settings, **UNET)
+        config_file, _, gap = export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")
+    assert gap == 0
+    args = yaml.safe_load(config_file.read_text())["model"]["init_args"]["model_args"]
+    assert args["backbone_depth"] == 5
+    assert args["backbone_interaction_indexes"] == [[0, 1], [2, 2], [3, 3], [4, 4]]
 
 
 def test_indices_are_mapped_where_they_are(trained, in_process, tmp_path):
@@ -221,7 +241,7 @@ def test_intact_encoder_of_any_family_can_be_expressed(trained, in_process, tmp_
     assert export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")[2] == 0
 
 
-@pytest.mark.parametrize("stack", ["unet", "upernet", "timm", "lora", "modalities"])
+@pytest.mark.parametrize("stack", ["unet", "lora", "modalities"])
 @pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
 def test_graphs_answer_alike_for_any_number_of_images(trained, tmp_path, stack):
     pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")

@@ -12,6 +12,7 @@ import yaml
 from albumentations.pytorch import ToTensorV2
 from terratorch.__main__ import main as terratorch_main
 from terratorch.datamodules import (
+    GenericMultiModalDataModule,
     GenericNonGeoClassificationDataModule,
     GenericNonGeoObjectDetectionDataModule,
     GenericNonGeoPixelwiseRegressionDataModule,
@@ -25,7 +26,7 @@ from terratorch.tasks import (
     SemanticSegmentationTask,
 )
 
-from terratorch_simpler import SimplerCallback, SlimmingPlan, cli
+from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan, cli
 from terratorch_simpler.backbone import SimplerBackbone
 from tests import layouts
 from tests.rasters import write
@@ -317,3 +318,38 @@ def test_prithvi_model_factory_says_what_to_use(tmp_path, capsys):
     (tmp_path / "old.yaml").write_text(yaml.safe_dump(config))
     assert cli.main(["plan", "-c", str(tmp_path / "old.yaml")]) == 2
     assert "Found model_factory PrithviModelFactory with backbone 'simpler_" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own_means", [True, False])
+def test_geotiff_tiles_for_one_modality(shared_data, tmp_path, trainer, monkeypatch, own_means):
+    """Unlabeled Sentinel-2 scenes beside a datamodule of modalities, with their own means or the datamodule's."""
+    layouts.land_cover(tmp_path, shared_data)
+    root = tmp_path / "land_cover"
+    means, stds = [1500.0] * 12, [1000.0] * 12
+    datamodule = GenericMultiModalDataModule(
+        task="segmentation", batch_size=8, num_classes=10, modalities=["S2L2A"], image_grep={"S2L2A": "*_S2L2A.tif"},
+        label_grep="*_LULC.tif", means={"S2L2A": means}, stds={"S2L2A": stds}, no_data_replace=0,
+        **{f"{split}_data_root": {"S2L2A": str(root / split / "S2L2A")} for split in ("train", "val", "test")},
+        **{f"{split}_label_data_root": str(root / split / "LULC") for split in ("train", "val", "test")},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    task = SemanticSegmentationTask(
+        model_factory="EncoderDecoderFactory",
+        model_args={
+            "backbone": "simpler_terramind_v1_tiny", "backbone_modalities": ["S2L2A"], **UNET, "num_classes": 10,
+            "necks": [NECKS[0], {"name": "ReshapeTokensToImage", "remove_cls_token": False}, NECKS[2]],
+        },
+        ignore_index=-1,
+    )  # fmt: skip
+    seen = []
+    handle = backbone_of(task).register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0]["S2L2A"] if isinstance(args[0], dict) else args[0])
+    )
+    statistics = {"means": means, "stds": stds} if own_means else {}
+    tiles = GeoTiffTiles(str(shared_data / "terramind_examples/S2L2A"), 32, num_workers=0, **statistics)
+    callback = SimplerCallback(tiles=tiles, output_dir=str(tmp_path / "simpler"), min_tiles=32, max_tiles=64)
+    trainer(callback, limit_train_batches=1, limit_val_batches=1).fit(task, datamodule=datamodule)
+    handle.remove()
+    first = next(iter(GeoTiffTiles(str(shared_data / "terramind_examples/S2L2A"), 32, num_workers=0)))["image"]
+    torch.testing.assert_close(seen[0], (first - 1500.0) / 1000.0)
+    assert SlimmingPlan.load(tmp_path / "simpler/plan.json").tiles_seen == 64

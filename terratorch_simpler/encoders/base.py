@@ -13,7 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from terratorch_simpler.errors import ConfigurationError, UnsupportedEncoderError
 
-HIERARCHICAL = ("swin", "convnext", "resnet", "efficientnet", "hiera", "pvt", "maxvit", "mobilenet")
+HIERARCHICAL = (
+    *("swin", "hiera", "pvt", "maxvit", "mvit", "davit", "coat", "twins", "poolformer", "edgenext"),
+    *("convnext", "resnet", "resnext", "regnet", "densenet", "efficientnet", "mobilenet", "mobilevit", "vgg", "unet"),
+)
 
 InputShape = tuple[int, ...] | dict[str, tuple[int, ...]]
 """(C, H, W) or (C, T, H, W) of one image, or that of every modality by name."""
