@@ -76,6 +76,8 @@ class SimplerSource:
         if width not in (None, 1, 1.0):
             msg = f"Found backbone_width {width}, expected 1.0, since only depth can be cut: remove backbone_width."
             raise ConfigurationError(msg)
+        if isinstance(kwargs.get("pretrained"), str):
+            kwargs["pretrained"] = yaml.safe_load(kwargs["pretrained"])  # 'false' would be taken for true
         encoder = self._others().build(name, *args, **kwargs)
         return SimplerBackbone(
             encoder,

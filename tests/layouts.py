@@ -39,7 +39,7 @@ def land_cover(folder, shared_data, size=48):
         for kind in ("S2L2A", "S1RTC", "LULC"):
             with rasterio.open(shared_data / "terramind_examples" / kind / f"{place}_{kind}.tif") as source:
                 pixels = source.read(window=((row * size, (row + 1) * size), (column * size, (column + 1) * size)))
-            write(folder / "land_cover" / split / kind / f"{number:02d}_{kind}.tif", pixels)
+            write(folder / "land_cover" / split / kind / f"chip{number:02d}_{kind}.tif", pixels)
 
 
 def floods(folder, shared_data, size=64):

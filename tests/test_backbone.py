@@ -219,6 +219,10 @@ def test_keep_from_the_command_line_is_text(build, keep, kept):
     assert build(keep=keep).kept == kept
 
 
+def test_pretrained_from_the_command_line_is_text():
+    assert BACKBONE_REGISTRY.build("simpler_prithvi_eo_tiny", pretrained="false").pretrained is False
+
+
 def test_blocks_that_are_gone_cannot_be_kept(build):
     backbone = build(keep=3)
     with pytest.raises(DepthError, match=r"Found blocks \[5\] to keep, expected some of \[0, 1, 2\]"):

@@ -388,9 +388,9 @@ def modalities(shared_data, tmp_path):
         labels = {f"{split}_label_data_root": str(root / split / "LULC") for split in ("train", "val")}
         datamodule = GenericMultiModalDataModule(
             batch_size=8, num_classes=10, modalities=["S2L2A", "S1RTC"],
-            image_grep={"S2L2A": "*_S2L2A.tif", "S1RTC": "*_S1RTC.tif"}, label_grep="*_LULC.tif",
+            image_grep={"S2L2A": "*_S2L2A.tif", "S1RTC": "*_S1RTC.tif"},
             means={"S2L2A": [0.0] * 12, "S1RTC": [0.0] * 2}, stds={"S2L2A": [1.0] * 12, "S1RTC": [1.0] * 2},
-            no_data_replace=0, **{"task": "segmentation", **roots, **labels, **kwargs},
+            no_data_replace=0, **{"task": "segmentation", "label_grep": "*_LULC.tif", **roots, **labels, **kwargs},
         )  # fmt: skip
         datamodule.setup("fit")
         return datamodule
@@ -435,7 +435,7 @@ def test_transform_of_evaluation_is_applied_to_modalities(modalities):
 
 def test_gap_in_one_modality_is_no_data_in_the_tile(modalities):
     root, make = modalities
-    path = root / "train" / "S1RTC" / "03_S1RTC.tif"
+    path = root / "train" / "S1RTC" / "chip03_S1RTC.tif"
     with rasterio.open(path, "r+") as file:
         pixels = file.read()
         pixels[0, :5, 3:9] = np.nan
@@ -452,12 +452,12 @@ def test_gap_in_one_modality_is_no_data_in_the_tile(modalities):
 def test_damaged_modality_is_skipped_and_named(modalities):
     root, make = modalities
     datamodule = make()
-    path = root / "train" / "S2L2A" / "07_S2L2A.tif"
+    path = root / "train" / "S2L2A" / "chip07_S2L2A.tif"
     path.write_bytes(path.read_bytes()[:500])
     tiles = DatamoduleTiles(datamodule)
     assert sum(len(batch["index"]) for batch in tiles) == 39
     assert tiles.skipped == {"unreadable": 1}
-    assert "07_S2L2A.tif" in str(tiles.skips)
+    assert "chip07_S2L2A.tif" in str(tiles.skips)
 
 
 def test_scalar_labels_of_modalities_are_left_out(modalities, tmp_path):
