@@ -1,0 +1,43 @@
+"""What an encoder computes for one tile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.encoders import InputShape
+from terratorch_simpler.measure.borrow import borrowed, frozen
+
+
+def count_macs(backbone: SimplerBackbone, input_shape: InputShape) -> int:
+    """Multiply-accumulate operations of the encoder for one tile, counted by PyTorch's own FLOP counter.
+
+    Args:
+        backbone: The encoder as it stands now.
+        input_shape: Shape of one input, (C, H, W) or (C, T, H, W), or of each modality by name.
+    """
+    # Fused attention kernels are not counted on every device; the plain one is made of products that are.
+    with (
+        borrowed(backbone),
+        frozen(backbone),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        backbone(_empty_tile(backbone, input_shape))
+    return int(counter.get_total_flops()) // 2  # a multiply and an add are one MAC
+
+
+def _empty_tile(backbone: SimplerBackbone, input_shape: InputShape) -> Tensor | dict[str, Tensor]:
+    """A batch of one."""
+    parameter = next(backbone.parameters())
+    if isinstance(input_shape, Mapping):
+        return {
+            name: torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+            for name, shape in input_shape.items()
+        }
+    return torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)

@@ -1,0 +1,123 @@
+"""Which tokens show data, and which of them are compared."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from terratorch_simpler.encoders import Layout, PatchGrid
+from terratorch_simpler.errors import TilesError
+
+Tokens = Literal["patch", "cls", "mean", "all"]
+
+ROWS_PER_TILE = 16
+
+
+class Draw(NamedTuple):
+    """Which rows of a block's output are compared, for the tiles of a batch."""
+
+    index: Tensor  # (R,) into the tokens of all tiles, laid out one tile after the other
+    weights: Tensor | None  # (B, tokens) for the mean over patch tokens
+    counts: list[int]  # rows of each tile
+
+    def take(self, output: Tensor) -> Tensor:
+        """Rows (R, D) of a block's output (B * T, N, D), where T > 1 if frames pass as separate images."""
+        tiles, width = len(self.counts), output.shape[-1]
+        if self.weights is None:
+            return output.reshape(-1, width).index_select(0, self.index)
+        per_tile = output.reshape(tiles, -1, width)
+        means = torch.einsum("bn,bnd->bd", self.weights, per_tile.to(self.weights.dtype))
+        return means.index_select(0, self.index)
+
+
+def token_masks(valid: Tensor, images: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Which tokens show at least one valid pixel, and which show none by their nature.
+
+    Args:
+        valid: Valid pixels of the tiles, (B, H, W) or (B, T, H, W).
+        images: Images that the encoder sees at once: B, or B * T if frames have become images.
+        layout: What the tokens of an image stand for.
+
+    Returns:
+        Bools of shape (B, images of a tile, N) and (N,).
+    """
+    per_tile = images // valid.shape[0]
+    shown: list[Tensor] = []
+    special: list[Tensor] = []
+    for part in layout:
+        if isinstance(part, PatchGrid):
+            shown.append(_valid_patches(valid, per_tile, part))
+            special.append(torch.zeros(part.tokens, dtype=torch.bool))
+        else:
+            shown.append(torch.zeros(valid.shape[0], per_tile, part, dtype=torch.bool))
+            special.append(torch.ones(part, dtype=torch.bool))
+    return torch.cat(shown, dim=2), torch.cat(special)
+
+
+def _valid_patches(valid: Tensor, images: int, grid: PatchGrid) -> Tensor:
+    """Which patches show at least one valid pixel.
+
+    Args:
+        valid: Valid pixels of the tiles, (B, H, W) or (B, T, H, W).
+        images: Images of a tile.
+        grid: Patches of one image. The model may have padded the images evenly on both sides: what is padded mirrors
+            pixels that count already.
+
+    Returns:
+        Bool of shape (B, images of a tile, patches of an image).
+    """
+    tiles = valid.shape[0]
+    frames_of_image, height, width = grid.size
+    frames = frames_of_image * images
+    pixels = valid if valid.ndim == 4 else valid[:, None].expand(-1, frames, -1, -1)
+    if pixels.shape[1] != frames:
+        pixels = pixels.all(dim=1, keepdim=True).expand(-1, frames, -1, -1)
+    if pixels.shape[2:] == (1, 1):  # modalities on different grids have no common mask
+        pixels = pixels.expand(-1, -1, height, width)
+    extra_rows, extra_columns = height - pixels.shape[2], width - pixels.shape[3]
+    if min(extra_rows, extra_columns) < 0:  # the model resized the images
+        pixels = nn.functional.interpolate(pixels.float(), size=(height, width)) > 0
+        extra_rows = extra_columns = 0
+    top, left = extra_rows // 2, extra_columns // 2
+    pixels = nn.functional.pad(pixels.float(), (left, extra_columns - left, top, extra_rows - top))
+    per_image = pixels.reshape(tiles * images, 1, frames_of_image, height, width)
+    return nn.functional.max_pool3d(per_image, grid.patch).gt(0).reshape(tiles, images, -1)
+
+
+def draw(valid: Tensor, special: Tensor, numbers: list[int], tokens: Tokens, seed: int, device: torch.device) -> Draw:
+    """Draw rows for every tile from a seed of its own.
+
+    Args:
+        valid: Valid patch tokens, (B, images of a tile, N).
+        special: Tokens that show no patch, (N,); the first is the class token.
+        numbers: Each tile's own number.
+        tokens: Which rows to draw.
+        seed: Seed of the pass.
+        device: Where the rows will be taken.
+    """
+    if tokens == "cls" and not special[0]:
+        msg = "Found tokens 'cls' for an encoder without a class token, expected 'patch', 'mean' or 'all': change tokens."
+        raise TilesError(msg)
+    usable = valid.any(dim=(1, 2))
+    if tokens == "mean":
+        weights = valid.flatten(1).float()
+        weights = (weights / weights.sum(dim=1, keepdim=True).clamp(min=1)).to(device, non_blocking=True)
+        index = usable.nonzero().flatten()
+        return Draw(index.to(device, non_blocking=True), weights, usable.int().tolist())
+    if tokens == "patch":
+        candidates = valid
+    else:
+        only_class = torch.arange(len(special)) == 0
+        candidates = usable[:, None, None] & (only_class if tokens == "cls" else special)
+        candidates = candidates.expand_as(valid) | (valid & (tokens == "all"))
+    per_tile = candidates.flatten(1).numpy()
+    chosen = []
+    for tile, (number, row) in enumerate(zip(numbers, per_tile, strict=True)):
+        allowed = np.flatnonzero(row)
+        picked = np.random.default_rng([seed, number]).permutation(allowed)[:ROWS_PER_TILE]
+        chosen.append(np.sort(picked) + tile * per_tile.shape[1])
+    index = torch.from_numpy(np.concatenate(chosen))
+    return Draw(index.to(device, non_blocking=True), None, [len(rows) for rows in chosen])
