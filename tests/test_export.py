@@ -236,8 +236,15 @@ def test_family_the_host_cannot_express_is_one_clear_sentence(trained, tmp_path,
     assert not (tmp_path / "plain").exists()
 
 
-def test_intact_encoder_of_any_family_can_be_expressed(trained, in_process, tmp_path):
-    _, config, checkpoint = trained(None, **TERRAMIND)
+DOFA = {
+    "backbone": "simpler_dofa_small_patch16_224", "backbone_model_bands": ["RED", "GREEN"], "decoder": "FCNDecoder",
+    "decoder_channels": 16, "num_classes": 3, "necks": [RESHAPE],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stack", [TERRAMIND, DOFA, STACKS["out_indices"], STACKS["timm"]], ids=lambda s: s["backbone"][8:])
+def test_intact_encoder_of_any_family_can_be_expressed(trained, in_process, tmp_path, stack):
+    _, config, checkpoint = trained(None, **stack)
     assert export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")[2] == 0
 
 
@@ -270,7 +277,10 @@ def test_graph_of_another_image_size(trained, tmp_path):
     _, config, checkpoint = trained(**STACKS["unet"])
     path, _ = export_graph(load_trained(config, checkpoint), "pt2", tmp_path, size=96)
     with torch.no_grad():
-        assert torch.export.load(path).module()(torch.zeros(1, 6, 96, 96)).shape == (1, 3, 96, 96)
+        assert torch.export.load(path).module()(torch.zeros(5, 6, 96, 96)).shape == (5, 3, 96, 96)
+    path, _ = export_graph(load_trained(config, checkpoint), "pt2", tmp_path, size=100)  # TerraTorch pads to 128
+    with torch.no_grad():
+        assert torch.export.load(path).module()(torch.zeros(1, 6, 100, 100)).shape == (1, 3, 100, 100)
 
 
 def test_detection_cannot_be_a_graph(trained, tmp_path):

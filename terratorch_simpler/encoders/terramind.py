@@ -50,8 +50,8 @@ class TerraMindAdapter(EncoderAdapter):
         """Patch of the first image modality."""
         return _patch(encoder, encoder.image_modalities[0])  # type: ignore[index]
 
-    def input_shape(self, encoder: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Shape of every image modality that is read, by the name that the data gives it."""
+    def input_shape(self, encoder: nn.Module) -> dict[str, tuple[int, ...]] | None:
+        """Shape of every modality of pixels that is read, by the name that the data gives it; None if there is none."""
         size = pair(encoder.img_size)  # type: ignore[arg-type]
         generated = getattr(encoder, "tim_modalities", ())
         shapes = {}
@@ -59,7 +59,7 @@ class TerraMindAdapter(EncoderAdapter):
             embedding = encoder.encoder_embeddings[key]  # type: ignore[index]
             if isinstance(embedding, ImageEncoderEmbedding) and name not in generated:
                 shapes[name] = (int(embedding.num_channels), *size)
-        return shapes
+        return shapes or None
 
     def features(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +20,9 @@ from terratorch_simpler.encoders.base import EncoderAdapter, pair, take
 class _VisionTransformerAdapter(EncoderAdapter):
     """What all have in common: a timm model with ``blocks`` and tokens before the patches; features are images."""
 
+    @abstractmethod
     def model(self, encoder: nn.Module) -> Any:
         """The timm model inside."""
-        raise TypeError(encoder)
 
     def blocks(self, encoder: nn.Module) -> nn.ModuleList | nn.Sequential:
         """The transformer blocks."""

@@ -41,7 +41,8 @@ def export_graph(trained: Trained, format_: str, folder: str | Path, size: int |
         trained: The trained task; it is not changed.
         format_: "onnx" or "pt2".
         folder: Where to write ``model.onnx`` or ``model.pt2``.
-        size: Rows and columns of the images in pixels; by default those of the encoder. Other sizes cannot be run.
+        size: Rows and columns of the images in pixels; by default those of the encoder. Other sizes cannot be run. Where it
+            is no multiple of twice the patch TerraTorch pads, and the graph takes one image at a time.
 
     Returns:
         The file, and the largest difference of an answer, as a share of the largest value.
@@ -62,7 +63,8 @@ def export_graph(trained: Trained, format_: str, folder: str | Path, size: int |
     model = _Answer(trained, names).eval()
     path = Path(folder) / GRAPH_FORMATS[format_]
     try:
-        program = _trace(model, images)
+        program, images = _trace(model, images)
+        expected = [part[: len(images[0])] for part in expected]
         with whole_file(path) as part:
             found = _write_onnx(program, images, names, part) if format_ == "onnx" else _write_pt2(program, images, part)
             gap = difference(found, expected)
@@ -84,16 +86,17 @@ def export_graph(trained: Trained, format_: str, folder: str | Path, size: int |
     return path, gap
 
 
-def _trace(model: nn.Module, images: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """With any number of images if the model allows it: TerraTorch loops over the batch where it pads."""
+def _trace(model: nn.Module, images: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, tuple[Tensor, ...]]:
+    """With any number of images; or with one, where TerraTorch pads each image of a batch by itself."""
     batch = torch.export.Dim("batch", min=1)
     dynamic = (tuple({0: batch} for _ in images),)  # one entry for the variadic argument
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(model, images, dynamic_shapes=dynamic, strict=False)
+            return torch.export.export(model, images, dynamic_shapes=dynamic, strict=False), images
         except Exception:  # a fixed batch is the next best thing
-            return torch.export.export(model, images, strict=False)
+            images = tuple(image[:1] for image in images)
+            return torch.export.export(model, images, strict=False), images
 
 
 def _write_pt2(program: torch.export.ExportedProgram, images: tuple[Tensor, ...], path: Path) -> list[Tensor]:

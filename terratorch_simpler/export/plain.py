@@ -64,8 +64,7 @@ def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path
     check_expressible(backbone)
     images = trained.example()
     expected = answer(trained.task, images)
-    settings, places = _settings(backbone, trained.hparams["model_args"])
-    model_args, shifted = _plain_model_args(trained.hparams["model_args"], settings, places, backbone)
+    model_args, shifted = _plain_model_args(trained.hparams["model_args"], backbone)
     hparams = {**trained.hparams, "model_args": model_args}
     state = unwrap(trained.task).state_dict()
     if shifted:
@@ -88,16 +87,6 @@ def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path
     return folder / CONFIG_FILE, folder / CHECKPOINT_FILE, difference
 
 
-def _settings(backbone: SimplerBackbone, model_args: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    found = backbone.host_settings()
-    if found is not None:
-        return found
-    # An intact encoder of any family is built as it was.
-    given = _backbone_arguments(model_args)[0]
-    keep = {"out_indices": given["out_indices"]} if "out_indices" in given else {}
-    return keep, list(range(len(backbone.feature_positions)))
-
-
 def _backbone_arguments(model_args: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Arguments of the backbone without their prefix, and the prefix: TerraTorch takes them in two ways."""
     if model_args.get("backbone_kwargs"):
@@ -106,14 +95,20 @@ def _backbone_arguments(model_args: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return {key.removeprefix(prefix): value for key, value in model_args.items() if key.startswith(prefix)}, prefix
 
 
-def _plain_model_args(
-    model_args: Mapping[str, Any], settings: Mapping[str, Any], places: Sequence[int], backbone: SimplerBackbone
-) -> tuple[dict[str, Any], bool]:
+def _plain_model_args(model_args: Mapping[str, Any], backbone: SimplerBackbone) -> tuple[dict[str, Any], bool]:
     """Arguments of TerraTorch's factory, and whether a neck was put in front of the others."""
     arguments, prefix = _backbone_arguments(model_args)
-    for key in (*OURS, "out_indices", "ckpt_path"):
+    features = list(range(len(backbone.feature_positions)))
+    places, unchanged = features, True  # an intact encoder of a family without such settings is built as it was
+    if (found := backbone.host_settings()) is not None:
+        settings, places = found
+        arguments.pop("out_indices", None)
+        arguments.update(settings)
+        returned = len(settings["out_indices"]) if "out_indices" in settings else backbone.num_blocks
+        unchanged = places == features and (returned == len(features) or "interaction_indexes" in settings)
+    for key in (*OURS, "ckpt_path"):
         arguments.pop(key, None)
-    arguments.update(settings, pretrained=False)
+    arguments["pretrained"] = False
     plain = {key: value for key, value in model_args.items() if not (prefix and key.startswith(prefix))}
     plain = copy.deepcopy({key: value for key, value in plain.items() if key not in ("peft_config", "pretrained")})
     plain["backbone"] = str(model_args["backbone"]).removeprefix(PREFIX)
@@ -125,17 +120,10 @@ def _plain_model_args(
     shifted = False
     if necks and necks[0].get("name") == "SelectIndices":
         necks[0]["indices"] = [places[i] for i in necks[0]["indices"]]
-    elif list(places) != list(range(_returned(settings, backbone))) and (necks or not _own_neck(backbone)):
-        plain["necks"] = [{"name": "SelectIndices", "indices": list(places)}, *necks]
+    elif not unchanged and (necks or not _own_neck(backbone)):
+        plain["necks"] = [{"name": "SelectIndices", "indices": places}, *necks]
         shifted = bool(necks)
     return plain, shifted
-
-
-def _returned(settings: Mapping[str, Any], backbone: SimplerBackbone) -> int:
-    """How many features the plain encoder returns."""
-    if "out_indices" in settings:
-        return len(settings["out_indices"])
-    return len(backbone.feature_positions) if "interaction_indexes" in settings else backbone.num_blocks
 
 
 def _own_neck(backbone: SimplerBackbone) -> bool:
