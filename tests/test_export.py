@@ -9,7 +9,7 @@ import torch
 import yaml
 from terratorch.tasks import ClassificationTask, ObjectDetectionTask, SemanticSegmentationTask
 
-from terratorch_simpler import cli
+from terratorch_simpler import SlimmingPlan, cli
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
 from terratorch_simpler.export import Trained, export_graph, export_plain, load_trained, plain
@@ -157,6 +157,16 @@ def test_classification_gets_a_neck_in_front(trained, in_process, tmp_path):
     assert gap == 0
     args = yaml.safe_load(config_file.read_text())["model"]["init_args"]["model_args"]
     assert args["necks"] == [{"name": "SelectIndices", "indices": [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4]}, *necks]
+
+
+def test_checkpoint_of_a_model_built_from_a_plan_that_is_gone(trained, in_process, tmp_path):
+    plan = SlimmingPlan("prithvi_eo_v2_tiny_tl", 12, (0, 1, 2), {"name": "fixed", "args": {}}).save(tmp_path / "plan.json")
+    _, config, checkpoint = trained(None, **STACKS["unet"], backbone_plan=str(plan))
+    plan.unlink()
+    config_file, *_ = export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")
+    args = yaml.safe_load(config_file.read_text())["model"]["init_args"]["model_args"]
+    assert args["backbone_depth"] == 3
+    assert "backbone_plan" not in args
 
 
 def test_learned_necks_keep_their_weights_behind_a_neck_in_front(trained, in_process, tmp_path):

@@ -370,7 +370,10 @@ def test_patches_without_data_are_left_out_in_every_modality(build):
 def test_thinking_in_modalities_is_measured_on_its_input(build):
     backbone = build("simpler_terramind_v1_tiny_tim", modalities=["S2L2A"], img_size=32)
     tiles = Tiles(land(40, size=32, bands=12))
-    found, again = run(backbone, tiles), run(backbone, tiles)
+    random.seed(1)
+    found = run(backbone, tiles)
+    random.seed(2)  # the encoder draws tokens from it
+    again = run(backbone, tiles)
     assert found.rows_seen == 40 * 4  # patches of the input, not those that the encoder made up
     assert torch.equal(found.similarity, again.similarity)
 
@@ -387,6 +390,22 @@ def test_modalities_that_do_not_fit_are_refused(build):
         TilesError, match="Found tiles with 3 bands, expected the 2 bands of 'terramind_v1_tiny' for modality 'S1RTC'"
     ):
         run(terramind(build), Modalities(land(40, bands=12), land(40, bands=3)))
+
+
+def test_modalities_on_different_grids(build):
+    backbone = terramind(build, merge_method=None)
+    optical, radar = land(40, bands=12), land(40, size=32, bands=2, seed=1)
+    valid = torch.ones(40, 1, 1, dtype=torch.bool)  # what a datamodule's tiles have where grids differ
+    found = run(backbone, Modalities(optical, radar, valid=valid), tokens="mean")
+    assert found.rows_seen == 40
+    outputs = []
+    handles = backbone.watch(outputs.append)
+    with torch.no_grad():
+        backbone({"S2L2A": optical, "S1RTC": radar})
+    for handle in handles:
+        handle.remove()
+    means = torch.stack(outputs).mean(dim=2)  # 16 and 4 patches, all of them
+    torch.testing.assert_close(found.similarity, linear_cka(means), rtol=0, atol=1e-4)
 
 
 def test_a_missing_modality_is_said(build):

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from terratorch_simpler.errors import ConfigurationError, UnsupportedEncoderError
 
 HIERARCHICAL = (
-    *("swin", "hiera", "pvt", "maxvit", "mvit", "davit", "coat", "twins", "poolformer", "edgenext"),
-    *("convnext", "resnet", "resnext", "regnet", "densenet", "efficientnet", "mobilenet", "mobilevit", "vgg", "unet"),
+    *("swin", "hiera", "pvt", "maxvit", "mvitv2", "poolformer", "edgenext", "convnext", "resnet", "resnext", "regnet"),
+    *("densenet", "efficientnet", "mobilenet", "mobilevit"),
 )
 
 InputShape = tuple[int, ...] | dict[str, tuple[int, ...]]
