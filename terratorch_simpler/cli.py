@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import plan_table
 
 FAILED, BAD_CONFIG = 1, 2
+LONGEST = 500
+"""Characters of an error that is not ours: the parser's repeat the whole config."""
 
 
 class _Planned(Exception):
@@ -208,7 +211,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         ours = _our_error(err)
-        text = str(ours) if ours else f"{type(err).__name__}: {err} (--debug shows where)"
+        foreign = textwrap.shorten(f"{type(err).__name__}: {err}", LONGEST, placeholder=" ...")
+        text = str(ours) if ours else f"{foreign} (--debug shows where)"
         print(f"terratorch-simpler {parsed.command}: {' '.join(text.split())}", file=sys.stderr)
         return BAD_CONFIG if isinstance(ours, _ConfigError | PlanError) else FAILED
     return 0
