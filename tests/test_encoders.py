@@ -117,6 +117,10 @@ def test_cut_encoder(family, cut):
     # as does moving between precisions
     assert equal(run(ours.double().float(), image), features)
 
+    # and what was cut grows back
+    ours.load_state_dict(intact.state_dict(), strict=True)
+    assert equal(run(ours, image), full)
+
 
 def without_gradient(backbone, image):
     random.seed(0)
@@ -232,9 +236,14 @@ def test_vit_adapter_lays_its_ranges_where_indices_are_answered(k, ranges):
 
 def test_vit_adapter_ranges_of_unequal_length_keep_a_block_each():
     family = next(family for family in FAMILIES if family.key == "prithvi vit_adapter")
-    ours = wrapped(family, interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 23]])
+    short = [[0, 0], [1, 1], [2, 2], [3, 23]]
+    ours = wrapped(family, interaction_indexes=short)
     for k in (20, 10, 5, 4):
         ours.keep_blocks(range(k))
+        assert (
+            ours.encoder.interaction_indexes
+            == wrapped(family, keep=k, interaction_indexes=short).encoder.interaction_indexes
+        )
         flat = [block for first, last in ours.encoder.interaction_indexes for block in range(first, last + 1)]
         assert flat == list(range(k))
         run(ours, family.image())

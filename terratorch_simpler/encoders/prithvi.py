@@ -90,7 +90,8 @@ class PrithviViTAdapterAdapter(PrithviAdapter):
         return _with_vit_adapter(encoder)
 
     def prepare(self, encoder: nn.Module) -> None:
-        """Nothing: its forward is a bound method already, and its features are maps of ranges."""
+        """Remember the ranges of the intact encoder: those of a cut one cannot be grown back."""
+        encoder.intact_ends = [indexes[-1] for indexes in encoder.interaction_indexes]  # type: ignore[union-attr,assignment]
 
     def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:
         """Last block of each range."""
@@ -114,11 +115,9 @@ class PrithviViTAdapterAdapter(PrithviAdapter):
 
     def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
         """Blocks, and the four ranges over them."""
-        before, after = len(encoder.blocks), len(positions)  # type: ignore[arg-type]
-        ends = [indexes[-1] for indexes in encoder.interaction_indexes]  # type: ignore[union-attr]
         encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))  # type: ignore[arg-type]
-        encoder.interaction_indexes = _ranges(ends, before, after)  # type: ignore[assignment]
-        encoder.num_block = after  # type: ignore[assignment]
+        encoder.interaction_indexes = _ranges(encoder.intact_ends, len(positions))  # type: ignore[assignment,arg-type]
+        encoder.num_block = len(positions)  # type: ignore[assignment]
         encoder.out_indices = [indexes[-1] for indexes in encoder.interaction_indexes]  # type: ignore[union-attr,assignment]
 
     def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
@@ -135,8 +134,9 @@ class PrithviViTAdapterAdapter(PrithviAdapter):
         return 0
 
 
-def _ranges(ends: Sequence[int], before: int, after: int) -> list[list[int]]:
-    """Ranges [first, last] over ``after`` blocks, in the proportions that ``ends`` have over ``before`` blocks."""
+def _ranges(ends: Sequence[int], after: int) -> list[list[int]]:
+    """Ranges [first, last] over ``after`` blocks, in the proportions that their ``ends`` have in the intact encoder."""
+    before = ends[-1] + 1
     ranges: list[list[int]] = []
     first = 0
     for number, end in enumerate(ends):
