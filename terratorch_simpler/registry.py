@@ -85,7 +85,8 @@ class SimplerSource:
             out_indices=out_indices,
             keep=keep,
             plan=plan,
-            pretrained=bool(kwargs.get("pretrained", False)),
+            # DINOv3 takes its weights from ckpt_path alone; whether they are any good is not known here.
+            pretrained=None if "pretrained" not in kwargs and kwargs.get("ckpt_path") else bool(kwargs.get("pretrained")),
             block_path=block_path,
         )
 

@@ -189,18 +189,18 @@ def take(items: Iterable[nn.Module], positions: Sequence[int]) -> list[nn.Module
     return taken
 
 
-def take_prompts(module: nn.Module, positions: Sequence[int]) -> None:
+def take_prompts(module: Any, positions: Sequence[int]) -> None:
     """Rearrange visual prompts, which TerraTorch keeps beside the blocks and looks up by position."""
     if getattr(module, "vpt", False):
-        module.vpt_prompt_embeddings = nn.ParameterList(take(module.vpt_prompt_embeddings, positions))  # type: ignore[arg-type]
-        module.vpt_dropout_layers = nn.ModuleList(take(module.vpt_dropout_layers, positions))  # type: ignore[arg-type]
+        module.vpt_prompt_embeddings = nn.ParameterList(take(module.vpt_prompt_embeddings, positions))
+        module.vpt_dropout_layers = nn.ModuleList(take(module.vpt_dropout_layers, positions))
 
 
 @contextmanager
-def prompts_off(module: nn.Module) -> Iterator[None]:
+def prompts_off(module: Any) -> Iterator[None]:
     """Let TerraTorch's forward pass skip the visual prompts that it would put beside the tokens of each block."""
     before = module.vpt
-    module.vpt = False  # type: ignore[assignment]
+    module.vpt = False
     try:
         yield
     finally:

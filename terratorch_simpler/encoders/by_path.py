@@ -27,7 +27,7 @@ class BlockPathAdapter(EncoderAdapter):
         """Remember the path."""
         self._path = path
 
-    def matches(self, encoder: nn.Module) -> bool:
+    def matches(self, encoder: Any) -> bool:
         """Whether there are equal blocks at the path.
 
         Raises:
@@ -52,7 +52,7 @@ class BlockPathAdapter(EncoderAdapter):
             raise UnsupportedEncoderError(msg)
         return True
 
-    def blocks(self, encoder: nn.Module) -> nn.ModuleList | nn.Sequential:
+    def blocks(self, encoder: Any) -> nn.ModuleList | nn.Sequential:
         """The blocks at the path."""
         try:
             blocks = encoder.get_submodule(self._path)
@@ -72,17 +72,17 @@ class BlockPathAdapter(EncoderAdapter):
         )
         raise UnsupportedEncoderError(msg)
 
-    def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:
+    def feature_blocks(self, encoder: Any, out_indices: Sequence[int] | int | None) -> Sequence[int]:
         """All blocks, or the last; or those that were asked for."""
         total = len(self.blocks(encoder))
         if out_indices is None and len(_channels(encoder)) == 1:
             return [total - 1]
         return super().feature_blocks(encoder, out_indices)
 
-    def prepare(self, encoder: nn.Module) -> None:
+    def prepare(self, encoder: Any) -> None:
         """Nothing."""
 
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks."""
         parent, _, name = self._path.rpartition(".")
         blocks = self.blocks(encoder)
@@ -90,14 +90,14 @@ class BlockPathAdapter(EncoderAdapter):
         stack = nn.Sequential(*kept) if isinstance(blocks, nn.Sequential) else nn.ModuleList(kept)
         setattr(encoder.get_submodule(parent), name, stack)
 
-    def out_channels(self, encoder: nn.Module) -> list[int]:
+    def out_channels(self, encoder: Any) -> list[int]:
         """What the encoder says."""
         channels = _channels(encoder)
         return channels * len(self.blocks(encoder)) if len(channels) == 1 else channels
 
     def features(
         self,
-        encoder: nn.Module,
+        encoder: Any,
         positions: Sequence[int],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
@@ -116,11 +116,11 @@ class BlockPathAdapter(EncoderAdapter):
             raise UnsupportedEncoderError(msg)
         return [features[position] for position in positions]
 
-    def prefix_tokens(self, encoder: nn.Module) -> int:
+    def prefix_tokens(self, encoder: Any) -> int:
         """Number of class and other tokens; what else there is before the patches shows only in an output."""
         return int(getattr(encoder, "num_prefix_tokens", 0))
 
-    def patch_size(self, encoder: nn.Module) -> tuple[int, int, int]:
+    def patch_size(self, encoder: Any) -> tuple[int, int, int]:
         """That of the first part that has one, as TerraTorch looks it up.
 
         Raises:
@@ -138,11 +138,11 @@ class BlockPathAdapter(EncoderAdapter):
         )
         raise UnsupportedEncoderError(msg)
 
-    def input_shape(self, encoder: nn.Module) -> None:  # noqa: ARG002
+    def input_shape(self, encoder: Any) -> None:  # noqa: ARG002
         """Not known before tiles pass."""
         return
 
-    def layout(self, encoder: nn.Module, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
+    def layout(self, encoder: Any, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
         """Patch tokens are the last ones; what stands before them are class and other tokens."""
         if not isinstance(inputs, Tensor):
             msg = "Found tiles with modalities, expected one image: an encoder of several needs an adapter of its own."
@@ -157,7 +157,7 @@ class BlockPathAdapter(EncoderAdapter):
         return [length - grid.tokens, grid]
 
 
-def _channels(encoder: nn.Module) -> list[int]:
+def _channels(encoder: Any) -> list[int]:
     channels: Any = getattr(encoder, "out_channels", None)
     if isinstance(channels, int):
         return [channels]

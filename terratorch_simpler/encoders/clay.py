@@ -19,57 +19,58 @@ class ClayAdapter(EncoderAdapter):
 
     family = "Clay v1"
 
-    def matches(self, encoder: nn.Module) -> bool:
+    def matches(self, encoder: Any) -> bool:
         """Clay's embedder in TerraTorch's timm wrapper."""
         return isinstance(encoder, TimmBackboneWrapper) and isinstance(_embedder(encoder), Embedder)
 
-    def prepare(self, encoder: nn.Module) -> None:
+    def prepare(self, encoder: Any) -> None:
         """Return the features after all blocks."""
         _embedder(encoder).out_indices = tuple(range(len(self.blocks(encoder))))
 
-    def blocks(self, encoder: nn.Module) -> nn.ModuleList:
+    def blocks(self, encoder: Any) -> nn.ModuleList:
         """Pairs [attention, feed-forward]; the pair itself is never called."""
-        return encoder.clay_encoder.transformer.layers  # type: ignore[union-attr,return-value]
+        return encoder.clay_encoder.transformer.layers
 
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and with them the visual prompts."""
-        transformer: Any = encoder.clay_encoder.transformer  # type: ignore[union-attr]
+        transformer: Any = encoder.clay_encoder.transformer
         transformer.layers = nn.ModuleList(take(transformer.layers, positions))
         take_prompts(transformer, positions)
-        encoder._out_channels = encoder._out_channels[:1] * len(positions)  # type: ignore[index,operator]
+        encoder._out_channels = encoder._out_channels[:1] * len(positions)
         self.prepare(encoder)
 
-    def out_channels(self, encoder: nn.Module) -> list[int]:
+    def out_channels(self, encoder: Any) -> list[int]:
         """Width."""
-        return [int(encoder.clay_encoder.dim)] * len(self.blocks(encoder))  # type: ignore[union-attr,arg-type]
+        return [int(encoder.clay_encoder.dim)] * len(self.blocks(encoder))
 
-    def prefix_tokens(self, encoder: nn.Module) -> int:
+    def prefix_tokens(self, encoder: Any) -> int:
         """The class token, and the prompts that stand behind it inside a block."""
-        transformer: Any = encoder.clay_encoder.transformer  # type: ignore[union-attr]
+        transformer: Any = encoder.clay_encoder.transformer
         return 1 + (int(transformer.vpt_n_tokens) if transformer.vpt else 0)
 
-    def patch_size(self, encoder: nn.Module) -> tuple[int, int, int]:
+    def patch_size(self, encoder: Any) -> tuple[int, int, int]:
         """Patch of the dynamic patch embedding."""
-        return (1, *pair(encoder.clay_encoder.patch_size))  # type: ignore[union-attr,arg-type]
+        return (1, *pair(encoder.clay_encoder.patch_size))
 
-    def input_shape(self, encoder: nn.Module) -> tuple[int, ...]:
+    def input_shape(self, encoder: Any) -> tuple[int, ...]:
         """As many bands as were named; the position encoding takes no other size."""
         embedder = _embedder(encoder)
         return (len(embedder.bands), *pair(embedder.img_size))
 
-    def without_prompts(self, encoder: nn.Module) -> AbstractContextManager[object]:
+    def without_prompts(self, encoder: Any) -> AbstractContextManager[object]:
         """Skip VPT."""
-        return prompts_off(encoder.clay_encoder.transformer)  # type: ignore[union-attr,arg-type]
+        return prompts_off(encoder.clay_encoder.transformer)
 
-    def watch(self, encoder: nn.Module, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
+    def watch(self, encoder: Any, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
         """A block is no module that is called: its output is that of its feed-forward part plus the residual."""
 
         def after_feed_forward(_part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen(output + args[0])
 
-        return [pair[1].register_forward_hook(after_feed_forward) for pair in self.blocks(encoder)]  # type: ignore[index]
+        layers: Any = self.blocks(encoder)
+        return [part.register_forward_hook(after_feed_forward) for _, part in layers]
 
 
-def _embedder(encoder: nn.Module) -> Any:
+def _embedder(encoder: Any) -> Any:
     """TerraTorch keeps Clay's embedder only as the object that ``forward`` is bound to."""
     return getattr(encoder.forward, "__self__", None)

@@ -18,39 +18,39 @@ class DinoV3Adapter(EncoderAdapter):
 
     family = "DINOv3"
 
-    def matches(self, encoder: nn.Module) -> bool:
+    def matches(self, encoder: Any) -> bool:
         """The vision transformers; the ConvNeXts have stages instead of blocks."""
         return isinstance(encoder, DinoV3Wrapper) and hasattr(encoder.dinov3, "blocks")
 
-    def prepare(self, encoder: nn.Module) -> None:
+    def prepare(self, encoder: Any) -> None:
         """Return the features after all blocks."""
-        encoder.output_indexes = list(range(len(self.blocks(encoder))))  # type: ignore[assignment]
+        encoder.output_indexes = list(range(len(self.blocks(encoder))))
 
-    def blocks(self, encoder: nn.Module) -> nn.ModuleList:
+    def blocks(self, encoder: Any) -> nn.ModuleList:
         """The transformer blocks."""
-        return encoder.dinov3.blocks  # type: ignore[union-attr,return-value]
+        return encoder.dinov3.blocks
 
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and what the model says of its depth."""
         model: Any = encoder.dinov3
         model.blocks = nn.ModuleList(take(model.blocks, positions))
         model.n_blocks = len(positions)
-        encoder.out_channels = self.out_channels(encoder)  # type: ignore[assignment]
+        encoder.out_channels = self.out_channels(encoder)
         self.prepare(encoder)
 
-    def out_channels(self, encoder: nn.Module) -> list[int]:
+    def out_channels(self, encoder: Any) -> list[int]:
         """Width."""
-        return [int(encoder.dinov3.embed_dim)] * len(self.blocks(encoder))  # type: ignore[union-attr,arg-type]
+        return [int(encoder.dinov3.embed_dim)] * len(self.blocks(encoder))
 
-    def prefix_tokens(self, encoder: nn.Module) -> int:
+    def prefix_tokens(self, encoder: Any) -> int:
         """Class and storage tokens."""
-        return 1 + int(encoder.dinov3.n_storage_tokens)  # type: ignore[union-attr,arg-type]
+        return 1 + int(encoder.dinov3.n_storage_tokens)
 
-    def patch_size(self, encoder: nn.Module) -> tuple[int, int, int]:
+    def patch_size(self, encoder: Any) -> tuple[int, int, int]:
         """Patch of the patch embedding."""
-        return (1, *pair(encoder.dinov3.patch_size))  # type: ignore[union-attr,arg-type]
+        return (1, *pair(encoder.dinov3.patch_size))
 
-    def input_shape(self, encoder: nn.Module) -> tuple[int, ...]:
+    def input_shape(self, encoder: Any) -> tuple[int, ...]:
         """Three bands of any size."""
-        channels = encoder.dinov3.patch_embed.proj.in_channels  # type: ignore[union-attr]
-        return (int(channels), NATIVE_SIZE, NATIVE_SIZE)  # type: ignore[arg-type]
+        channels = encoder.dinov3.patch_embed.proj.in_channels
+        return (int(channels), NATIVE_SIZE, NATIVE_SIZE)

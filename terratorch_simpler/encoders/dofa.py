@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from terratorch.models.backbones.dofa_vit import DOFAEncoderWrapper
 from torch import nn
@@ -15,42 +16,42 @@ class DofaAdapter(EncoderAdapter):
 
     family = "DOFA"
 
-    def matches(self, encoder: nn.Module) -> bool:
+    def matches(self, encoder: Any) -> bool:
         """Any size."""
         return isinstance(encoder, DOFAEncoderWrapper)
 
-    def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:
+    def feature_blocks(self, encoder: Any, out_indices: Sequence[int] | int | None) -> Sequence[int]:
         """The last block by default; order and repetitions are lost, as in TerraTorch."""
         total = len(self.blocks(encoder))
         wanted = super().feature_blocks(encoder, out_indices or [-1])
         return sorted({i % total if -total <= i < total else i for i in wanted})
 
-    def prepare(self, encoder: nn.Module) -> None:
+    def prepare(self, encoder: Any) -> None:
         """Return the features after all blocks."""
-        encoder.out_indices = list(range(len(self.blocks(encoder))))  # type: ignore[assignment]
+        encoder.out_indices = list(range(len(self.blocks(encoder))))
 
-    def blocks(self, encoder: nn.Module) -> nn.ModuleList:
+    def blocks(self, encoder: Any) -> nn.ModuleList:
         """The transformer blocks."""
-        return encoder.dofa_model.blocks  # type: ignore[union-attr,return-value]
+        return encoder.dofa_model.blocks
 
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks."""
-        encoder.dofa_model.blocks = nn.ModuleList(take(self.blocks(encoder), positions))  # type: ignore[union-attr]
-        encoder.out_channels = self.out_channels(encoder)  # type: ignore[assignment]
+        encoder.dofa_model.blocks = nn.ModuleList(take(self.blocks(encoder), positions))
+        encoder.out_channels = self.out_channels(encoder)
         self.prepare(encoder)
 
-    def out_channels(self, encoder: nn.Module) -> list[int]:
+    def out_channels(self, encoder: Any) -> list[int]:
         """Width."""
-        return [encoder.dofa_model.patch_embed.embed_dim] * len(self.blocks(encoder))  # type: ignore[union-attr,list-item]
+        return [encoder.dofa_model.patch_embed.embed_dim] * len(self.blocks(encoder))
 
-    def prefix_tokens(self, encoder: nn.Module) -> int:  # noqa: ARG002
+    def prefix_tokens(self, encoder: Any) -> int:  # noqa: ARG002
         """The class token."""
         return 1
 
-    def patch_size(self, encoder: nn.Module) -> tuple[int, int, int]:
+    def patch_size(self, encoder: Any) -> tuple[int, int, int]:
         """Patch of the dynamic patch embedding."""
-        return (1, *pair(encoder.dofa_model.patch_embed.kernel_size))  # type: ignore[union-attr,arg-type]
+        return (1, *pair(encoder.dofa_model.patch_embed.kernel_size))
 
-    def input_shape(self, encoder: nn.Module) -> tuple[int, ...]:
+    def input_shape(self, encoder: Any) -> tuple[int, ...]:
         """As many bands as wavelengths."""
-        return (len(encoder.wavelengths), *pair(encoder.dofa_model.img_size))  # type: ignore[union-attr,arg-type]
+        return (len(encoder.wavelengths), *pair(encoder.dofa_model.img_size))

@@ -14,7 +14,7 @@ from terratorch_simpler.encoders.base import EncoderAdapter, prompts_off, take, 
 from terratorch_simpler.errors import DepthError
 
 
-def _with_vit_adapter(encoder: nn.Module) -> bool:
+def _with_vit_adapter(encoder: Any) -> bool:
     # Looked up late: TerraTorch puts a dummy there where the compiled operation it needs is missing.
     return isinstance(encoder, prithvi_vit_adapter.PrithviViTAdapter)
 
@@ -24,55 +24,55 @@ class PrithviAdapter(EncoderAdapter):
 
     family = "Prithvi"
 
-    def matches(self, encoder: nn.Module) -> bool:
+    def matches(self, encoder: Any) -> bool:
         """Any PrithviViT without ViT-Adapter."""
         return isinstance(encoder, PrithviViT) and not _with_vit_adapter(encoder)
 
-    def prepare(self, encoder: nn.Module) -> None:
+    def prepare(self, encoder: Any) -> None:
         """Replace TerraTorch's closure, which keeps running the original's weights after a deep copy."""
         # A bound method is re-bound by copy and pickle; the closure is not.
-        encoder.forward = encoder.forward_features  # type: ignore[method-assign,assignment]
+        encoder.forward = encoder.forward_features
         self._renumber(encoder)
 
-    def blocks(self, encoder: nn.Module) -> nn.ModuleList:
+    def blocks(self, encoder: Any) -> nn.ModuleList:
         """The transformer blocks."""
-        return encoder.blocks  # type: ignore[return-value]
+        return encoder.blocks
 
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and with them the visual prompts."""
-        encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))  # type: ignore[arg-type]
+        encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))
         take_prompts(encoder, positions)
-        encoder.out_channels = encoder.out_channels[:1] * len(positions)  # type: ignore[index,operator]
+        encoder.out_channels = encoder.out_channels[:1] * len(positions)
         self._renumber(encoder)
 
-    def without_prompts(self, encoder: nn.Module) -> AbstractContextManager[object]:
+    def without_prompts(self, encoder: Any) -> AbstractContextManager[object]:
         """Skip VPT."""
         return prompts_off(encoder)
 
-    def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+    def host_settings(self, encoder: Any, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
         """``depth``."""
         return {"depth": len(self.blocks(encoder))}, list(positions)
 
     @staticmethod
-    def _renumber(encoder: nn.Module) -> None:
-        encoder.out_indices = list(range(len(encoder.blocks)))  # type: ignore[arg-type,assignment]
+    def _renumber(encoder: Any) -> None:
+        encoder.out_indices = list(range(len(encoder.blocks)))
 
-    def out_channels(self, encoder: nn.Module) -> list[int]:
+    def out_channels(self, encoder: Any) -> list[int]:
         """Width times number of frames, since TerraTorch folds time into channels."""
-        return list(encoder.out_channels)  # type: ignore[arg-type]
+        return list(encoder.out_channels)
 
-    def prefix_tokens(self, encoder: nn.Module) -> int:
+    def prefix_tokens(self, encoder: Any) -> int:
         """The class token, and the prompts that stand behind it inside a block."""
-        return 1 + (int(encoder.vpt_n_tokens) if encoder.vpt else 0)  # type: ignore[arg-type]
+        return 1 + (int(encoder.vpt_n_tokens) if encoder.vpt else 0)
 
-    def patch_size(self, encoder: nn.Module) -> tuple[int, int, int]:
+    def patch_size(self, encoder: Any) -> tuple[int, int, int]:
         """Patch of the 3-D patch embedding."""
-        frames, rows, columns = encoder.patch_embed.patch_size  # type: ignore[union-attr,misc]
+        frames, rows, columns = encoder.patch_embed.patch_size
         return int(frames), int(rows), int(columns)
 
-    def input_shape(self, encoder: nn.Module) -> tuple[int, ...]:
+    def input_shape(self, encoder: Any) -> tuple[int, ...]:
         """(C, T, H, W) the encoder was built for."""
-        return (encoder.in_chans, *encoder.patch_embed.input_size)  # type: ignore[union-attr,return-value]
+        return (encoder.in_chans, *encoder.patch_embed.input_size)
 
 
 class PrithviViTAdapterAdapter(PrithviAdapter):
@@ -85,15 +85,15 @@ class PrithviViTAdapterAdapter(PrithviAdapter):
     fewest_blocks = 4
     why_fewest = "ViT-Adapter interacts with four ranges of at least one block each"
 
-    def matches(self, encoder: nn.Module) -> bool:
+    def matches(self, encoder: Any) -> bool:
         """Prithvi built with ``vit_adapter: true``."""
         return _with_vit_adapter(encoder)
 
-    def prepare(self, encoder: nn.Module) -> None:
+    def prepare(self, encoder: Any) -> None:
         """Remember the ranges of the intact encoder: those of a cut one cannot be grown back."""
-        encoder.intact_ends = [indexes[-1] for indexes in encoder.interaction_indexes]  # type: ignore[union-attr,assignment]
+        encoder.intact_ends = [indexes[-1] for indexes in encoder.interaction_indexes]
 
-    def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:
+    def feature_blocks(self, encoder: Any, out_indices: Sequence[int] | int | None) -> Sequence[int]:
         """Last block of each range."""
         if out_indices is not None:
             msg = (
@@ -101,11 +101,11 @@ class PrithviViTAdapterAdapter(PrithviAdapter):
                 "returns four feature maps: remove backbone_out_indices."
             )
             raise DepthError(msg)
-        return [indexes[-1] for indexes in encoder.interaction_indexes]  # type: ignore[union-attr]
+        return [indexes[-1] for indexes in encoder.interaction_indexes]
 
     def features(
         self,
-        encoder: nn.Module,
+        encoder: Any,
         positions: Sequence[int],  # noqa: ARG002
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
@@ -113,23 +113,23 @@ class PrithviViTAdapterAdapter(PrithviAdapter):
         """The four maps, whatever the depth."""
         return list(encoder(*args, **kwargs))
 
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and the four ranges over them."""
-        encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))  # type: ignore[arg-type]
-        encoder.interaction_indexes = _ranges(encoder.intact_ends, len(positions))  # type: ignore[assignment,arg-type]
-        encoder.num_block = len(positions)  # type: ignore[assignment]
-        encoder.out_indices = [indexes[-1] for indexes in encoder.interaction_indexes]  # type: ignore[union-attr,assignment]
+        encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))
+        encoder.interaction_indexes = _ranges(encoder.intact_ends, len(positions))
+        encoder.num_block = len(positions)
+        encoder.out_indices = [indexes[-1] for indexes in encoder.interaction_indexes]
 
-    def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+    def host_settings(self, encoder: Any, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
         """``depth`` and the ranges."""
-        ranges = [list(indexes) for indexes in encoder.interaction_indexes]  # type: ignore[union-attr]
+        ranges = [list(indexes) for indexes in encoder.interaction_indexes]
         return {"depth": len(self.blocks(encoder)), "interaction_indexes": ranges}, list(range(len(positions)))
 
-    def out_channels(self, encoder: nn.Module) -> list[int]:
+    def out_channels(self, encoder: Any) -> list[int]:
         """The same for all maps."""
-        return encoder.out_channels[:1] * len(encoder.blocks)  # type: ignore[index,operator,arg-type]
+        return encoder.out_channels[:1] * len(encoder.blocks)
 
-    def prefix_tokens(self, encoder: nn.Module) -> int:  # noqa: ARG002
+    def prefix_tokens(self, encoder: Any) -> int:  # noqa: ARG002
         """None: the adapter works without a class token."""
         return 0
 

@@ -22,48 +22,48 @@ class TerraMindAdapter(EncoderAdapter):
 
     family = "TerraMind"
 
-    def matches(self, encoder: nn.Module) -> bool:
+    def matches(self, encoder: Any) -> bool:
         """With and without TiM."""
         return isinstance(encoder, TerraMindViT | TerraMindTiM)
 
-    def prepare(self, encoder: nn.Module) -> None:
+    def prepare(self, encoder: Any) -> None:
         """Nothing: it returns the features after all its blocks."""
 
-    def blocks(self, encoder: nn.Module) -> nn.ModuleList:
+    def blocks(self, encoder: Any) -> nn.ModuleList:
         """The transformer blocks."""
-        return encoder.encoder  # type: ignore[return-value]
+        return encoder.encoder
 
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks."""
-        encoder.encoder = nn.ModuleList(take(encoder.encoder, positions))  # type: ignore[arg-type]
-        encoder.out_channels = encoder.out_channels[:1] * len(positions)  # type: ignore[index,operator]
+        encoder.encoder = nn.ModuleList(take(encoder.encoder, positions))
+        encoder.out_channels = encoder.out_channels[:1] * len(positions)
 
-    def out_channels(self, encoder: nn.Module) -> list[int]:
+    def out_channels(self, encoder: Any) -> list[int]:
         """Width, times the number of image modalities where they are concatenated."""
-        return list(encoder.out_channels)  # type: ignore[arg-type]
+        return list(encoder.out_channels)
 
-    def prefix_tokens(self, encoder: nn.Module) -> int:
+    def prefix_tokens(self, encoder: Any) -> int:
         """Register tokens."""
-        return int(encoder.num_register_tokens)  # type: ignore[arg-type]
+        return int(encoder.num_register_tokens)
 
-    def patch_size(self, encoder: nn.Module) -> tuple[int, int, int]:
+    def patch_size(self, encoder: Any) -> tuple[int, int, int]:
         """Patch of the first image modality."""
-        return _patch(encoder, encoder.image_modalities[0])  # type: ignore[index]
+        return _patch(encoder, encoder.image_modalities[0])
 
-    def input_shape(self, encoder: nn.Module) -> dict[str, tuple[int, ...]] | None:
+    def input_shape(self, encoder: Any) -> dict[str, tuple[int, ...]] | None:
         """Shape of every modality of pixels that is read, by the name that the data gives it; None if there is none."""
-        size = pair(encoder.img_size)  # type: ignore[arg-type]
+        size = pair(encoder.img_size)
         generated = getattr(encoder, "tim_modalities", ())
-        shapes = {}
-        for name, key in encoder.mod_name_mapping.items():  # type: ignore[operator,union-attr]
-            embedding = encoder.encoder_embeddings[key]  # type: ignore[index]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, key in encoder.mod_name_mapping.items():
+            embedding = encoder.encoder_embeddings[key]
             if isinstance(embedding, ImageEncoderEmbedding) and name not in generated:
                 shapes[name] = (int(embedding.num_channels), *size)
         return shapes or None
 
     def features(
         self,
-        encoder: nn.Module,
+        encoder: Any,
         positions: Sequence[int],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
@@ -72,15 +72,15 @@ class TerraMindAdapter(EncoderAdapter):
         copies = tuple(dict(arg) if isinstance(arg, dict) else arg for arg in args)
         return super().features(encoder, positions, copies, kwargs)
 
-    def layout(self, encoder: nn.Module, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
+    def layout(self, encoder: Any, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
         """Tokens of the modalities, in the order of the input; what TiM generates follows at the end."""
-        by_name = inputs if isinstance(inputs, Mapping) else {encoder.modalities[0]: inputs}  # type: ignore[index]
+        by_name = inputs if isinstance(inputs, Mapping) else {encoder.modalities[0]: inputs}
         parts: list[int | PatchGrid | None] = [self.prefix_tokens(encoder)]
         for name, value in by_name.items():
-            key = encoder.mod_name_mapping.get(name)  # type: ignore[operator,union-attr]
+            key = encoder.mod_name_mapping.get(name)
             if key is None:
                 continue  # the encoder ignores it, too
-            if key in encoder.image_modalities:  # type: ignore[operator]
+            if key in encoder.image_modalities:
                 # Three dimensions are tokens (B, rows, columns) instead of pixels.
                 patch = _patch(encoder, key) if value.ndim > 3 else (1, 1, 1)
                 parts.append(PatchGrid(image_size(value), patch))
@@ -99,5 +99,5 @@ class TerraMindAdapter(EncoderAdapter):
         return [*(part for part in parts if part is not None), length - known]
 
 
-def _patch(encoder: nn.Module, key: str) -> tuple[int, int, int]:
-    return (1, *pair(encoder.encoder_embeddings[key].patch_size))  # type: ignore[index]
+def _patch(encoder: Any, key: str) -> tuple[int, int, int]:
+    return (1, *pair(encoder.encoder_embeddings[key].patch_size))

@@ -21,34 +21,34 @@ class _VisionTransformerAdapter(EncoderAdapter):
     """What all have in common: a timm model with ``blocks`` and tokens before the patches; features are images."""
 
     @abstractmethod
-    def model(self, encoder: nn.Module) -> Any:
+    def model(self, encoder: Any) -> Any:
         """The timm model inside."""
 
-    def blocks(self, encoder: nn.Module) -> nn.ModuleList | nn.Sequential:
+    def blocks(self, encoder: Any) -> nn.ModuleList | nn.Sequential:
         """The transformer blocks."""
-        return self.model(encoder).blocks  # type: ignore[no-any-return]
+        return self.model(encoder).blocks
 
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and what the model says of its depth."""
         model = self.model(encoder)
         blocks = take(model.blocks, positions)
         model.blocks = nn.Sequential(*blocks) if isinstance(model.blocks, nn.Sequential) else nn.ModuleList(blocks)
         model.feature_info = [{**model.feature_info[0], "module": f"blocks.{i}"} for i in range(len(blocks))]
 
-    def out_channels(self, encoder: nn.Module) -> list[int]:
+    def out_channels(self, encoder: Any) -> list[int]:
         """Width."""
         return [int(self.model(encoder).embed_dim)] * len(self.blocks(encoder))
 
-    def prefix_tokens(self, encoder: nn.Module) -> int:
+    def prefix_tokens(self, encoder: Any) -> int:
         """Class and register tokens; the encoder itself drops them from its features."""
         return int(self.model(encoder).num_prefix_tokens)
 
-    def patch_size(self, encoder: nn.Module) -> tuple[int, int, int]:
+    def patch_size(self, encoder: Any) -> tuple[int, int, int]:
         """Reduction of the feature maps, which counts a convolutional stem as well."""
         reduction = int(self.model(encoder).feature_info[0]["reduction"])
         return 1, reduction, reduction
 
-    def input_shape(self, encoder: nn.Module) -> tuple[int, ...] | None:
+    def input_shape(self, encoder: Any) -> tuple[int, ...] | None:
         """(C, H, W) of the patch embedding."""
         embed = self.model(encoder).patch_embed
         channels = next((part.in_channels for part in embed.modules() if isinstance(part, nn.Conv2d)), None)
@@ -61,7 +61,7 @@ class TimmViTAdapter(_VisionTransformerAdapter):
 
     family = "timm ViT"
 
-    def matches(self, encoder: nn.Module) -> bool:
+    def matches(self, encoder: Any) -> bool:
         """VisionTransformer, Beit and Eva behind timm's feature getter; others shape tokens or blocks in other ways."""
         return (
             isinstance(encoder, TimmBackboneWrapper)
@@ -69,11 +69,11 @@ class TimmViTAdapter(_VisionTransformerAdapter):
             and isinstance(encoder.model, VisionTransformer | Beit | Eva)
         )
 
-    def model(self, encoder: nn.Module) -> Any:
+    def model(self, encoder: Any) -> Any:
         """The model that the feature getter reads from."""
         return encoder.model
 
-    def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:
+    def feature_blocks(self, encoder: Any, out_indices: Sequence[int] | int | None) -> Sequence[int]:
         """The last three blocks by default; order and repetitions are lost, as in timm."""
         total = len(self.blocks(encoder))
         if out_indices is None:
@@ -84,29 +84,29 @@ class TimmViTAdapter(_VisionTransformerAdapter):
             wanted = out_indices
         return sorted({i % total if -total <= i < total else i for i in wanted})
 
-    def prepare(self, encoder: nn.Module) -> None:
+    def prepare(self, encoder: Any) -> None:
         """Return the features after all blocks."""
-        encoder.prepare_features_for_image_model = _unchanged  # type: ignore[assignment] # TerraTorch's lambda cannot be pickled
+        encoder.prepare_features_for_image_model = _unchanged  # TerraTorch's lambda cannot be pickled
         self._renumber(encoder)
 
-    def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+    def host_settings(self, encoder: Any, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
         """``depth``, and ``out_indices`` without repetitions."""
         returned = sorted(set(positions))
         settings = {"depth": len(self.blocks(encoder)), "out_indices": returned}
         return settings, [returned.index(position) for position in positions]
 
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and the getter that stands beside the module tree."""
         super().rearrange(encoder, positions)
         self._renumber(encoder)
 
-    def _renumber(self, encoder: nn.Module) -> None:
+    def _renumber(self, encoder: Any) -> None:
         getter = _getter(encoder)
         getter.out_indices = list(range(len(self.blocks(encoder))))
-        encoder._out_channels = self.out_channels(encoder)  # type: ignore[assignment]
+        encoder._out_channels = self.out_channels(encoder)
 
 
-def _getter(encoder: nn.Module) -> Any:
+def _getter(encoder: Any) -> Any:
     """TerraTorch keeps timm's feature getter only as the object that ``forward`` is bound to."""
     return getattr(encoder.forward, "__self__", None)
 
@@ -120,26 +120,26 @@ class TorchGeoViTAdapter(_VisionTransformerAdapter):
 
     family = "torchgeo ViT"
 
-    def matches(self, encoder: nn.Module) -> bool:
+    def matches(self, encoder: Any) -> bool:
         """Any of them."""
         return isinstance(encoder, ViTEncoderWrapper)
 
-    def model(self, encoder: nn.Module) -> Any:
+    def model(self, encoder: Any) -> Any:
         """The torchgeo model."""
         return encoder.vit_model
 
-    def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:  # noqa: ARG002
+    def feature_blocks(self, encoder: Any, out_indices: Sequence[int] | int | None) -> Sequence[int]:  # noqa: ARG002
         """All: TerraTorch accepts ``out_indices`` and ignores them."""
         return range(len(self.blocks(encoder)))
 
-    def prepare(self, encoder: nn.Module) -> None:
+    def prepare(self, encoder: Any) -> None:
         """Nothing: it returns the features after all its blocks."""
 
-    def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+    def host_settings(self, encoder: Any, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
         """``depth``."""
         return {"depth": len(self.blocks(encoder))}, list(positions)
 
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and what TerraTorch's wrapper says of them."""
         super().rearrange(encoder, positions)
-        encoder.out_channels = self.out_channels(encoder)  # type: ignore[assignment]
+        encoder.out_channels = self.out_channels(encoder)

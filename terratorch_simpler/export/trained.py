@@ -85,9 +85,8 @@ class Trained:
 
     def _frames(self, wrapper: TemporalWrapper) -> int:
         settings = self.hparams["model_args"]
-        given = settings.get("backbone_temporal_n_timestamps") or settings.get("backbone_kwargs", {}).get(
-            "temporal_n_timestamps"
-        )
+        inner = settings.get("backbone_kwargs") or {}
+        given = settings.get("backbone_temporal_n_timestamps") or inner.get("temporal_n_timestamps")
         return given or (sum(wrapper.subset_lengths) if wrapper.subset_lengths else 2)
 
 
