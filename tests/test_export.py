@@ -115,7 +115,7 @@ def test_plain_model_answers_alike(trained, in_process, tmp_path, stack, kept):
     loaded = load_trained(config, checkpoint)
     images = loaded.example()
     config_file, weights, gap = export_plain(loaded, config, tmp_path / "plain")
-    assert gap <= (1e-6 if stack == "lora" else 0)
+    assert 0 < gap <= 1e-5 if stack == "lora" else gap == 0
     written = yaml.safe_load(config_file.read_text())
     assert "simpler" not in config_file.read_text()
     assert written["trainer"] == {"max_epochs": 1, "callbacks": []}
@@ -213,6 +213,14 @@ def test_the_other_process_really_cannot_import_us(tmp_path):
     )  # fmt: skip
     assert done.returncode != 0
     assert "could not be instantiated" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
+def test_adapters_that_cannot_be_folded_in_are_said(trained, monkeypatch):
+    _, config, checkpoint = trained(**STACKS["lora"])
+    monkeypatch.setattr("peft.tuners.lora.layer.Linear.get_delta_weight", lambda self, adapter: self.weight * 0.01)
+    with pytest.raises(ExportError, match=r"once the adapters are folded into the weights, expected at most 0\.0001"):
+        load_trained(config, checkpoint)
 
 
 def test_what_answers_otherwise_is_not_written(trained, monkeypatch, tmp_path):
@@ -350,7 +358,7 @@ class _Task(torch.nn.Module):
 def test_graphs_of_every_family(family, tmp_path, monkeypatch, capfd):
     pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
     backbone = wrapped(family, keep=max(family.fewest, 3))
-    loaded = Trained("a.Task", _Task(_Encoder(backbone)), {"model_args": {}}, {}, merged=False)
+    loaded = Trained("a.Task", _Task(_Encoder(backbone)), {"model_args": {}}, {})
     monkeypatch.setattr(Trained, "example", lambda self, size=None, batch=2: family.image(batch))
     if family.key == "by path":
         monkeypatch.undo()  # it does not tell its input

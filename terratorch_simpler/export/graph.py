@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from terratorch_simpler.errors import ExportError
-from terratorch_simpler.export.plain import difference
-from terratorch_simpler.export.trained import Trained, answer
+from terratorch_simpler.export.trained import Trained, answer, difference
 from terratorch_simpler.files import whole_file
 from terratorch_simpler.similarity import full_float32
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.errors import ExportError
-from terratorch_simpler.export.trained import PREFIX, Trained, answer, unwrap
+from terratorch_simpler.export.trained import PREFIX, Trained, answer, difference, unwrap
 from terratorch_simpler.files import whole_file
 
 CONFIG_FILE = "config.yaml"
@@ -26,6 +26,8 @@ CHECKPOINT_FILE = "model.ckpt"
 OURS = ("plan", "keep", "width", "block_path")
 RUN_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
 """Arguments of single commands such as fit, which the others refuse."""
+ALLOWED = 1e-5
+"""Largest difference of an answer as a share of its largest value: the same operations on the same weights."""
 CHECK = Path(__file__).with_name("check_plain.py")
 
 
@@ -55,7 +57,8 @@ def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path
         folder: Where to write ``config.yaml`` and ``model.ckpt``.
 
     Returns:
-        The two files, and the largest difference of an answer, as a share of the largest value.
+        The two files, and the largest difference of an answer, as a share of the largest value; that of folding adapters
+        in counts as well.
 
     Raises:
         ExportError: If TerraTorch cannot express the model, or answers otherwise.
@@ -76,15 +79,14 @@ def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path
     with whole_file(folder / CONFIG_FILE) as new_config, whole_file(folder / CHECKPOINT_FILE) as new_checkpoint:
         new_config.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
         torch.save(checkpoint, new_checkpoint)
-        difference = _try_without_us(new_config, new_checkpoint, images, expected)
-        allowed = 1e-4 if trained.merged else 1e-5
-        if not difference <= allowed:
+        gap = _try_without_us(new_config, new_checkpoint, images, expected)
+        if not gap <= ALLOWED:
             msg = (
-                f"Found answers of the plain model that differ by {difference:.2g} of the largest value, expected at most "
-                f"{allowed:g}: it is not written; please report the config."
+                f"Found answers of the plain model that differ by {gap:.2g} of the largest value, expected at most "
+                f"{ALLOWED:g}: it is not written; please report the config."
             )
             raise ExportError(msg)
-    return folder / CONFIG_FILE, folder / CHECKPOINT_FILE, difference
+    return folder / CONFIG_FILE, folder / CHECKPOINT_FILE, max(gap, trained.folding)
 
 
 def _backbone_arguments(model_args: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -183,12 +185,3 @@ def _try_without_us(config: Path, checkpoint: Path, images: Any, expected: Seque
             raise ExportError(msg)
         found = torch.load(reply, weights_only=True)
     return difference(found, expected)
-
-
-def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest difference between two answers, as a share of the largest value; infinite if they differ in shape."""
-    if [part.shape for part in found] != [part.shape for part in expected]:
-        return float("inf")
-    largest = max((float(part.abs().max()) for part in expected if part.numel()), default=0.0) or 1.0
-    gaps = [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True) if b.numel()]
-    return max(gaps, default=0.0) / largest

@@ -6,8 +6,8 @@ import copy
 import importlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from terratorch_simpler.similarity import full_float32
 
 PREFIX = "simpler_"
 SEED = 0
+FOLDING = 1e-4
+"""Largest difference that folding adapters in may make: products are added in another order."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Trained:
         task: The task; adapters (LoRA) are folded into the weights.
         hparams: The arguments it was built with, as its checkpoint holds them.
         checkpoint: The rest of the checkpoint, without weights; of its hyper_parameters how Lightning builds the task.
-        merged: Whether adapters were folded in, which rounds.
+        folding: Largest difference that folding adapters in made to an answer, as a share of its largest value.
     """
 
     class_path: str
     task: LightningModule
     hparams: Mapping[str, Any]
     checkpoint: Mapping[str, Any]
-    merged: bool
+    folding: float = 0.0
 
     @property
     def backbone(self) -> SimplerBackbone:
@@ -133,13 +135,22 @@ def load_trained(config: Mapping[str, Any], checkpoint: str | Path) -> Trained:
     # Lightning's command line looks there for the class.
     how = {"_class_path": class_path, **{key: value for key, value in saved.items() if key.startswith("_")}}
     rest = {key: content[key] for key in ("epoch", "global_step", "pytorch-lightning_version") if key in content}
-    return Trained(
-        class_path=class_path,
-        task=task,
-        hparams=hparams,
-        checkpoint={**rest, "hyper_parameters": how},
-        merged=_merge_adapters(task),
-    )
+    trained = Trained(class_path, task, hparams, {**rest, "hyper_parameters": how})
+    return _fold_adapters(trained) if any(hasattr(part, "merge_and_unload") for part in task.modules()) else trained
+
+
+def _fold_adapters(trained: Trained) -> Trained:
+    images = trained.example()
+    before = answer(trained.task, images)
+    _merge_adapters(trained.task)
+    gap = difference(answer(trained.task, images), before)
+    if not gap <= FOLDING:
+        msg = (
+            f"Found answers that differ by {gap:.2g} of the largest value once the adapters are folded into the weights, "
+            f"expected at most {FOLDING:g}: PEFT cannot fold this kind of adapter in, use LoRA."
+        )
+        raise ExportError(msg)
+    return replace(trained, folding=gap)
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -183,7 +194,7 @@ def _without_downloads(model_args: dict[str, Any] | None) -> None:
         settings.pop(f"{prefix}plan", None)  # the checkpoint knows its shape
 
 
-def _merge_adapters(task: nn.Module) -> bool:
+def _merge_adapters(task: nn.Module) -> None:
     """Fold the adapters of PEFT into the weights, and joined query, key and value back into one matrix."""
     wrappers = [(name, part) for name, part in task.named_modules() if hasattr(part, "merge_and_unload")]
     # PEFT nests a tuner that has the method as well inside the model that wraps it.
@@ -193,7 +204,6 @@ def _merge_adapters(task: nn.Module) -> bool:
     for name, part in list(task.named_modules()):
         if isinstance(part, QKVSep):
             _replace(task, name, _joined(part))
-    return bool(outermost)
 
 
 def _joined(separate: QKVSep) -> nn.Linear:
@@ -242,3 +252,12 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
     elif hasattr(output, "output"):  # TerraTorch's ModelOutput
         yield from _tensors(output.output)
+
+
+def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Largest difference between two answers, as a share of the largest value; infinite if they differ in shape."""
+    if [part.shape for part in found] != [part.shape for part in expected]:
+        return float("inf")
+    largest = max((float(part.abs().max()) for part in expected if part.numel()), default=0.0) or 1.0
+    gaps = [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True) if b.numel()]
+    return max(gaps, default=0.0) / largest
