@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from terratorch_simpler.encoders import BlockPathAdapter, EncoderAdapter, InputShape, Layout, find_adapter
+from terratorch_simpler.encoders import BlockPathAdapter, EncoderAdapter, HostSettings, InputShape, Layout, find_adapter
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, DepthError
 from terratorch_simpler.plan import SlimmingPlan, feature_position, resolve_keep
 
@@ -123,13 +123,8 @@ class SimplerBackbone(nn.Module):
         """Shape of one native input: (C, H, W), (C, T, H, W), or one of these for each modality; None if unknown."""
         return self._adapter.input_shape(self.encoder)
 
-    def host_settings(self) -> tuple[dict[str, Any], list[int]] | None:
-        """How TerraTorch itself can build the encoder as it stands.
-
-        Returns:
-            Arguments for TerraTorch's encoder of the same name, and for each feature its place in the list which that one
-            returns; None if TerraTorch has no setting for the depth of this family.
-        """
+    def host_settings(self) -> HostSettings | None:
+        """How TerraTorch itself can build the encoder as it stands; None if it has no setting for the family's depth."""
         return self._adapter.host_settings(self.encoder, self._positions)
 
     def without_prompts(self) -> AbstractContextManager[object]:

@@ -18,7 +18,6 @@ from terratorch.registry import BACKBONE_REGISTRY
 from terratorch_simpler.backbone import SimplerBackbone
 
 TWO_BANDS = ["RED", "NIR_NARROW"]
-SIX_BANDS = ["BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class Family:
         graphs: Graph formats that the cut encoder can be written in.
         fit: What a whole ``terratorch fit`` with selection is tried on.
         tested: How the encoder of the test differs from the official one.
+        fewest: Fewest blocks it works with.
+        before: A context in which it can be built.
     """
 
     key: str
@@ -53,15 +54,7 @@ class Family:
     fit: str = ""
     tested: str = ""
     fewest: int = 1
-    before: Callable[[], Any] = mock.MagicMock  # a context in which it can be built
-
-    def build(self, seed: int = 0, wrapped: bool = True, **more: Any) -> Any:
-        torch.manual_seed(seed)
-        with self.before():
-            encoder = BACKBONE_REGISTRY.build(
-                f"simpler_{self.name}" if wrapped else self.name, pretrained=False, **{**self.kwargs, **more}
-            )
-        return encoder.eval()
+    before: Callable[[], Any] = mock.MagicMock
 
     def image(self, batch: int = 2, seed: int = 1) -> Any:
         generator = torch.Generator().manual_seed(seed)
@@ -260,7 +253,9 @@ def plain(family: Family, seed: int = 0, **more: Any) -> Any:
 
 
 def wrapped(family: Family, seed: int = 0, **more: Any) -> SimplerBackbone:
-    return family.build(seed, **more)
+    torch.manual_seed(seed)
+    with family.before():
+        return BACKBONE_REGISTRY.build(f"simpler_{family.name}", pretrained=False, **{**family.kwargs, **more}).eval()
 
 
 # --- the table of the README

@@ -333,6 +333,16 @@ class Modalities(Tiles):
             yield {**batch, "image": {"S2L2A": batch["image"], "S1RTC": self.others[batch["index"]]}}
 
 
+def raw_outputs(backbone, inputs):
+    outputs = []
+    handles = backbone.watch(outputs.append)
+    with torch.no_grad():
+        backbone(inputs)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
 def terramind(build, **kwargs):
     return build("simpler_terramind_v1_tiny", modalities=["S2L2A", "S1RTC"], **kwargs)
 
@@ -341,12 +351,7 @@ def terramind(build, **kwargs):
 def test_similarity_of_modalities_is_that_of_all_their_patches(build, merge_method):
     backbone = terramind(build, merge_method=merge_method)
     optical, radar = land(40, size=32, bands=12), land(40, size=32, bands=2, seed=1)
-    outputs = []
-    handles = backbone.watch(outputs.append)
-    with torch.no_grad():
-        backbone({"S2L2A": optical, "S1RTC": radar})
-    for handle in handles:
-        handle.remove()
+    outputs = raw_outputs(backbone, {"S2L2A": optical, "S1RTC": radar})
     found = run(backbone, Modalities(optical, radar))  # four patches of each modality: all are drawn, in order
     torch.testing.assert_close(found.similarity, linear_cka(torch.stack(outputs).flatten(1, 2)), rtol=0, atol=1e-5)
     assert found.rows_seen == 40 * 8
@@ -398,12 +403,7 @@ def test_modalities_on_different_grids(build):
     valid = torch.ones(40, 1, 1, dtype=torch.bool)  # what a datamodule's tiles have where grids differ
     found = run(backbone, Modalities(optical, radar, valid=valid), tokens="mean")
     assert found.rows_seen == 40
-    outputs = []
-    handles = backbone.watch(outputs.append)
-    with torch.no_grad():
-        backbone({"S2L2A": optical, "S1RTC": radar})
-    for handle in handles:
-        handle.remove()
+    outputs = raw_outputs(backbone, {"S2L2A": optical, "S1RTC": radar})
     means = torch.stack(outputs).mean(dim=2)  # 16 and 4 patches, all of them
     torch.testing.assert_close(found.similarity, linear_cka(means), rtol=0, atol=1e-4)
 

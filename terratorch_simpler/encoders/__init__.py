@@ -2,6 +2,7 @@
 
 from terratorch_simpler.encoders.base import (
     EncoderAdapter,
+    HostSettings,
     InputShape,
     Layout,
     PatchGrid,
@@ -33,6 +34,7 @@ for _adapter in (
 __all__ = [
     "BlockPathAdapter",
     "EncoderAdapter",
+    "HostSettings",
     "InputShape",
     "Layout",
     "PatchGrid",

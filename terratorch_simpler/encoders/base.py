@@ -39,6 +39,14 @@ Layout = list["int | PatchGrid"]
 """Tokens of one image (or set of modalities) in order: numbers of tokens that show no patch, and grids of those that do."""
 
 
+class HostSettings(NamedTuple):
+    """How TerraTorch itself builds a cut encoder."""
+
+    arguments: dict[str, Any]  # for TerraTorch's encoder of the same name
+    features: int  # how many features that one returns
+    places: list[int]  # where among them each feature of the cut encoder is
+
+
 class EncoderAdapter(ABC):
     """Where one family of encoders keeps what is measured and cut. Adapters hold no state of an encoder.
 
@@ -130,7 +138,7 @@ class EncoderAdapter(ABC):
         del encoder
         return nullcontext()
 
-    def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+    def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> HostSettings | None:
         """How TerraTorch itself can build the encoder as it stands.
 
         Args:
@@ -138,8 +146,7 @@ class EncoderAdapter(ABC):
             positions: Positions of the held blocks that answer each feature.
 
         Returns:
-            Arguments for TerraTorch's encoder of the same name, and for each feature its place in the list which that one
-            returns; None if TerraTorch has no setting for the depth of this family.
+            The settings; None if TerraTorch has none for the depth of this family.
         """
         del encoder, positions
         return None

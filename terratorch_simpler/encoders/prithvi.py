@@ -10,7 +10,7 @@ from terratorch.models.backbones import prithvi_vit_adapter
 from terratorch.models.backbones.prithvi_mae import PrithviViT
 from torch import nn
 
-from terratorch_simpler.encoders.base import EncoderAdapter, prompts_off, take, take_prompts
+from terratorch_simpler.encoders.base import EncoderAdapter, HostSettings, prompts_off, take, take_prompts
 from terratorch_simpler.errors import DepthError
 
 
@@ -49,9 +49,10 @@ class PrithviAdapter(EncoderAdapter):
         """Skip VPT."""
         return prompts_off(encoder)
 
-    def host_settings(self, encoder: Any, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+    def host_settings(self, encoder: Any, positions: Sequence[int]) -> HostSettings | None:
         """``depth``."""
-        return {"depth": len(self.blocks(encoder))}, list(positions)
+        depth = len(self.blocks(encoder))
+        return HostSettings({"depth": depth}, depth, list(positions))
 
     @staticmethod
     def _renumber(encoder: Any) -> None:
@@ -120,10 +121,11 @@ class PrithviViTAdapterAdapter(PrithviAdapter):
         encoder.num_block = len(positions)
         encoder.out_indices = [indexes[-1] for indexes in encoder.interaction_indexes]
 
-    def host_settings(self, encoder: Any, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+    def host_settings(self, encoder: Any, positions: Sequence[int]) -> HostSettings | None:
         """``depth`` and the ranges."""
         ranges = [list(indexes) for indexes in encoder.interaction_indexes]
-        return {"depth": len(self.blocks(encoder)), "interaction_indexes": ranges}, list(range(len(positions)))
+        arguments = {"depth": len(self.blocks(encoder)), "interaction_indexes": ranges}
+        return HostSettings(arguments, len(positions), list(range(len(positions))))
 
     def out_channels(self, encoder: Any) -> list[int]:
         """The same for all maps."""

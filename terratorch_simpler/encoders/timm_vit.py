@@ -14,7 +14,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from terratorch_simpler.encoders.base import EncoderAdapter, pair, take
+from terratorch_simpler.encoders.base import EncoderAdapter, HostSettings, pair, take
 
 
 class _VisionTransformerAdapter(EncoderAdapter):
@@ -89,11 +89,11 @@ class TimmViTAdapter(_VisionTransformerAdapter):
         encoder.prepare_features_for_image_model = _unchanged  # TerraTorch's lambda cannot be pickled
         self._renumber(encoder)
 
-    def host_settings(self, encoder: Any, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+    def host_settings(self, encoder: Any, positions: Sequence[int]) -> HostSettings | None:
         """``depth``, and ``out_indices`` without repetitions."""
         returned = sorted(set(positions))
-        settings = {"depth": len(self.blocks(encoder)), "out_indices": returned}
-        return settings, [returned.index(position) for position in positions]
+        arguments = {"depth": len(self.blocks(encoder)), "out_indices": returned}
+        return HostSettings(arguments, len(returned), [returned.index(position) for position in positions])
 
     def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and the getter that stands beside the module tree."""
@@ -135,9 +135,10 @@ class TorchGeoViTAdapter(_VisionTransformerAdapter):
     def prepare(self, encoder: Any) -> None:
         """Nothing: it returns the features after all its blocks."""
 
-    def host_settings(self, encoder: Any, positions: Sequence[int]) -> tuple[dict[str, Any], list[int]] | None:
+    def host_settings(self, encoder: Any, positions: Sequence[int]) -> HostSettings | None:
         """``depth``."""
-        return {"depth": len(self.blocks(encoder))}, list(positions)
+        depth = len(self.blocks(encoder))
+        return HostSettings({"depth": depth}, depth, list(positions))
 
     def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and what TerraTorch's wrapper says of them."""

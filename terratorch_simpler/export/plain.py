@@ -102,12 +102,10 @@ def _plain_model_args(model_args: Mapping[str, Any], backbone: SimplerBackbone) 
     arguments, prefix = _backbone_arguments(model_args)
     features = list(range(len(backbone.feature_positions)))
     places, unchanged = features, True  # an intact encoder of a family without such settings is built as it was
-    if (found := backbone.host_settings()) is not None:
-        settings, places = found
+    if (host := backbone.host_settings()) is not None:
         arguments.pop("out_indices", None)
-        arguments.update(settings)
-        returned = len(settings["out_indices"]) if "out_indices" in settings else backbone.num_blocks
-        unchanged = places == features and (returned == len(features) or "interaction_indexes" in settings)
+        arguments.update(host.arguments)
+        places, unchanged = host.places, host.places == features and host.features == len(features)
     for key in (*OURS, "ckpt_path"):
         arguments.pop(key, None)
     arguments["pretrained"] = False

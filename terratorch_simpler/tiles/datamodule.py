@@ -140,14 +140,19 @@ def _file(dataset: Dataset[Any], index: int) -> str:
     """Path of an image, or its number where the dataset does not list its files."""
     while isinstance(dataset, Subset):
         index, dataset = dataset.indices[index], dataset.dataset
-    samples = getattr(dataset, "samples", None)
-    if isinstance(samples, list) and samples and isinstance(samples[0], dict):  # modalities
+    if samples := _samples_by_modality(dataset):
         return str(next(iter(samples[index].values())))
     for name in ("image_files", "image_filenames"):
         files = getattr(dataset, name, None)
         if isinstance(files, list):
             return str(files[index])
     return f"image {index}"
+
+
+def _samples_by_modality(dataset: Dataset[Any]) -> list[dict[str, Any]]:
+    """What TerraTorch's datasets of modalities read for each sample; empty for others."""
+    samples = getattr(dataset, "samples", None)
+    return samples if isinstance(samples, list) and samples and isinstance(samples[0], dict) else []
 
 
 def _finite(image: Tensor | dict[str, Tensor]) -> Tensor:
@@ -175,8 +180,7 @@ def _with(dataset: Dataset[Any], **attributes: object) -> Dataset[Any]:
 def _without_labels(dataset: Dataset[Any], transform: Callable[..., Any] | None) -> Dataset[Any]:
     transforms = {} if transform is None else {"transform": transform, "transforms": transform}
     plain = _with(dataset, segmentation_mask_files=[], require_label=False, **transforms)
-    samples = getattr(dataset, "samples", None)
-    if isinstance(samples, list) and samples and isinstance(samples[0], dict):  # modalities, and the mask among them
+    if samples := _samples_by_modality(dataset):  # the mask is among them
         unlabeled = [{key: value for key, value in sample.items() if key != "mask"} for sample in samples]
         return _with(plain, samples=unlabeled, scalar_label=False)
     return plain
