@@ -23,7 +23,7 @@ from terratorch.registry import BACKBONE_REGISTRY
 import terratorch_simpler  # noqa: F401  makes simpler_ known
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.measure import measure
-from terratorch_simpler.tiles import Batch, GeoTiffTiles, Skipped, TileSource
+from terratorch_simpler.tiles import Batch, GeoTiffTiles, Skip, Skipped, TileSource
 
 
 class RandomTiles:
@@ -33,9 +33,10 @@ class RandomTiles:
         """Draw one batch."""
         self.image = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
         self.tiles = tiles
-        self.skips = Skipped(tiles, 0.1)
+        self.skips = self.no_skips()
         self.skipped: dict[str, int] = {}
         self.pin_memory = False
+        self.on_skip: Callable[[Skip], None] | None = None
 
     def __len__(self) -> int:
         """Number of tiles."""
@@ -45,12 +46,21 @@ class RandomTiles:
         """Nothing to describe."""
         return {}
 
+    def no_skips(self) -> Skipped:
+        """None of them is skipped."""
+        return Skipped(self.tiles, 0.1)
+
+    def shard(self, num_shards: int, index: int, block: int = 1, start: int = 0) -> RandomTiles:  # noqa: ARG002
+        """All of them: there is one process."""
+        return self
+
     def __iter__(self) -> Iterator[Batch]:
         """Stream the batch until there are enough tiles."""
         batch = len(self.image)
         for start in range(0, self.tiles, batch):
             valid = torch.ones(batch, *self.image.shape[-2:], dtype=torch.bool)
-            yield {"image": self.image, "valid": valid, "index": list(range(start, start + batch))}
+            numbers = list(range(start, start + batch))
+            yield {"image": self.image, "valid": valid, "index": numbers, "position": numbers}
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -18,6 +18,8 @@ from terratorch_simpler.plan import SlimmingPlan, feature_position, resolve_keep
 
 KEPT_KEY = "kept_blocks"
 DEPTH_KEY = "total_blocks"
+LARGEST_DEPTH = 1024
+"""No encoder has as many blocks: what a damaged file says must not be built."""
 
 
 class SimplerBackbone(nn.Module):
@@ -330,12 +332,30 @@ def shape_in_checkpoint(state_dict: Mapping[str, Tensor], source: str) -> tuple[
             key.rpartition(".")[2] == KEPT_KEY
             and (total := state_dict.get(key.removesuffix(KEPT_KEY) + DEPTH_KEY)) is not None
         ):
-            return tuple(int(block) for block in kept.tolist()), int(total)
+            return _plain_shape(kept, total, source)
     msg = (
         f"Found no '{KEPT_KEY}' in checkpoint {source}, expected one written with a 'simpler_' backbone: remove 'simpler_' "
         "and the callback to go on with it, or start a new run."
     )
     raise CheckpointError(msg)
+
+
+def _plain_shape(kept: Tensor, total: Tensor, source: str) -> tuple[tuple[int, ...], int]:
+    integers = {kept.dtype, total.dtype} <= {torch.int64, torch.int32}
+    if kept.ndim != 1 or total.numel() != 1 or not 0 < len(kept) <= LARGEST_DEPTH or not integers:
+        msg = (
+            f"Found '{KEPT_KEY}' of shape {tuple(kept.shape)} and type {kept.dtype} in checkpoint {source}, expected a list "
+            "of block numbers: the checkpoint is damaged, take an earlier one."
+        )
+        raise CheckpointError(msg)
+    blocks, number = [int(block) for block in kept.tolist()], int(total)
+    if not all(low < high for low, high in zip([-1, *blocks], [*blocks, number], strict=True)):
+        msg = (
+            f"Found '{KEPT_KEY}' {blocks} of {number} blocks in checkpoint {source}, expected ascending block numbers of "
+            "that encoder: the checkpoint is damaged, take an earlier one."
+        )
+        raise CheckpointError(msg)
+    return tuple(blocks), number
 
 
 def _match_checkpoint(

@@ -18,14 +18,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
-from terratorch_simpler.backbone import SimplerBackbone, shape_in_checkpoint
+from terratorch_simpler.backbone import DEPTH_KEY, KEPT_KEY, SimplerBackbone
+from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.files import whole_file
-from terratorch_simpler.measure import Tokens, count_macs
+from terratorch_simpler.measure import Tokens
 from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.plan_cache import PlanCache
+from terratorch_simpler.processes import Processes
 from terratorch_simpler.report import plan_figure, plan_table, save_figure
 from terratorch_simpler.selection import Selection, find_backbone, select
+from terratorch_simpler.stopping import StoppedForRequeue, StopSignals, requeue_job
 from terratorch_simpler.tiles import GeoTiffTiles
 
 PLAN_FILE = "plan.json"
@@ -52,6 +56,8 @@ class SimplerCallback(Callback):
         min_tiles: Tiles before the stream may stop early because one depth has won.
         max_tiles: Tiles after which it ends.
         plan: A plan.json to apply; nothing is streamed.
+        plan_cache: Folder of plans that runs share: one that asks for the same encoder, tiles and settings again takes the
+            plan from there, and one that was ended during the selection goes on where it was.
         output_dir: Folder for plan.json and report.png; by default ``<trainer.log_dir>/simpler``.
         seed: Same data and seed give the same plan.
         export: At the end of fit, write the best checkpoint as plain TerraTorch config and checkpoint into the subfolder
@@ -75,6 +81,7 @@ class SimplerCallback(Callback):
         min_tiles: int = 256,
         max_tiles: int = 4096,
         plan: str | None = None,
+        plan_cache: str | None = None,
         output_dir: str | None = None,
         seed: int = 0,
         export: bool = False,
@@ -90,9 +97,12 @@ class SimplerCallback(Callback):
             raise ConfigurationError(msg)
         self.tiles = tiles
         self.plan = plan
+        self.plan_cache = plan_cache
         self.output_dir = output_dir
         self.export = export
         self.written: Path | None = None
+        self._backbone: SimplerBackbone | None = None
+        self._signals: StopSignals | None = None
         self._how = Selection(
             criterion=build_criterion(criterion, drop_blocks),
             bounds=Bounds(min_depth, max_depth),
@@ -106,22 +116,31 @@ class SimplerCallback(Callback):
         """Choose and cut, or take the shape of the checkpoint to resume from."""
         if stage != "fit":
             return
+        self._signals = StopSignals(trainer)
+        self._signals.catch()
         backbone = find_backbone(pl_module)
         self._refuse_copies(trainer, backbone)
         if self.export and not trainer.fast_dev_run:
             _check_export(trainer, backbone)  # before hours of training
         checkpoint = _checkpoint_to_resume(trainer)
         if checkpoint is not None:
-            weights = trainer.strategy.checkpoint_io.load_checkpoint(checkpoint, weights_only=True)["state_dict"]
-            backbone.match_checkpoint(*shape_in_checkpoint(weights, str(checkpoint)))
+            backbone.match_checkpoint(*read_shape(checkpoint, trainer.strategy.checkpoint_io))
             rank_zero_info(f"Resuming with {_depth(backbone)} as in {checkpoint}; nothing is selected again.")
         elif backbone.num_blocks < backbone.full_num_blocks:
             rank_zero_info(f"{backbone.name} is cut already to {_depth(backbone)}; nothing is selected.")
         else:
             self._cut(trainer, pl_module, backbone)
+        self._backbone = backbone
+
+    def state_dict(self) -> dict[str, Any]:
+        """The shape, for strategies whose checkpoints hold the weights elsewhere; other checkpoints need it not."""
+        if self._backbone is None:
+            return {}
+        return {KEPT_KEY: list(self._backbone.kept), DEPTH_KEY: self._backbone.full_num_blocks}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Keep the deployment file loadable: TerraTorch drops all callbacks there, and with them our import."""
+        self._release_signals()  # Lightning's own handlers come next
         folder = trainer.log_dir  # a collective call, so on every rank
         path = Path(folder or trainer.default_root_dir) / DEPLOY_CONFIG
         written_now = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
@@ -147,38 +166,47 @@ class SimplerCallback(Callback):
         written, weights, _ = export_plain(load_trained(config, best), config, target)
         rank_zero_info(f"Plain TerraTorch, without terratorch_simpler: {written} and {weights}.")
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Have the job queued again, if that is why it ends before training."""
+        self._release_signals()
+        if isinstance(exception, StoppedForRequeue) and trainer.is_global_zero:
+            requeue_job()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Give the signals back."""
+        self._release_signals()
+
+    def _release_signals(self) -> None:
+        if self._signals is not None:
+            self._signals.release()
+            self._signals = None
+
     def _output(self, trainer: Trainer, folder: str | None) -> Path:
         return Path(self.output_dir) if self.output_dir else Path(folder or trainer.default_root_dir) / "simpler"
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> None:
-        plan = self._make_plan(trainer, pl_module, backbone)
-        plan.check_encoder(backbone.name, backbone.full_num_blocks)
-        backbone.keep_blocks(plan.kept_blocks)
-        if plan.parameters is not None and self.plan is None:
-            plan = replace(plan, parameters={**plan.parameters, "after": backbone.num_parameters()})
-            shape = (plan.data or {}).get("input_shape", backbone.input_shape)
-            if plan.macs is not None and shape is not None:
-                plan = replace(plan, macs={**plan.macs, "after": count_macs(backbone, shape)})
-        backbone.slim(plan)
-        self._report(trainer, plan)
+        with Processes.of_run() as processes:
+            if self.plan is not None:
+                path = self.plan
+                plan = processes.once(lambda: SlimmingPlan.load(path))
+                backbone.slim(plan)
+            else:
+                plan = self._select(trainer, pl_module, backbone, processes)
+            folder = trainer.log_dir  # a collective call, so on every rank
+            processes.once(lambda: self._report(trainer, plan, folder))
 
-    def _make_plan(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> SlimmingPlan:
-        if self.plan is not None:
-            return SlimmingPlan.load(self.plan)
+    def _select(
+        self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone, processes: Processes
+    ) -> SlimmingPlan:
         how = self._how
         if trainer.fast_dev_run:
             how = replace(how, max_tiles=min(how.max_tiles, FAST_DEV_RUN_TILES))
-        writes = trainer.is_global_zero and not trainer.fast_dev_run
-        if self.tiles is not None and self.tiles.index_cache is None and self.output_dir and writes:
+        elif self.tiles is not None and self.tiles.index_cache is None and self.output_dir:
             self.tiles.index_cache = str(Path(self.output_dir) / INDEX_FILE)
-        plan = select(trainer, pl_module, backbone, self.tiles, how)
-        # Every process streamed the same tiles; rank zero decides, should rounding differ between devices.
-        return trainer.strategy.broadcast(plan)
+        cache = PlanCache(self.plan_cache) if self.plan_cache and not trainer.fast_dev_run else None
+        return select(trainer, pl_module, backbone, self.tiles, how, processes, cache)
 
-    def _report(self, trainer: Trainer, plan: SlimmingPlan) -> None:
-        folder = trainer.log_dir  # a collective call, so on every rank
-        if not trainer.is_global_zero:
-            return
+    def _report(self, trainer: Trainer, plan: SlimmingPlan, folder: str | None) -> None:
         Console().print(plan_table(plan))
         if trainer.fast_dev_run:
             return

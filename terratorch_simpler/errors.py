@@ -35,6 +35,14 @@ class DegenerateFeaturesError(SimplerError, ValueError):
     """A block's output cannot be compared: constant, not finite, or too few rows."""
 
 
+class OutOfMemoryError(SimplerError, RuntimeError):
+    """Not even one tile fits into the memory of the device."""
+
+
+class ProcessError(SimplerError, RuntimeError):
+    """Another process of the same run has failed, or no longer answers."""
+
+
 class TilesError(SimplerError, ValueError):
     """There are too few usable tiles, or they do not fit the encoder."""
 

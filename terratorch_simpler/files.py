@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+PREFIX = ".part-"
+OLD_SECONDS = 24 * 3600.0
+"""What a process of another machine has left behind is removed after a day: nothing takes that long to write."""
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a place to write to; the file gets its name only if the block ends without an error.
+
+    What a process that was killed has left behind is removed by the next one that writes there.
 
     Args:
         path: File to write; missing folders are made.
@@ -21,7 +30,21 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as folder:
-        part = Path(folder) / path.name
+    for folder in path.parent.glob(f"{PREFIX}*"):
+        if _left_behind(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    own = f"{PREFIX}{socket.gethostname()}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=own) as name:
+        part = Path(name) / path.name
         yield part
         part.replace(path)
+
+
+def _left_behind(folder: Path) -> bool:
+    host, _, rest = folder.name.removeprefix(PREFIX).rpartition("-")[0].rpartition("-")
+    with suppress(OSError, ValueError):
+        if host == socket.gethostname():
+            os.kill(int(rest), 0)  # raises if there is no such process
+            return False
+        return time.time() - folder.stat().st_mtime > OLD_SECONDS
+    return host == socket.gethostname()

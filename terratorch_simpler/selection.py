@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -25,14 +26,20 @@ from terratorch_simpler.errors import (
     FewTilesWarning,
     SimplerWarning,
     SkippedTilesWarning,
+    TilesError,
     UntrainedEncoderWarning,
 )
-from terratorch_simpler.measure import Measurement, Tokens, borrowed, count_macs, measure
+from terratorch_simpler.measure import Measurement, Tokens, Unfinished, borrowed, count_macs, measure
 from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.plan_cache import PlanCache, hash_of_tensors, hash_of_weights, keep
+from terratorch_simpler.processes import Processes
 from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, TileSource
 
-NOT_INPUT = frozenset({"valid", "index", "path", "window"})
+DESCRIBES = frozenset({"index", "position", "path", "window"})
+NOT_INPUT = DESCRIBES | {"valid"}
 """Keys of a batch that describe the tiles and do not go to the encoder."""
+TILES_TO_KNOW = 8
+"""How many tiles are looked at to tell whether an earlier run has seen the same."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,15 @@ def find_backbone(module: nn.Module) -> SimplerBackbone:
 
 
 def select(
-    trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone, tiles: GeoTiffTiles | None, how: Selection
+    trainer: Trainer,
+    pl_module: LightningModule,
+    backbone: SimplerBackbone,
+    tiles: GeoTiffTiles | None,
+    how: Selection,
+    processes: Processes,
+    cache: PlanCache | None = None,
 ) -> SlimmingPlan:
-    """Measure the intact encoder if the rule needs it, and choose; nothing is cut yet.
+    """Measure the intact encoder if the rule needs it, choose, and cut it; the same in every process.
 
     Args:
         trainer: Gives device, precision and progress bar.
@@ -80,9 +93,11 @@ def select(
         backbone: The intact encoder inside it.
         tiles: Tiles given by the user; None for the datamodule's training images.
         how: How to choose.
+        processes: Those of the run: each measures a share of the tiles, the first one decides.
+        cache: Plans of earlier runs, where a new one is kept as well.
 
     Returns:
-        The plan, with the parameters and MACs of the intact encoder as both before and after.
+        The plan that was applied.
 
     Raises:
         ConfigurationError: If the rule needs tiles and there are none.
@@ -90,11 +105,36 @@ def select(
     if backbone.fewest_blocks > 1:
         least = max(how.bounds.min_depth or 1, backbone.fewest_blocks)
         how = replace(how, bounds=replace(how.bounds, min_depth=least))
-    found = data = None
-    if how.criterion.needs_similarity:
-        source = _open_source(getattr(trainer, "datamodule", None), tiles, how.seed)
-        found = _stream(trainer, pl_module, backbone, source, how)
-        data = {**source.describe(), "input_shape": _plain(found.input_shape), "skipped": source.skipped}
+    if not how.criterion.needs_similarity:
+        return _cut(backbone, _plan(backbone, how, None, None))
+    source = _open_source(getattr(trainer, "datamodule", None), tiles, how.seed, processes)
+    with ExitStack() as held:
+
+        def look_up() -> tuple[Path | None, SlimmingPlan | None]:
+            if cache is None:
+                return None, None
+            return held.enter_context(cache.entry(_made_from(trainer, pl_module, backbone, source, how), backbone))
+
+        kept_at, plan = processes.once(look_up)
+        if plan is not None:
+            rank_zero_info(f"Took the plan of an earlier run with the same encoder, tiles and settings from {kept_at}.")
+            backbone.slim(plan)
+            return plan
+        unfinished = None if kept_at is None else Unfinished(kept_at.with_suffix(".unfinished.pt"))
+        found = _stream(trainer, pl_module, backbone, source, how, processes, unfinished)
+        skipped = dict(found.skips.counts)
+        data = {**source.describe(), "input_shape": _plain(found.input_shape), "skipped": skipped}
+        # Should rounding differ between machines, the first process decides.
+        plan = _cut(backbone, processes.once(lambda: _plan(backbone, how, found, data)))
+        if kept_at is not None:
+            processes.once(lambda: keep(plan, kept_at))
+        return plan
+
+
+def _plan(
+    backbone: SimplerBackbone, how: Selection, found: Measurement | None, data: dict[str, object] | None
+) -> SlimmingPlan:
+    """Choose; parameters and MACs are those of the intact encoder."""
     blocks = backbone.full_num_blocks
     choice = how.criterion.choose(None if found is None else found.similarity, blocks, how.bounds)
     parameters = backbone.num_parameters()
@@ -117,24 +157,88 @@ def select(
     )
 
 
+def _cut(backbone: SimplerBackbone, plan: SlimmingPlan) -> SlimmingPlan:
+    """Cut, and complete the plan by what is left."""
+    backbone.keep_blocks(plan.kept_blocks)
+    assert plan.parameters is not None
+    plan = replace(plan, parameters={**plan.parameters, "after": backbone.num_parameters()})
+    shape = (plan.data or {}).get("input_shape", backbone.input_shape)
+    if plan.macs is not None and shape is not None:
+        plan = replace(plan, macs={**plan.macs, "after": count_macs(backbone, shape)})
+    backbone.slim(plan)
+    return plan
+
+
+def _made_from(
+    trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone, source: TileSource, how: Selection
+) -> dict[str, object]:
+    """Everything a plan depends on, to find it again by."""
+    return {
+        "backbone": backbone.name,
+        "weights": hash_of_weights(backbone),
+        "data": source.describe(),
+        "seen": _first_tiles(trainer, backbone, source),
+        "criterion": [type(how.criterion).__module__, how.criterion.name, repr(how.criterion.args)],
+        "bounds": repr(how.bounds),
+        "pass": [how.tokens, how.min_tiles, how.max_tiles, how.seed],
+        "precision": trainer.precision,
+        "task": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
+        "versions": _versions(),
+    }
+
+
+def _first_tiles(trainer: Trainer, backbone: SimplerBackbone, source: TileSource) -> list[str]:
+    """Hashes of the first tiles as the encoder will see them: bands, scale, transforms, normalisation, whatever it is.
+
+    Names and sizes of files say nothing of these.
+    """
+    normalised = _normaliser(trainer, backbone, source)
+    found: list[str] = []
+    for batch in source.shard(1, 0):
+        inputs = normalised({key: value for key, value in batch.items() if key not in DESCRIBES})
+        for tile in range(len(batch["index"])):
+            found.append(hash_of_tensors({name: value[tile] for name, value in _tensors(inputs)}))
+        if len(found) >= TILES_TO_KNOW:
+            break
+    return found[:TILES_TO_KNOW]
+
+
 def _plain(shape: InputShape) -> list[int] | dict[str, list[int]]:
     return {name: list(part) for name, part in shape.items()} if isinstance(shape, dict) else list(shape)
 
 
-def _open_source(datamodule: LightningDataModule | None, tiles: GeoTiffTiles | None, seed: int) -> TileSource:
+def _open_source(
+    datamodule: LightningDataModule | None, tiles: GeoTiffTiles | None, seed: int, processes: Processes
+) -> TileSource:
+    """The tiles, known alike in every process."""
     if tiles is not None:
-        return tiles
+        return processes.once(lambda: tiles.opened())  # a thousand files are opened once, not once in every process
     if datamodule is None:
         msg = "Found neither a datamodule nor tiles, expected one of them to stream: give SimplerCallback tiles."
         raise ConfigurationError(msg)
-    return DatamoduleTiles(datamodule, seed)
+    source: TileSource = processes.here(lambda: DatamoduleTiles(datamodule, seed))
+    data = processes.each(lambda: source.describe())
+    for rank, other in enumerate(data):
+        if other != data[0]:
+            msg = (
+                f"Found other training images in process {rank} ({other}) than in process 0 ({data[0]}), expected the same "
+                "files everywhere: look for data that was not copied to every machine."
+            )
+            raise TilesError(msg)
+    return source
 
 
 def _stream(
-    trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone, source: TileSource, how: Selection
+    trainer: Trainer,
+    pl_module: LightningModule,
+    backbone: SimplerBackbone,
+    source: TileSource,
+    how: Selection,
+    processes: Processes,
+    unfinished: Unfinished | None,
 ) -> Measurement:
     how.bounds.within(how.criterion.depths(backbone.full_num_blocks), backbone.full_num_blocks)  # refuse before streaming
-    if backbone.pretrained is False:
+    if backbone.pretrained is False and processes.first:
         warnings.warn(
             f"Found '{backbone.name}' built without pretrained weights, expected pretrained ones, since a depth chosen on "
             "random weights means nothing: set backbone_pretrained: true.",
@@ -142,7 +246,7 @@ def _stream(
             stacklevel=2,
         )
     planned = min(len(source), how.max_tiles)
-    if planned < how.min_tiles and not trainer.fast_dev_run:
+    if planned < how.min_tiles and not trainer.fast_dev_run and processes.first:
         warnings.warn(
             f"Found {planned} tiles, expected at least {how.min_tiles} (min_tiles): all are used; look at the votes, or "
             "give more unlabeled tiles.",
@@ -168,13 +272,18 @@ def _stream(
             seed=how.seed,
             stop_after=encoder,
             progress=progress,
+            processes=processes,
+            unfinished=unfinished,
         )
+    peak = "" if found.peak_bytes is None else f"; at most {found.peak_bytes / 2**30:.2f} GiB of memory were in use"
+    limit = "" if found.batch_limit is None else f"; memory ran out, so {found.batch_limit} tiles were sent at once"
+    shared = "" if processes.count == 1 else f" in {processes.count} processes"
     rank_zero_info(
-        f"Compared the blocks over {found.tiles_seen:,} tiles in {found.seconds:.1f} s; waited {found.data_wait:.1f} s of "
-        f"these ({found.data_wait / found.seconds:.1%}) for tiles."
+        f"Compared the blocks over {found.tiles_seen:,} tiles{shared} in {found.seconds:.1f} s; waited "
+        f"{found.data_wait:.1f} s of these ({found.data_wait / found.seconds:.1%}) for tiles{peak}{limit}."
     )
-    if source.skipped:
-        warnings.warn(f"Skipped tiles: {source.skips}.", SkippedTilesWarning, stacklevel=2)
+    if found.skips.counts and processes.first:
+        warnings.warn(f"Skipped tiles: {found.skips}.", SkippedTilesWarning, stacklevel=2)
     return found
 
 
@@ -192,9 +301,8 @@ def _forward(
     """Send a batch the way of a training step: to the device, normalised, through the task's own forward."""
     datamodule: LightningDataModule | None = getattr(trainer, "datamodule", None)
     device = trainer.strategy.root_device
-    normalise = None if getattr(source, "means", None) is not None else _normalisation(datamodule)
     # A datamodule without such a transform normalises while it reads (Sen4Map).
-    if normalise is None and isinstance(source, GeoTiffTiles) and source.means is None:
+    if _normalisation(trainer, source) is None and isinstance(source, GeoTiffTiles) and source.means is None:
         warnings.warn(
             "Found neither means in tiles nor a normalisation in the datamodule, expected one of them, since the encoder "
             "was trained on normalised pixels: give tiles means and stds.",
@@ -208,19 +316,29 @@ def _forward(
         return datamodule.transfer_batch_to_device(inputs, device, 0)  # type: ignore[no-any-return]
 
     transfer = move if device.type != "cuda" else _beside_compute(move, device)
-
-    by_name = isinstance(getattr(normalise, "means", None), dict) and isinstance(backbone.input_shape, dict)
+    normalised = _normaliser(trainer, backbone, source)
 
     def forward(batch: Batch) -> object:
-        inputs = transfer({key: value for key, value in batch.items() if key not in NOT_INPUT})
-        if by_name and not isinstance(inputs["image"], dict):  # the datamodule knows means by modality only
-            inputs["image"] = dict.fromkeys(backbone.input_shape, inputs["image"])  # one: others were refused
-        if normalise is not None:
-            inputs["image"] = normalise({"image": inputs["image"]})["image"]
+        inputs = normalised(transfer({key: value for key, value in batch.items() if key not in NOT_INPUT}))
         with _precision(trainer):
             return pl_module(inputs.pop("image"), **inputs)
 
     return forward
+
+
+def _normaliser(trainer: Trainer, backbone: SimplerBackbone, source: TileSource) -> Callable[[Batch], Batch]:
+    """Normalise as the datamodule does, unless the tiles are normalised already."""
+    normalise = _normalisation(trainer, source)
+    by_name = isinstance(getattr(normalise, "means", None), dict) and isinstance(backbone.input_shape, dict)
+
+    def normalised(inputs: Batch) -> Batch:
+        if by_name and not isinstance(inputs["image"], dict):  # the datamodule knows means by modality only
+            inputs["image"] = dict.fromkeys(backbone.input_shape, inputs["image"])  # one: others were refused
+        if normalise is not None:
+            inputs["image"] = normalise({"image": inputs["image"]})["image"]
+        return inputs
+
+    return normalised
 
 
 def _beside_compute(move: Callable[[Batch], Batch], device: torch.device) -> Callable[[Batch], Batch]:
@@ -233,23 +351,26 @@ def _beside_compute(move: Callable[[Batch], Batch], device: torch.device) -> Cal
         compute = torch.cuda.current_stream(device)
         compute.wait_stream(stream)
         # The memory was handed out on the other stream, and must not be used again before this one has read it.
-        for tensor in _tensors(moved):
+        for _, tensor in _tensors(moved):
             tensor.record_stream(compute)
         return moved
 
     return transfer
 
 
-def _tensors(batch: Batch) -> Iterator[torch.Tensor]:
-    for value in batch.values():
+def _tensors(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in batch.items():
         if isinstance(value, dict):  # modalities
             yield from _tensors(value)
         elif isinstance(value, torch.Tensor):
-            yield value
+            yield name, value
 
 
-def _normalisation(datamodule: LightningDataModule | None) -> Callable[[Batch], Batch] | None:
+def _normalisation(trainer: Trainer, source: TileSource) -> Callable[[Batch], Batch] | None:
     """The datamodule's batch transform of evaluation: some put random crops into the one for training."""
+    datamodule = getattr(trainer, "datamodule", None)
+    if getattr(source, "means", None) is not None:
+        return None
     for name in ("predict_aug", "val_aug", "aug"):
         transform = getattr(datamodule, name, None)
         if transform is not None:

@@ -25,9 +25,6 @@ from terratorch_simpler.errors import DegenerateFeaturesError
 MIN_ROWS = 4
 """HSIC_1 divides by m (m - 3): fewer rows have no unbiased estimate."""
 
-MIN_LAST_GROUP_TILES = 32
-"""A last group with fewer tiles than this joins the group before it."""
-
 CONSTANT_RATIO = 1e-12
 """A block whose variance is below this share of its mean square is constant up to float32 rounding."""
 
@@ -187,12 +184,13 @@ class GroupedCKA(Metric):
         self.add_state("numerators", torch.zeros(max_groups, num_blocks, num_blocks, dtype=torch.float64), "sum")
         self.add_state("rows", torch.zeros(max_groups, dtype=torch.int64), "sum")
         self.add_state("tiles", torch.zeros(max_groups, dtype=torch.int64), "sum")
-        self.add_state("mean_square", torch.zeros(num_blocks, dtype=torch.float64), "sum")
-        self.add_state("variance", torch.zeros(num_blocks, dtype=torch.float64), "sum")
-        self.add_state("not_finite", torch.zeros(num_blocks, dtype=torch.int64), "sum")
+        self.add_state("mean_square", torch.zeros(max_groups, num_blocks, dtype=torch.float64), "sum")
+        self.add_state("variance", torch.zeros(max_groups, num_blocks, dtype=torch.float64), "sum")
+        self.add_state("not_finite", torch.zeros(max_groups, num_blocks, dtype=torch.int64), "sum")
+        self.persistent(True)  # a long pass that was ended goes on from its state_dict
 
     def update(self, features: Tensor, tiles: int, group: int) -> None:
-        """Add one group. Nothing here waits for the device.
+        """Add one group. Waits for the device of the features only if the states lie on another one.
 
         Args:
             features: Rows of the group after every block, shape (L, m, D).
@@ -200,10 +198,16 @@ class GroupedCKA(Metric):
             group: Slot of the group: its number in stream order.
         """
         wide = features.to(torch.promote_types(features.dtype, torch.float32))
-        self.not_finite += (~torch.isfinite(wide)).sum(dim=(1, 2))
-        self.mean_square += wide.square().mean(dim=(1, 2), dtype=torch.float64)
-        self.variance += _centred(wide).square().mean(dim=(1, 2), dtype=torch.float64)
-        self.numerators[group] += hsic_matrix(wide)
+        # All of them before the first is added: memory may run out on the way, and the group be added again.
+        found = {
+            "not_finite": (~torch.isfinite(wide)).sum(dim=(1, 2)),
+            "mean_square": wide.square().mean(dim=(1, 2), dtype=torch.float64),
+            "variance": _centred(wide).square().mean(dim=(1, 2), dtype=torch.float64),
+            "numerators": hsic_matrix(wide),
+        }
+        ready = {name: value.to(self.numerators.device) for name, value in found.items()}
+        for name, value in ready.items():
+            getattr(self, name)[group] += value
         self.rows[group] += features.shape[1]
         self.tiles[group] += tiles
 
@@ -215,58 +219,27 @@ class GroupedCKA(Metric):
         """
         return self.similarity()
 
-    def similarity(self) -> Tensor:
-        """Like :meth:`compute`, over the groups of this process only."""
-        self.check()
-        return normalise_hsic(self.numerators.sum(dim=0))
+    def similarity(self, groups: int | None = None) -> Tensor:
+        """Like :meth:`compute`, over the groups of this process only.
 
-    def check(self) -> None:
-        """Raise if the features seen so far cannot be compared (see :meth:`compute`)."""
-        if not self.tiles.any():
+        Args:
+            groups: Number of groups from the first; by default all.
+        """
+        self.check(groups)
+        return normalise_hsic(self.numerators[:groups].sum(dim=0))
+
+    def check(self, groups: int | None = None) -> None:
+        """Raise if the features of the groups cannot be compared (see :meth:`similarity`)."""
+        if not self.tiles[:groups].any():
             msg = "Found no rows of tokens to compare, expected at least one group of tiles: give more tiles."
             raise DegenerateFeaturesError(msg)
-        if self.not_finite.any():
-            raise _degenerate(self.not_finite > 0, "NaN or Inf")
-        constant = self.variance <= CONSTANT_RATIO * self.mean_square
+        not_finite = self.not_finite[:groups].sum(dim=0) > 0
+        if not_finite.any():
+            raise _degenerate(not_finite, "NaN or Inf")
+        constant = self.variance[:groups].sum(dim=0) <= CONSTANT_RATIO * self.mean_square[:groups].sum(dim=0)
         if constant.any():
             raise _degenerate(constant, "an output that is constant over all tokens")
 
-    def filled(self) -> Tensor:
+    def filled(self, groups: int | None = None) -> Tensor:
         """Numerators of the groups that were added, in stream order, shape (G, L, L)."""
-        return self.numerators[self.tiles > 0]
-
-
-class TileGroups:
-    """Pools the rows of consecutive tiles into groups of a fixed number of tiles, one tile at a time.
-
-    A group is handed out only when enough tiles of the next one have come, since a last group of fewer than
-    ``MIN_LAST_GROUP_TILES`` joins the one before it.
-
-    Args:
-        tiles_per_group: Tiles in a group.
-    """
-
-    def __init__(self, tiles_per_group: int) -> None:
-        """Start with no tiles."""
-        self.tiles_per_group = tiles_per_group
-        self._waiting: list[Tensor] = []
-
-    def add(self, tile: Tensor) -> tuple[Tensor, int] | None:
-        """Take the rows of one tile and hand out a group if one is complete.
-
-        Args:
-            tile: Rows of the tile after every block, shape (L, rows, D).
-
-        Returns:
-            Features (L, m, D) of a group and its number of tiles, or None.
-        """
-        self._waiting.append(tile)
-        if len(self._waiting) < self.tiles_per_group + MIN_LAST_GROUP_TILES:
-            return None
-        group, self._waiting = self._waiting[: self.tiles_per_group], self._waiting[self.tiles_per_group :]
-        return torch.cat(group, dim=1), len(group)
-
-    def finish(self) -> tuple[Tensor, int] | None:
-        """Hand out the tiles still waiting as the last group, or None if there are none."""
-        last, self._waiting = self._waiting, []
-        return (torch.cat(last, dim=1), len(last)) if last else None
+        return self.numerators[:groups][self.tiles[:groups] > 0]

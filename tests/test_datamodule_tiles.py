@@ -104,7 +104,7 @@ def test_every_training_image_once(folder):
     assert [len(batch["index"]) for batch in batches] == [5, 5, 2]
     assert len(tiles) == COUNT
     for batch in batches:
-        assert set(batch) == {"image", "valid", "index"}
+        assert set(batch) == {"image", "valid", "index", "position"}
         assert batch["image"].dtype == torch.float32
         assert (batch["valid"].dtype, batch["valid"].shape) == (torch.bool, (len(batch["index"]), SIZE, SIZE))
     found = one_by_one(batches)
@@ -333,7 +333,7 @@ def test_classification_streams_images_without_labels(classes):
     datamodule = classification(classes, train_transform=train, check_stackability=False)
     tiles = DatamoduleTiles(datamodule)
     batches = list(tiles)
-    assert {key for batch in batches for key in batch} == {"image", "valid", "index"}
+    assert {key for batch in batches for key in batch} == {"image", "valid", "index", "position"}
     found = one_by_one(batches)
     assert sorted(tile[0] for tile in found) == list(range(COUNT))
     for number, image, _ in found:
@@ -411,7 +411,7 @@ def test_modalities_come_without_masks_and_augmentation(modalities, transform):
     tiles = DatamoduleTiles(datamodule)
     seen = {}
     for batch in tiles:
-        assert batch.keys() == {"image", "valid", "index"}
+        assert batch.keys() == {"image", "valid", "index", "position"}
         assert batch["valid"].shape == (len(batch["index"]), 48, 48)
         for index, optical, radar in zip(batch["index"], batch["image"]["S2L2A"], batch["image"]["S1RTC"], strict=True):
             seen[index] = (optical, radar)
@@ -469,7 +469,7 @@ def test_scalar_labels_of_modalities_are_left_out(modalities, tmp_path):
     labels = {f"{split}_label_data_root": str(tmp_path / f"{split}.csv") for split in ("train", "val")}
     datamodule = make(task="classification", label_grep=None, **labels)
     batch = next(iter(DatamoduleTiles(datamodule)))
-    assert batch.keys() == {"image", "valid", "index"}
+    assert batch.keys() == {"image", "valid", "index", "position"}
 
 
 def test_dataset_of_another_name_is_found_through_the_loader():

@@ -15,8 +15,8 @@ from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.encoders import PatchGrid
 from terratorch_simpler.errors import DepthError, TilesError, UnsupportedEncoderError
 from terratorch_simpler.measure import check_input, count_macs, measure
-from terratorch_simpler.tiles import Skipped
 from tests.families import END, FAMILIES, START, plain, readme_table, wrapped
+from tests.memory import Tiles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning"),
@@ -171,27 +171,18 @@ def test_tokens_of_every_block_are_seen_raw_and_laid_out(family):
     assert all(output.shape == raw[0].shape for output in raw)
 
 
-class Noise:
+def noise(family, count=32):
     """Tiles of any shape, each with a tint of its own."""
-
-    def __init__(self, family, count=32):
-        self.skips = Skipped(count, 0.1)
-        self._image = family.image(batch=count)
-        for part in self._image.values() if isinstance(self._image, dict) else [self._image]:
-            part += torch.linspace(-2, 2, count).view(-1, *[1] * (part.ndim - 1))
-        self._size = next(iter(family.shape.values())) if isinstance(family.shape, dict) else family.shape
-
-    def __iter__(self):
-        for part in torch.arange(32).split(8):
-            image = {k: v[part] for k, v in self._image.items()} if isinstance(self._image, dict) else self._image[part]
-            valid = torch.ones(len(part), *self._size[-2:], dtype=torch.bool)
-            yield {"image": image, "valid": valid, "index": part.tolist()}
+    image = family.image(batch=count)
+    for part in image.values() if isinstance(image, dict) else [image]:
+        part += torch.linspace(-2, 2, count).view(-1, *[1] * (part.ndim - 1))
+    return Tiles(image, batch_size=8)
 
 
 @over_families
 def test_similarity_of_every_family(family):
     backbone = wrapped(family)
-    found = measure(lambda batch: backbone(batch["image"]), backbone, Noise(family), Simpler(), Bounds(), min_tiles=32)
+    found = measure(lambda batch: backbone(batch["image"]), backbone, noise(family), Simpler(), Bounds(), min_tiles=32)
     assert found.similarity.shape == (backbone.full_num_blocks,) * 2
     assert torch.allclose(found.similarity.diagonal(), torch.ones(backbone.full_num_blocks, dtype=torch.float64))
     layout = backbone.layout(family.image(), raw_outputs(backbone, family.image())[1][0].shape[1])

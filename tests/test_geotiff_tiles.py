@@ -148,7 +148,7 @@ def test_batches(tmp_path):
     assert [len(batch["index"]) for batch in batches] == [10, 10, 4]
     for batch in batches:
         size = len(batch["index"])
-        assert set(batch) == {"image", "valid", "index", "path", "window"}
+        assert set(batch) == {"image", "valid", "index", "position", "path", "window"}
         assert (batch["image"].shape, batch["image"].dtype) == ((size, 2, 16, 16), torch.float32)
         assert (batch["valid"].shape, batch["valid"].dtype) == ((size, 16, 16), torch.bool)
         assert (batch["window"].shape, batch["window"].dtype) == ((size, 4), torch.int64)

@@ -10,48 +10,8 @@ import torch
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.errors import DegenerateFeaturesError, SimplerWarning, TilesError
 from terratorch_simpler.measure import count_macs, measure
-from terratorch_simpler.similarity import TileGroups, linear_cka
-from terratorch_simpler.tiles import Skipped
-
-
-class Tiles:
-    """Tiles held in memory."""
-
-    def __init__(self, images, valid=None, batch_size=16, extra=None):
-        self.images = images
-        self.valid = torch.ones(len(images), *images.shape[-2:], dtype=torch.bool) if valid is None else valid
-        self.batch_size = batch_size
-        self.extra = extra or {}
-        self.skips = Skipped(len(images), 0.1)
-
-    @property
-    def skipped(self):
-        return dict(self.skips.counts)
-
-    def __len__(self):
-        return len(self.images)
-
-    def describe(self):
-        return {}
-
-    def __iter__(self):
-        for start in range(0, len(self.images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            extra = {key: value[part] for key, value in self.extra.items()}
-            yield {
-                "image": self.images[part],
-                "valid": self.valid[part],
-                "index": list(range(len(self.images)))[part],
-                **extra,
-            }
-
-
-def land(count, size=64, bands=6, seed=0):
-    """Smooth images with large differences between tiles, as real ones have."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(count, bands, 5, 5, generator=generator)
-    tint = torch.randn(count, bands, 1, 1, generator=generator)
-    return tint + torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+from terratorch_simpler.similarity import linear_cka
+from tests.memory import Tiles, land
 
 
 def run(backbone, tiles, **kwargs):
@@ -158,11 +118,12 @@ def test_max_tiles_is_exact(build):
 
 def test_many_tiles_are_pooled_in_large_groups(build, monkeypatch):
     sizes = []
-    monkeypatch.setattr(TileGroups, "finish", lambda self: sizes.append(self.tiles_per_group))
+    monkeypatch.setattr("terratorch_simpler.measure.pool.vote", lambda _, groups, *__: sizes.append(len(groups)) or {1: 0.5})
     backbone = build(embed_dim=48, num_heads=3, depth=6)
-    found = run(backbone, Tiles(land(544, size=32), batch_size=64), min_tiles=4000)
-    assert found.tiles_seen == 512  # 8 groups of 64; the last 32 wait for more
-    assert sizes == [64]
+    found = run(backbone, Tiles(land(544, size=32), batch_size=64), min_tiles=256)
+    assert found.tiles_seen == 544
+    # Groups of 32 until there are eight of 64; the last 32 tiles are a group of their own; and once more at the end.
+    assert sizes == [8, 10, 12, 14, 8, 9, 9]
 
 
 def test_seed_changes_the_rows_and_repeats(build):
@@ -193,9 +154,9 @@ def test_patches_without_data_are_not_rows(build):
     valid[:, :16] = False  # the first row of patches
     valid[3] = False
     valid[:, 16:20, 16:20] = False  # a patch with some data stays
-    found = run(backbone, tiles := Tiles(images, valid))
+    found = run(backbone, Tiles(images, valid))
     assert (found.tiles_seen, found.rows_seen) == (39, 39 * 12)
-    assert tiles.skipped == {"nodata": 1}
+    assert found.skips.counts == {"nodata": 1}
 
 
 def test_padding_the_model_adds_is_not_compared(build):
@@ -261,9 +222,10 @@ def test_everything_borrowed_comes_back(build):
     class Broken(Tiles):
         def __iter__(self):
             torch.rand(3), np.random.rand(3), random.random()
-            yield from super().__iter__()
-            if self.batch_size == 15:
-                raise OSError("disk is gone")
+            for batch in super().__iter__():
+                yield batch
+                if self.batch_size == 15:
+                    raise OSError("disk is gone")
 
     run(backbone, Broken(land(40)))
     with pytest.raises(OSError, match="disk is gone"):

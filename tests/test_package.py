@@ -13,11 +13,12 @@ PACKAGE = ROOT / "terratorch_simpler"
 # From the bottom up: a module may import from its own layer and those below.
 LAYERS = [
     {"errors", "files"},
-    {"similarity", "plan"},
+    {"similarity", "plan", "processes", "stopping"},
     {"criteria"},
     {"encoders", "tiles"},
     {"backbone"},
-    {"registry", "report", "measure", "export"},
+    {"registry", "report", "checkpoint", "plan_cache"},
+    {"measure", "export"},
     {"selection"},
     {"callback"},
     {"demo", "cli"},

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from terratorch_simpler.errors import DegenerateFeaturesError
-from terratorch_simpler.similarity import GroupedCKA, TileGroups, hsic_matrix, linear_cka, resample
+from terratorch_simpler.similarity import GroupedCKA, hsic_matrix, linear_cka, resample
 
 
 def reference_hsic(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -164,35 +164,6 @@ def test_fewer_than_four_rows_are_refused():
 def test_nothing_seen_is_refused():
     with pytest.raises(DegenerateFeaturesError, match="Found no rows of tokens"):
         GroupedCKA(3, 2).compute()
-
-
-def group_sizes(tiles: int, per_group: int) -> list[int]:
-    groups = TileGroups(per_group)
-    found = []
-    for number in range(tiles):
-        complete = groups.add(torch.full((2, 3, 1), float(number)))
-        found += [complete] if complete else []
-    last = groups.finish()
-    found += [last] if last else []
-    rows = torch.cat([features[0, :, 0] for features, _ in found]) if found else torch.empty(0)
-    assert torch.equal(rows, torch.arange(tiles).float().repeat_interleave(3))  # every tile once, in order
-    return [tiles for _, tiles in found]
-
-
-@pytest.mark.parametrize(
-    ("tiles", "per_group", "expected"),
-    [
-        (0, 64, []),
-        (64, 64, [64]),
-        (95, 64, [95]),  # 31 left over join
-        (96, 64, [64, 32]),
-        (136, 32, [32, 32, 32, 40]),
-        (136, 64, [64, 72]),
-        (512, 64, [64] * 8),
-    ],
-)
-def test_groups_of_tiles(tiles, per_group, expected):
-    assert group_sizes(tiles, per_group) == expected
 
 
 def test_bootstrap_sums_draw_whole_groups_and_repeat_with_the_seed():

@@ -19,6 +19,7 @@ from terratorch.models.utils import TemporalWrapper
 from torch import Tensor, nn
 
 from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.checkpoint import read_checkpoint
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
 from terratorch_simpler.similarity import full_float32
 
@@ -154,15 +155,8 @@ def _fold_adapters(trained: Trained) -> Trained:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # a damaged file raises anything: RuntimeError, EOFError, UnpicklingError, ...
-        msg = (
-            f"Found no readable checkpoint at {path} ({' '.join(str(err).split())[:120]}), expected one written by "
-            "terratorch fit: check the path."
-        )
-        raise CheckpointError(msg) from err
-    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
+    content = read_checkpoint(path)
+    if not {"state_dict", "hyper_parameters"} <= content.keys():
         msg = (
             f"Found no state_dict with hyper_parameters in {path}, expected a checkpoint written by terratorch fit: give "
             "one of these."

@@ -1,9 +1,10 @@
-"""Runs an intact encoder over tiles and gathers the statistics of its blocks. No mathematics, no files."""
+"""Runs an intact encoder over tiles and gathers the statistics of its blocks. No mathematics."""
 
 from terratorch_simpler.measure.borrow import borrowed
 from terratorch_simpler.measure.cost import count_macs
 from terratorch_simpler.measure.inputs import check_input
 from terratorch_simpler.measure.stream import Measurement, measure
 from terratorch_simpler.measure.tokens import Tokens
+from terratorch_simpler.measure.unfinished import Unfinished
 
-__all__ = ["Measurement", "Tokens", "borrowed", "check_input", "count_macs", "measure"]
+__all__ = ["Measurement", "Tokens", "Unfinished", "borrowed", "check_input", "count_macs", "measure"]

@@ -2,6 +2,6 @@
 
 from terratorch_simpler.tiles.datamodule import DatamoduleTiles
 from terratorch_simpler.tiles.geotiff import GeoTiffTiles
-from terratorch_simpler.tiles.source import Batch, Skipped, TileSource
+from terratorch_simpler.tiles.source import Batch, Share, Skip, Skipped, TileSource
 
-__all__ = ["Batch", "DatamoduleTiles", "GeoTiffTiles", "Skipped", "TileSource"]
+__all__ = ["Batch", "DatamoduleTiles", "GeoTiffTiles", "Share", "Skip", "Skipped", "TileSource"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from terratorch_simpler.errors import ConfigurationError
-from terratorch_simpler.tiles.source import Batch, Skipped, file_size, fingerprint
+from terratorch_simpler.tiles.source import Batch, Share, Skip, Skipped, file_size, fingerprint
 
 LABEL_KEYS = frozenset({"mask", "label", "labels", "filename", "bbox_xyxy", "boxes", "masks", "crs", "bounds"})
 """Keys that TerraTorch's tasks do not hand to the model."""
@@ -55,8 +55,10 @@ class DatamoduleTiles:
         self._batch_size = int(getattr(datamodule, "batch_size", None) or DEFAULT_BATCH_SIZE)
         self._num_workers = int(getattr(datamodule, "num_workers", 0) or 0)
         self._name = type(datamodule).__name__
-        self.skips = Skipped(len(dataset), MAX_BAD_FRACTION)
+        self._share = Share()
+        self.skips = self.no_skips()
         self.pin_memory = False
+        self.on_skip: Callable[[Skip], None] | None = None
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -64,18 +66,39 @@ class DatamoduleTiles:
         return dict(self.skips.counts)
 
     def __len__(self) -> int:
-        """Training images."""
-        return len(self._order)
+        """Training images, of this share if it is one."""
+        return len(self._share.positions(len(self._order)))
 
     def describe(self) -> dict[str, Any]:
         """Kind, number of images, and a fingerprint of their names, sizes and order."""
-        files = [_file(self._dataset, index) for index in range(len(self))]
+        total = len(self._order)
+        files = [_file(self._dataset, index) for index in range(total)]
         named = [(file.rpartition("/")[2], file_size(file)) for file in files]
         return {
             "source": self._name,
-            "tiles": len(self),
-            "fingerprint": fingerprint([*named, len(self), self._order]),
+            "tiles": total,
+            "fingerprint": fingerprint([*named, total, self._order]),
         }
+
+    def shard(self, num_shards: int, index: int, block: int = 1, start: int = 0) -> DatamoduleTiles:
+        """One of several disjoint shares of the same stream, for processes that read together.
+
+        Args:
+            num_shards: Number of shares.
+            index: Which of them, from 0.
+            block: Neighbours that go to the same share.
+            start: Images at the start of the stream that no share reads.
+
+        Raises:
+            TilesError: If there is no such share.
+        """
+        share = copy.copy(self)
+        share._share = Share(num_shards, index, block, start)
+        return share
+
+    def no_skips(self) -> Skipped:
+        """The count of a pass over all images, before it begins."""
+        return Skipped(len(self._order), MAX_BAD_FRACTION)
 
     def __iter__(self) -> Iterator[Batch]:
         """Stream batches of images of equal size.
@@ -83,17 +106,19 @@ class DatamoduleTiles:
         Raises:
             TilesError: If too many images are unreadable.
         """
-        self.skips = Skipped(len(self), MAX_BAD_FRACTION)
+        self.skips = self.no_skips()
         loader = DataLoader(
-            Subset(self._images, self._order),
+            _InOrder(self._images, self._order, self._share.positions(len(self._order)).tolist()),
             batch_size=self._batch_size,
             num_workers=self._num_workers,
             collate_fn=_stackable,
             pin_memory=self.pin_memory,
         )
         for batches, unusable in loader:
-            for name, reason, bad in unusable:
-                self.skips.add(reason, name, bad)
+            for skip in unusable:
+                self.skips.add(skip)
+                if self.on_skip is not None:
+                    self.on_skip(skip)
             yield from batches
 
 
@@ -126,14 +151,33 @@ class _Images(Dataset[dict[str, Any]]):
                 sample = self._plain[index]
         except Exception as err:  # readers of damaged files raise anything: struct.error, TypeError, ZeroDivisionError, ...
             why = textwrap.shorten(str(err), 100) or type(err).__name__
-            return {"unusable": (f"{_file(self._plain, index)}: {why}", "unreadable", True)}
+            return {"unusable": ("unreadable", f"{_file(self._plain, index)}: {why}", True)}
         if not valid.any():
-            return {"unusable": (_file(self._plain, index), "nodata", False)}
+            return {"unusable": ("nodata", _file(self._plain, index), False)}
         if not _finite(sample["image"]).all():
             # Without no_data_replace the NaN would spread to every token of the tile.
-            return {"unusable": (_file(self._plain, index), "NaN without no_data_replace", False)}
+            return {"unusable": ("NaN without no_data_replace", _file(self._plain, index), False)}
         inputs = {key: value for key, value in sample.items() if key not in LABEL_KEYS}
         return {**inputs, "valid": valid, "index": index}
+
+
+class _InOrder(Dataset[dict[str, Any]]):
+    """Samples of some positions of the stream."""
+
+    def __init__(self, images: _Images, order: Sequence[int], positions: Sequence[int]) -> None:
+        self._images = images
+        self._order = order
+        self._positions = positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        position = self._positions[number]
+        sample = self._images[self._order[position]]
+        if "unusable" in sample:
+            return {"unusable": Skip(position, *sample["unusable"])}
+        return {**sample, "position": position}
 
 
 def _file(dataset: Dataset[Any], index: int) -> str:
@@ -210,7 +254,7 @@ def _for_modalities(datamodule: Any, transform: Any) -> Callable[..., Any]:
     return MultimodalToTensor(modalities)  # type: ignore[no-any-return]
 
 
-def _stackable(samples: Sequence[dict[str, Any]]) -> tuple[list[Batch], list[tuple[str, str, bool]]]:
+def _stackable(samples: Sequence[dict[str, Any]]) -> tuple[list[Batch], list[Skip]]:
     """Collate neighbours of equal shape, in order; tiles of unequal size become batches of their own."""
     unusable = [sample["unusable"] for sample in samples if "unusable" in sample]
     runs: list[list[dict[str, Any]]] = []
@@ -230,5 +274,6 @@ def _shapes(sample: dict[str, Any]) -> object:
 
 
 def _collate(run: Sequence[dict[str, Any]]) -> Batch:
-    inputs = default_collate([{key: value for key, value in sample.items() if key != "index"} for sample in run])
-    return {**inputs, "index": [sample["index"] for sample in run]}
+    numbers = ("index", "position")
+    inputs = default_collate([{key: value for key, value in sample.items() if key not in numbers} for sample in run])
+    return {**inputs, **{name: [sample[name] for sample in run] for name in numbers}}

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from terratorch_simpler.tiles.index import Catalogue, Grid, Place, Unusable, rea
 from terratorch_simpler.tiles.paths import find_files
 from terratorch_simpler.tiles.rasters import accept_files_without_georeference, gdal_settings
 from terratorch_simpler.tiles.readers import Readers, Run, TimedOut
-from terratorch_simpler.tiles.source import Batch, Skipped, file_size, fingerprint
+from terratorch_simpler.tiles.source import Batch, Share, Skip, Skipped, file_size, fingerprint
 from terratorch_simpler.tiles.window import Job, Scaling, Tile, WindowReader
 
 AHEAD_BYTES = 256 * 2**20
@@ -42,7 +42,7 @@ class GeoTiffTiles:
 
     Threads read ahead in an order of their own (windows of a file together, blocks they share decoded once) and at most
     256 MB of tiles, or two batches where these are larger, wait in memory; beside them GDAL keeps decoded blocks
-    (``GDAL_CACHEMAX``) and up to 32 files stay open. 8 bytes a window hold the order.
+    (``GDAL_CACHEMAX``) and up to 32 files stay open. 16 bytes a window hold the order.
 
     Names are those of torchgeo where it has them. Unlike its ``RasterDataset``, files need no common CRS or resolution
     and are neither resampled nor merged: an encoder sees pixels, not places.
@@ -144,7 +144,8 @@ class GeoTiffTiles:
         self._check_arguments()
         self.paths = find_files(paths)
         self.skips = Skipped(planned=0, max_bad_fraction=max_bad_fraction)
-        self._num_shards, self._shard = 1, 0
+        self.on_skip: Callable[[Skip], None] | None = None
+        self._share = Share()
         self._grid: Grid | None = None
         self._unusable: list[Unusable] = []
         self._bands: dict[str, list[int]] = {}
@@ -157,25 +158,33 @@ class GeoTiffTiles:
 
     def __len__(self) -> int:
         """Windows on the grids of all readable files, of this shard if it is one."""
-        return len(range(self._shard, len(self._windows()), self._num_shards))
+        return len(self._share.positions(len(self._windows())))
 
-    def shard(self, num_shards: int, index: int) -> GeoTiffTiles:
+    def shard(self, num_shards: int, index: int, block: int = 1, start: int = 0) -> GeoTiffTiles:
         """One of several disjoint shares of the same sequence, for processes that stream together.
 
         Args:
             num_shards: Number of shares.
-            index: Which of them, from 0: windows ``index``, ``index + num_shards``, ... of the sequence.
+            index: Which of them, from 0: of the blocks of the sequence it gets ``index``, ``index + num_shards``, ...
+            block: Windows in a block.
+            start: Windows at the start of the sequence that no share reads.
 
         Raises:
             TilesError: If there is no such share.
         """
-        if not 0 <= index < num_shards:
-            msg = f"Found shard {index} of {num_shards}, expected 0 to {num_shards - 1}: number shards from 0."
-            raise TilesError(msg)
         share = copy.copy(self)
-        share._num_shards, share._shard = num_shards, index
+        share._share = Share(num_shards, index, block, start)
         share.skips = Skipped(planned=0, max_bad_fraction=self.max_bad_fraction)
         return share
+
+    def opened(self) -> GeoTiffTiles:
+        """These tiles, with all files opened once: what is in them is known from now on, also to copies."""
+        self._windows()
+        return self
+
+    def no_skips(self) -> Skipped:
+        """The count of a pass over all windows, before it begins."""
+        return Skipped(len(self._windows()) + len(self._unusable), self.max_bad_fraction, tried=len(self.paths))
 
     def describe(self) -> dict[str, Any]:
         """Kind, number of files and windows, and a fingerprint of names, sizes and settings."""
@@ -199,10 +208,10 @@ class GeoTiffTiles:
             TilesError: If too many windows are unreadable, the files yield no window, or storage does not answer.
         """
         grid = self._windows()
-        self.skips = Skipped(len(grid) + len(self._unusable), self.max_bad_fraction)
-        self.skips.tried = len(self.paths)
-        for unusable in self._unusable:
-            self.skips.add(unusable.reason, unusable.path, unusable.bad)
+        self.skips = self.no_skips()
+        if self._share.index == self._share.start == 0:  # files set aside count once, not in every share
+            for unusable in self._unusable:
+                self._skip(-1, unusable)
         if not len(grid):
             msg = (
                 f"Found no window of {self.tile_size} x {self.tile_size} pixels ({self.skips}), expected at least one: use "
@@ -279,7 +288,8 @@ class GeoTiffTiles:
     def _read_all(self, grid: Grid, buffers: Buffers) -> Generator[Tile, None, None]:
         """Read in the seeded order, a bounded number of windows ahead."""
         accept_files_without_georeference()  # may have been reset since the headers were read
-        order = np.random.default_rng(self.seed).permutation(len(grid))[self._shard :: self._num_shards]
+        order = np.random.default_rng(self.seed).permutation(len(grid))
+        positions = self._share.positions(len(grid))
         part = self.batch_size * self._batches_ahead()
         ahead: deque[tuple[list[Job], list[Run[Job, Tile | Unusable]]]] = deque()
         scaling = Scaling(self.scale, self.offset, self.means, self.stds)
@@ -297,18 +307,18 @@ class GeoTiffTiles:
                 windows.read, self.num_workers, self.timeout, lambda: gdal_settings(self.timeout), windows.give_up
             ) as readers,
         ):
-            for start in range(0, len(order), part):
-                jobs = self._jobs([grid[number] for number in order[start : start + part].tolist()], buffers)
+            for start in range(0, len(positions), part):
+                jobs = self._jobs([(p, grid[int(order[p])]) for p in positions[start : start + part].tolist()], buffers)
                 ahead.append((jobs, [readers.submit(run) for run in _runs(jobs, self.num_workers)]))
                 if len(ahead) > 1:
                     yield from self._in_order(readers, *ahead.popleft())
             while ahead:
                 yield from self._in_order(readers, *ahead.popleft())
 
-    def _jobs(self, places: Sequence[Place], buffers: Buffers) -> list[Job]:
+    def _jobs(self, places: Sequence[tuple[int, Place]], buffers: Buffers) -> list[Job]:
         size = self.batch_size
         memory = [buffers.take() for _ in range(0, len(places), size)]
-        return [Job(place, Slot(memory[at // size], at % size)) for at, place in enumerate(places)]
+        return [Job(at, place, Slot(memory[n // size], n % size)) for n, (at, place) in enumerate(places)]
 
     def _in_order(
         self, readers: Readers[Job, Tile | Unusable], jobs: list[Job], runs: list[Run[Job, Tile | Unusable]]
@@ -317,18 +327,23 @@ class GeoTiffTiles:
         read: dict[int, Tile | Unusable] = {}
         for run in runs:
             for job, tile in zip(run.items, readers.results(run), strict=True):
-                read[job.place.number] = Unusable(str(job), "timed out", True) if isinstance(tile, TimedOut) else tile
-        order = [job.place.number for job in jobs]
+                read[job.position] = Unusable(str(job), "timed out", True) if isinstance(tile, TimedOut) else tile
+        order = [job.position for job in jobs]
         # Whoever holds a job or a run holds its memory.
         jobs.clear()
         runs.clear()
-        for number in order:
-            tile = read.pop(number)
-            self.skips.tried += 1
+        for position in order:
+            tile = read.pop(position)
             if isinstance(tile, Unusable):
-                self.skips.add(tile.reason, tile.path, tile.bad)
+                self._skip(position, tile)
             else:
                 yield tile
+
+    def _skip(self, position: int, unusable: Unusable) -> None:
+        skip = Skip(position, unusable.reason, unusable.path, unusable.bad)
+        self.skips.add(skip)
+        if self.on_skip is not None:
+            self.on_skip(skip)
 
     def _batch_shape(self) -> tuple[int, ...]:
         """Shape of a whole batch, (B, C, H, W) or (B, C, T, H, W)."""
@@ -362,6 +377,7 @@ class GeoTiffTiles:
             "image": image,
             "valid": valid,
             "index": [place.number for place in places],
+            "position": [tile.position for tile in tiles],
             "path": [place.paths[0] for place in places],
             "window": torch.tensor([[place.column, place.row, place.width, place.height] for place in places]),
         }

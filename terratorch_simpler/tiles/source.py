@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from terratorch_simpler.errors import TilesError
 
 Batch = dict[str, Any]
 """``image`` float32 (B, C, H, W) or (B, C, T, H, W), on the CPU; ``valid`` bool (B, H, W) or (B, T, H, W), True where the
-pixel holds data; ``index`` list of B ints, each tile's own number; further keys are arguments of the encoder."""
+pixel holds data; ``index`` list of B ints, each tile's own number; ``position`` list of B ints, its place in the stream of
+all shares; further keys are arguments of the encoder."""
 
 NAMED = 5
 """How many unusable tiles are named; the rest is only counted."""
@@ -21,16 +26,70 @@ ENOUGH_TO_JUDGE = 4096
 """A stream of millions of tiles need not be read to the end to see that most are damaged."""
 
 
+class Skip(NamedTuple):
+    """Something that could not be used.
+
+    Attributes:
+        position: Its place in the stream; -1 for what was set aside before.
+        reason: Why it could not be used.
+        name: Which one.
+        bad: Whether it counts towards ``max_bad_fraction``: damage does, missing data does not.
+    """
+
+    position: int
+    reason: str
+    name: str
+    bad: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of several disjoint shares of a stream, for processes that read together.
+
+    Attributes:
+        num_shards: Number of shares.
+        index: Which of them, from 0.
+        block: Neighbours that go to the same share.
+        start: First position of the stream that is read at all.
+    """
+
+    num_shards: int = 1
+    index: int = 0
+    block: int = 1
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a share that does not exist.
+
+        Raises:
+            TilesError: If there is no such share.
+        """
+        if not 0 <= self.index < self.num_shards:
+            msg = f"Found shard {self.index} of {self.num_shards}, expected 0 to {self.num_shards - 1}: shards count from 0."
+            raise TilesError(msg)
+
+    def positions(self, total: int) -> NDArray[np.int64]:
+        """Positions of this share, ascending.
+
+        Args:
+            total: Tiles in the whole stream.
+        """
+        every = np.arange(min(self.start, total), total)
+        return every[every // self.block % self.num_shards == self.index] if self.num_shards > 1 else every
+
+
 class TileSource(Protocol):
     """A finite, seeded, ordered stream of unlabeled tiles.
 
     Attributes:
         skips: Count of what could not be used in the last pass.
         pin_memory: Whether batches lie in page-locked memory, from which a GPU copies while it computes.
+        on_skip: Told what cannot be used, before any tile that comes after it in the stream.
     """
 
     skips: Skipped
     pin_memory: bool
+    on_skip: Callable[[Skip], None] | None
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -43,7 +102,13 @@ class TileSource(Protocol):
         """Stream the tiles from the start."""
 
     def describe(self) -> dict[str, Any]:
-        """What is streamed, with a fingerprint, as it goes to plan.json."""
+        """What is streamed, by all shares together, with a fingerprint, as it goes to plan.json."""
+
+    def shard(self, num_shards: int, index: int, block: int = 1, start: int = 0) -> TileSource:
+        """One of several disjoint shares of the same stream (:class:`Share`)."""
+
+    def no_skips(self) -> Skipped:
+        """The count of a pass over the whole stream, before it begins."""
 
 
 class Skipped:
@@ -52,41 +117,39 @@ class Skipped:
     Args:
         planned: Tiles in the stream.
         max_bad_fraction: Share of them that may be unreadable.
+        tried: What was tried before the stream begins, such as files that were opened.
 
     Attributes:
         counts: How many by reason.
         named: The first few.
-        tried: How many files and tiles were tried, where the source counts them: of a long stream the share is that of
-            these.
+        tried: How many files and tiles were tried: of a long stream the share is that of these.
     """
 
-    def __init__(self, planned: int, max_bad_fraction: float) -> None:
+    def __init__(self, planned: int, max_bad_fraction: float, tried: int = 0) -> None:
         """Start at zero."""
         self.counts: Counter[str] = Counter()
         self.named: list[str] = []
-        self.tried = 0
+        self.tried = tried
+        self._tried_before = tried
         self._max_bad_fraction = max_bad_fraction
         self._planned = planned
         self._bad = 0
         self._bad_named: list[str] = []
 
-    def add(self, reason: str, name: str, bad: bool = False) -> None:
-        """Count one tile.
-
-        Args:
-            reason: Why it could not be used.
-            name: Which one.
-            bad: Whether it counts towards ``max_bad_fraction``: damage does, missing data does not.
+    def add(self, skip: Skip) -> None:
+        """Count one, in the order of the stream.
 
         Raises:
             TilesError: If too many were bad.
         """
-        self.counts[reason] += 1
-        self._bad += bad
+        self.counts[skip.reason] += 1
+        self.tried = self._tried_before + skip.position + 1
+        self._bad += skip.bad
         # A file is named once, however many of its windows fail, and missing data does not crowd out damage.
-        for names in (self.named, self._bad_named) if bad else (self.named,):
-            if len(names) < NAMED and f"{name} ({reason})" not in names:
-                names.append(f"{name} ({reason})")
+        named = f"{skip.name} ({skip.reason})"
+        for names in (self.named, self._bad_named) if skip.bad else (self.named,):
+            if len(names) < NAMED and named not in names:
+                names.append(named)
         judged = min(self._planned, max(self.tried, ENOUGH_TO_JUDGE))
         if self._bad > self._max_bad_fraction * judged:
             msg = (
@@ -94,6 +157,15 @@ class Skipped:
                 f"(max_bad_fraction): repair or remove {', '.join(self._bad_named)}."
             )
             raise TilesError(msg)
+
+    def state(self) -> dict[str, Any]:
+        """The counts as plain values, to go on from later."""
+        return {"counts": dict(self.counts), "named": [*self.named], "bad": self._bad, "bad_named": [*self._bad_named]}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Take over counts from :meth:`state`."""
+        self.counts = Counter(state["counts"])
+        self.named, self._bad, self._bad_named = [*state["named"]], state["bad"], [*state["bad_named"]]
 
     def __str__(self) -> str:
         """Counts and the first few names in a clause."""

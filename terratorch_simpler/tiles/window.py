@@ -22,8 +22,9 @@ Day = tuple[int, int]
 
 
 class Job(NamedTuple):
-    """A window to read, and where its pixels go."""
+    """A window to read: its place in the stream, and where its pixels go."""
 
+    position: int
     place: Place
     slot: Slot
 
@@ -34,6 +35,7 @@ class Job(NamedTuple):
 class Tile(NamedTuple):
     """A window that was read; valid (H, W) is None where all pixels hold data."""
 
+    position: int
     place: Place
     slot: Slot
     valid: NDArray[np.bool_] | None
@@ -136,7 +138,7 @@ class WindowReader:
             known = np.zeros(whole.shape[2:], bool)
             known[: place.height, : place.width] = True if valid is None else valid
             valid = known
-        return Tile(place, job.slot, valid, days, location)
+        return Tile(job.position, place, job.slot, valid, days, location)
 
     def _read_file(self, path: str, place: Place, frames: NDArray[np.float32]) -> _Read:
         window = Window(place.column, place.row, place.width, place.height)

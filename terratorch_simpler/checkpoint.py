@@ -1,0 +1,107 @@
+"""Reading checkpoints, never more of them than tensors and plain values, and the shape that they say they have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import CheckpointIO
+from torch import Tensor
+
+from terratorch_simpler.backbone import shape_in_checkpoint
+from terratorch_simpler.errors import CheckpointError
+
+Shape = tuple[tuple[int, ...], int]
+"""Kept blocks, and the number of blocks of the intact encoder."""
+
+FILES_IN_FOLDERS = (
+    "meta.pt",  # FSDP with sharded state
+    "checkpoint/mp_rank_00_model_states.pt",  # DeepSpeed
+    "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt",  # DeepSpeed, stage 3
+)
+"""Where strategies that write folders keep what is not a sharded tensor."""
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file; nothing in it is executed.
+
+    Args:
+        path: A local file.
+        mmap: Leave tensors on the disk until they are used.
+
+    Raises:
+        CheckpointError: If it is damaged, or holds anything but tensors and plain values.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as err:  # a damaged file raises anything: RuntimeError, EOFError, UnpicklingError, ...
+        raise _unreadable(path, err) from err
+    if not isinstance(content, dict):
+        msg = f"Found no state_dict in {path}, expected a checkpoint written by terratorch fit: give one of these."
+        raise CheckpointError(msg)
+    return content
+
+
+def read_shape(path: str | os.PathLike[str], checkpoint_io: CheckpointIO) -> Shape:
+    """Shape of the encoder that a run resumes with, before the strategy restores it.
+
+    FSDP and DeepSpeed wrap the model and make the optimizer before they read the weights, so it has to be cut by then.
+
+    Args:
+        path: A file, or the folder that FSDP or DeepSpeed has written.
+        checkpoint_io: Reads what is not a local file.
+
+    Raises:
+        CheckpointError: If it is damaged, or not of a SimplerBackbone.
+    """
+    local = Path(path)
+    if local.is_dir():
+        return _shape_in_folder(local)
+    if local.exists():
+        content = read_checkpoint(path, mmap=_is_zip(local))  # only what is looked at is read, also of large files
+    else:
+        try:
+            content = checkpoint_io.load_checkpoint(path, weights_only=True)
+        except Exception as err:
+            raise _unreadable(path, err) from err
+    return shape_in_checkpoint(_weights(content, path), str(path))
+
+
+def _shape_in_folder(folder: Path) -> Shape:
+    for name in FILES_IN_FOLDERS:
+        if (folder / name).is_file():
+            callbacks = read_checkpoint(folder / name, mmap=_is_zip(folder / name)).get("callbacks")
+            states = callbacks.values() if isinstance(callbacks, Mapping) else ()
+            for state in states:
+                if isinstance(state, Mapping) and {"kept_blocks", "total_blocks"} <= state.keys():
+                    as_weights = {name: torch.as_tensor(state[name]) for name in ("kept_blocks", "total_blocks")}
+                    return shape_in_checkpoint(as_weights, str(folder))
+    msg = (
+        f"Found nothing in {folder} that tells which blocks were kept, expected a folder that FSDP or DeepSpeed has written "
+        "in a run with SimplerCallback: give a checkpoint file."
+    )
+    raise CheckpointError(msg)
+
+
+def _weights(content: Mapping[str, Any], path: object) -> Mapping[str, Tensor]:
+    weights = content.get("state_dict")
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        msg = f"Found no state_dict in {path}, expected a checkpoint written by terratorch fit: give one of these."
+        raise CheckpointError(msg)
+    return weights
+
+
+def _is_zip(path: Path) -> bool:
+    """What torch.save has written since version 1.6; nothing else can stay on the disk."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _unreadable(path: object, err: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"Found no readable checkpoint at {path} ({' '.join(str(err).split())[:120]}), expected one written by terratorch "
+        "fit: check the path, or take an earlier one."
+    )

@@ -1,0 +1,96 @@
+"""Going on when the memory of the device runs out: with fewer tiles at once, or on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from terratorch_simpler.errors import OutOfMemoryError
+from terratorch_simpler.measure.tap import Tap
+from terratorch_simpler.tiles import Batch
+
+
+class Feeder:
+    """Sends batches through the model, in parts once they were too large; rows do not depend on the parts.
+
+    Args:
+        tap: Draws the rows.
+        forward: Sends one batch through the model.
+
+    Attributes:
+        limit: Most tiles that are sent at once, since memory ran out with more; None if it never did.
+    """
+
+    def __init__(self, tap: Tap, forward: Callable[[Batch], object]) -> None:
+        """Nothing is limited yet."""
+        self.limit: int | None = None
+        self._tap = tap
+        self._forward = forward
+
+    @property
+    def tap(self) -> Tap:
+        """What draws the rows."""
+        return self._tap
+
+    def run(self, batch: Batch) -> Iterator[tuple[int, int, Tensor]]:
+        """Send a batch.
+
+        Yields:
+            Position and number of every tile, and its rows after every block, (L, rows, D).
+
+        Raises:
+            OutOfMemoryError: If memory runs out with a single tile.
+        """
+        size, start = len(batch["index"]), 0
+        while start < size:
+            end = min(size, start + (self.limit or size))
+            part = batch if end - start == size else _part(batch, start, end, size)
+            drawn = self._try(part)
+            if drawn is not None:
+                rows, counts = drawn
+                yield from zip(part["position"], part["index"], rows.split(counts, dim=1), strict=True)
+                start = end
+            elif end - start == 1:
+                msg = (
+                    "Found too little memory for a single tile, expected room for the intact encoder and one tile: use a "
+                    "smaller tile_size, a lower precision, or a device with more memory."
+                )
+                raise OutOfMemoryError(msg)
+            else:
+                self.limit = (end - start) // 2
+
+    def _try(self, part: Batch) -> tuple[Tensor, list[int]] | None:
+        try:
+            return self._tap.run(self._forward, part)
+        except torch.OutOfMemoryError:
+            pass  # the traceback holds what was allocated until here
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return None
+
+
+def on_spare_memory(compute: Callable[[torch.device], None], device: torch.device) -> None:
+    """Compute on a device, or on the CPU if the device has no memory left.
+
+    Args:
+        compute: Told where; may be called twice.
+        device: Where to try first.
+    """
+    try:
+        return compute(device)
+    except torch.OutOfMemoryError:
+        pass
+    return compute(torch.device("cpu"))
+
+
+def _part(values: dict[str, Any], start: int, end: int, size: int) -> dict[str, Any]:
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):  # modalities
+            return _part(value, start, end, size)
+        sized = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+        return value[start:end] if sized and len(value) == size else value
+
+    return {key: cut(value) for key, value in values.items()}

@@ -1,0 +1,105 @@
+"""Which tiles make up a group: the same whoever reads them, and however fast."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from terratorch_simpler.measure.groups import END, Groups, Held, halves
+from terratorch_simpler.tiles import Share
+
+
+def sizes_alone(tiles, max_tiles=10**6):
+    groups = Groups(max_tiles)
+    found = []
+    for position in range(tiles):
+        groups.take([Held(position, 0, 3)], position + 1)
+        found += groups.complete()
+    groups.take([], END)
+    found += groups.complete()
+    assert [tile.position for group in found for tile in group.tiles] == list(range(min(tiles, max_tiles)))
+    return [len(group.tiles) for group in found]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "expected"),
+    [
+        (0, []),
+        (31, [31]),
+        (64, [64]),
+        (95, [95]),  # 31 left over join
+        (96, [64, 32]),
+        (136, [64, 72]),
+        (512, [64] * 8),
+    ],
+)
+def test_groups_of_tiles(tiles, expected):
+    assert sizes_alone(tiles) == expected
+
+
+@pytest.mark.parametrize(("tiles", "expected"), [(20, [20]), (63, [63]), (64, [32, 32]), (80, [32, 48]), (95, [32, 63])])
+def test_small_groups_of_a_group(tiles, expected):
+    assert halves(tiles) == expected
+
+
+def test_a_group_waits_for_half_of_the_next():
+    groups = Groups(1000)
+    groups.take([Held(position, 0, 1) for position in range(95)], 95)
+    assert not list(groups.complete())
+    groups.take([Held(95, 0, 1)], 96)
+    (group,) = groups.complete()
+    assert (group.number, len(group.tiles), group.end) == (0, 64, 64)
+
+
+def test_a_tile_waits_until_every_process_has_passed_it():
+    groups = Groups(1000)
+    groups.take([Held(position, 1, 1) for position in range(64, 192)], reached=5)
+    assert (groups.taken, list(groups.complete())) == (0, [])
+    groups.take([Held(position, 0, 1) for position in range(5, 64)], reached=192)
+    assert groups.taken == 187
+    first, *_ = groups.complete()
+    assert [tile.position for tile in first.tiles] == list(range(5, 69))
+    assert first.owner == 0  # holds 59 of the 64
+
+
+@given(
+    total=st.integers(0, 700),
+    processes=st.integers(1, 5),
+    max_tiles=st.integers(32, 800),
+    unusable=st.floats(0, 1),
+    seed=st.integers(0, 10**6),
+)
+def test_groups_do_not_depend_on_processes_or_their_pace(total, processes, max_tiles, unusable, seed):
+    chance = random.Random(seed)
+    usable = {position for position in range(total) if chance.random() >= unusable}
+    alone = Groups(max_tiles)
+    alone.take([Held(position, 0, 1) for position in sorted(usable)], END)
+    expected = [([tile.position for tile in group.tiles], group.end) for group in alone.complete()]
+
+    shares = [Share(processes, rank, 64).positions(total).tolist() for rank in range(processes)]
+    assert sorted(position for share in shares for position in share) == list(range(total))
+    groups, found = Groups(max_tiles), []
+    while not groups.over:
+        new, reached = [], []
+        for rank, share in enumerate(shares):
+            for _ in range(chance.randint(0, 150)):
+                if share and (position := share.pop(0)) in usable:
+                    new.append(Held(position, rank, 1))
+            reached.append(share[0] if share else END)
+        groups.take(new, min(reached))
+        found += groups.complete()
+    assert [([tile.position for tile in group.tiles], group.end) for group in found] == expected
+    assert groups.taken == alone.taken
+    assert [group.number for group in found] == list(range(len(found)))
+    for group in found:
+        held = [tile.process for tile in group.tiles]
+        assert held.count(group.owner) == max(held.count(rank) for rank in range(processes))
+
+
+@given(total=st.integers(0, 300), shards=st.integers(1, 6), block=st.integers(1, 70), start=st.integers(0, 320))
+def test_shares_are_disjoint_and_keep_their_blocks_wherever_they_start(total, shards, block, start):
+    shares = [Share(shards, index, block, start).positions(total).tolist() for index in range(shards)]
+    assert sorted(position for share in shares for position in share) == list(range(min(start, total), total))
+    for index, share in enumerate(shares):
+        assert share == [position for position in Share(shards, index, block).positions(total) if position >= start]

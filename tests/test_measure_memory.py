@@ -1,0 +1,150 @@
+"""Running out of memory in the middle of a pass: on with fewer tiles at once, and none counted twice."""
+
+import pytest
+import torch
+
+from terratorch_simpler import similarity
+from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.errors import OutOfMemoryError
+from terratorch_simpler.measure import measure
+from terratorch_simpler.measure.memory import Feeder
+from tests.memory import Tiles, land
+
+MOST = 5
+"""Tiles that fit into the memory these tests pretend to have."""
+
+
+def full(tiles: int) -> None:
+    if tiles > MOST:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def run(backbone, tiles, forward=None):
+    forward = forward or (lambda batch: backbone(batch["image"]))
+    return measure(forward, backbone, tiles, Simpler(), Bounds(), min_tiles=1000)
+
+
+def hook(module, before=False):
+    """Runs out of memory in a module."""
+    if before:
+        return module.register_forward_pre_hook(lambda _, inputs: full(len(inputs[0])))
+    return module.register_forward_hook(lambda _, inputs, output: full(len(output)))
+
+
+STAGES = {
+    "before the encoder": lambda backbone: hook(backbone, before=True),
+    "patch embedding": lambda backbone: hook(backbone.encoder.patch_embed),
+    "first block": lambda backbone: hook(backbone.blocks[0], before=True),
+    "attention in the middle": lambda backbone: hook(backbone.blocks[6].attn),
+    "last block": lambda backbone: hook(backbone.blocks[11]),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_pass_goes_on_with_fewer_tiles_at_once(build, stage):
+    backbone, images = build(), land(83)
+    expected = run(backbone, Tiles(images, batch_size=16))
+    STAGES[stage](backbone)
+    found = run(backbone, Tiles(images, batch_size=16))
+    assert (found.tiles_seen, found.rows_seen) == (expected.tiles_seen, expected.rows_seen) == (83, 83 * 16)
+    torch.testing.assert_close(found.similarity, expected.similarity, rtol=0, atol=1e-6)
+    assert (expected.batch_limit, found.batch_limit) == (None, 4)
+
+
+def test_out_of_memory_on_the_way_to_the_device(build):
+    backbone, sent = build(), []
+
+    def forward(batch):
+        sent.append(len(batch["index"]))
+        full(sent[-1])
+        assert len(batch["valid"]) == len(batch["position"]) == len(batch["time"]) == len(batch["image"]) == sent[-1]
+        backbone(batch["image"])
+
+    tiles = Tiles(land(40), batch_size=16, extra={"time": torch.zeros(40, 1, 2)})
+    assert run(backbone, tiles, forward).batch_limit == 4
+    # Halved twice, then no more: also the batches that follow come in parts of four.
+    assert sent == [16, 8] + [4] * 10
+
+
+def test_out_of_memory_once_limits_the_rest_only(build):
+    backbone, images, calls = build(), land(60), []
+    expected = run(backbone, Tiles(images, batch_size=12))
+
+    def forward(batch):
+        calls.append(len(batch["index"]))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        backbone(batch["image"])
+
+    found = run(backbone, Tiles(images, batch_size=12), forward)
+    assert calls == [12, 12, 12] + [6] * 6
+    torch.testing.assert_close(found.similarity, expected.similarity, rtol=0, atol=1e-6)
+
+
+def test_modalities_are_split_alike(build):
+    backbone = build("simpler_terramind_v1_tiny", modalities=["S2L2A", "S1RTC"])
+    images = {"S2L2A": land(40, size=32, bands=12), "S1RTC": land(40, size=32, bands=2)}
+    expected = run(backbone, Tiles(images))
+    hook(backbone.blocks[3])
+    found = run(backbone, Tiles(images))
+    assert (found.batch_limit, found.rows_seen) == (4, expected.rows_seen)
+    torch.testing.assert_close(found.similarity, expected.similarity, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", [{1, 8}, {2, 9}, {3, 9}])
+@pytest.mark.parametrize("fails", ["hsic_matrix", "_centred"])
+def test_groups_are_compared_on_the_cpu_if_the_device_is_full(build, monkeypatch, fails, which):
+    backbone, images, calls = build(), land(200), []
+    expected = run(backbone, Tiles(images))
+    original = getattr(similarity, fails)
+
+    def out_of_memory_now_and_then(features):
+        calls.append(features.shape)
+        if len(calls) in which:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(features)
+
+    monkeypatch.setattr(similarity, fails, out_of_memory_now_and_then)
+    found = run(backbone, Tiles(images))
+    assert (found.tiles_seen, found.rows_seen) == (200, 3200)
+    assert torch.equal(found.similarity, expected.similarity)  # no half of a group was added twice
+    assert found.votes == expected.votes
+
+
+def test_a_single_tile_that_does_not_fit_is_an_error(build):
+    backbone = build()
+
+    def never(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    backbone.blocks[0].register_forward_pre_hook(never)
+    with pytest.raises(OutOfMemoryError, match="Found too little memory for a single tile, expected room for the intact"):
+        run(backbone, Tiles(land(40)))
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_other_errors_are_not_taken_for_it(build):
+    backbone = build()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(backbone, Tiles(land(40)), lambda _: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
+def test_nothing_of_the_failed_part_is_held_while_the_next_runs():
+    """The traceback of an error holds every tensor of the frames it went through."""
+    alive = []
+
+    class OneTap:
+        def run(self, forward, batch):
+            alive.append(sum(ref() is not None for ref in held))
+            big = torch.ones(10)
+            import weakref
+
+            held.append(weakref.ref(big))
+            full(len(batch["index"]))
+            return torch.zeros(2, len(batch["index"]), 3), [1] * len(batch["index"])
+
+    held = []
+    batch = {"index": list(range(16)), "position": list(range(16)), "image": torch.zeros(16, 1)}
+    rows = list(Feeder(OneTap(), None).run(batch))
+    assert [position for position, _, _ in rows] == list(range(16))
+    assert alive == [0] * 6  # of 16, 8, and four times 4

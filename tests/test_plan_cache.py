@@ -1,0 +1,292 @@
+"""Plans that runs share: made once, found again only by whoever would make the same, whole whatever happens."""
+
+import json
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan, plan_cache
+from terratorch_simpler.errors import ConfigurationError, SimplerWarning
+from terratorch_simpler.plan_cache import PlanCache, hash_of_weights
+from tests.runs import CONTEXT, Command, config
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::terratorch_simpler.errors.UntrainedEncoderWarning",
+    "ignore::terratorch_simpler.errors.FewTilesWarning",
+    "ignore::terratorch_simpler.errors.SkippedTilesWarning",
+)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Counts how often tiles are streamed."""
+    from terratorch_simpler import selection
+
+    calls, measure = [], selection.measure
+    monkeypatch.setattr(selection, "measure", lambda *args, **kwargs: calls.append(1) or measure(*args, **kwargs))
+    return calls
+
+
+@pytest.fixture
+def choose(trainer, task, datamodule, tmp_path):
+    """Fit for no step at all; gives the plan."""
+
+    def fit(module=None, data=None, run=None, **callback):
+        module = module or task()
+        callback = {"plan_cache": str(tmp_path / "cache"), "output_dir": str(tmp_path / "out"), **callback}
+        trainer(SimplerCallback(**callback), limit_train_batches=0, limit_val_batches=0, **(run or {})).fit(
+            module, datamodule=data or datamodule()
+        )
+        plan = SlimmingPlan.load(tmp_path / "out" / "plan.json")
+        assert module.model.encoder.kept == plan.kept_blocks
+        return plan
+
+    return fit
+
+
+def test_a_second_run_streams_nothing_and_says_so(choose, streams, tmp_path, caplog):
+    first = choose()
+    with caplog.at_level("INFO"):
+        again = choose()
+    assert again == first
+    assert len(streams) == 1
+    assert "Took the plan of an earlier run with the same encoder, tiles and settings from" in caplog.text
+    (kept,) = (tmp_path / "cache").iterdir()  # no lock, no unfinished pass is left
+    assert SlimmingPlan.load(kept) == first
+
+
+def test_batch_size_and_workers_are_not_part_of_the_question(choose, streams, datamodule):
+    choose()
+    choose(data=datamodule(batch_size=3, num_workers=1))
+    assert len(streams) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        {"min_depth": 4},
+        {"max_tiles": 300},
+        {"tokens": "mean"},
+        {"weights": 1},
+        {"data": {"means": [600.0] * 6}},
+        {"data": {"no_data_replace": 1}},
+        {"data": {"constant_scale": 0.5}},
+        {"data": {"img_grep": "*[1-9]_image.tif", "label_grep": "*[1-9]_mask.tif", "train_split": None}},
+        {"run": {"precision": "bf16-mixed"}},
+        {"tiles": 32},
+    ],
+    ids=str,
+)
+def test_whatever_the_plan_depends_on_makes_another(choose, streams, task, datamodule, scenes, changed):
+    choose()
+    changed = dict(changed)
+    data = changed.pop("data", {})
+    more = {"data": datamodule(**data)}
+    if changed.pop("weights", None):
+        more["module"] = task(seed=5)
+    if size := changed.pop("tiles", None):
+        more["tiles"] = GeoTiffTiles(str(scenes / "images"), tile_size=size)
+    choose(**more, **changed)
+    assert len(streams) == 2
+
+
+def test_a_changed_image_of_the_same_size_among_the_first_is_seen(choose, streams, datamodule, scenes, tmp_path):
+    import shutil
+
+    import numpy as np
+    import rasterio
+
+    images = shutil.copytree(scenes / "images", tmp_path / "images")
+    choose(data=datamodule(train_data_root=images))
+    for path in images.iterdir():
+        with rasterio.open(path, "r+") as target:
+            pixels = target.read()
+            target.write(np.where(pixels == target.nodata, pixels, pixels + 1))
+    choose(data=datamodule(train_data_root=images))
+    assert len(streams) == 2
+
+
+def test_a_plan_given_by_hand_wins(choose, streams, tmp_path):
+    first = choose()
+    by_hand = tmp_path / "hand.json"
+    content = json.loads((tmp_path / "out" / "plan.json").read_text())
+    by_hand.write_text(json.dumps({**content, "kept_blocks": [0, 1, 2]}))
+    assert choose(plan=str(by_hand)).kept_blocks == (0, 1, 2) != first.kept_blocks
+    assert len(streams) == 1
+
+
+def test_dry_runs_keep_nothing(choose, trainer, task, datamodule, tmp_path):
+    callback = SimplerCallback(plan_cache=str(tmp_path / "cache"))
+    trainer(callback, fast_dev_run=True).fit(task(), datamodule=datamodule())
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"format": "terratorch-simpler/plan"}', b"\x80\x04c", None])
+def test_a_damaged_entry_is_made_anew(choose, streams, tmp_path, content):
+    first = choose()
+    (kept,) = (tmp_path / "cache").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.warns(SimplerWarning, match="It is made anew"):
+        again = choose()
+    assert again == first
+    assert len(streams) == 2
+    assert SlimmingPlan.load(kept) == first
+
+
+def test_a_plan_of_another_encoder_in_its_place_is_not_applied(choose, tmp_path):
+    first = choose()
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text(kept.read_text().replace('"prithvi_eo_v2_tiny_tl"', '"prithvi_eo_v1_100"'))
+    with pytest.warns(SimplerWarning, match="Found a plan for backbone 'prithvi_eo_v1_100'.*It is made anew"):
+        assert choose() == first
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_streaming(choose, streams, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"Found plan_cache .*expected a folder to write to"):
+        choose(plan_cache=str(tmp_path / "file" / "cache"))
+    assert not streams
+
+
+def test_a_plan_that_cannot_be_kept_is_applied_all_the_same(choose, tmp_path, monkeypatch):
+    save = SlimmingPlan.save
+
+    def full(self, path):
+        if "cache" in str(path):
+            raise OSError(28, "No space left on device")
+        return save(self, path)
+
+    monkeypatch.setattr(SlimmingPlan, "save", full)
+    with pytest.warns(SimplerWarning, match="Found no way to keep the plan in plan_cache"):
+        assert choose().kept_blocks
+
+
+@pytest.mark.filterwarnings("ignore:You are using PEFT without")
+def test_random_adapters_and_prompts_do_not_matter_to_the_key(task, build):
+    pytest.importorskip("peft", reason="the extra 'peft' is not installed")
+    lora = {"method": "LORA", "replace_qkv": "qkv", "peft_config_kwargs": {"target_modules": ["q_linear"], "r": 2}}
+
+    def with_lora(seed, peft_config):
+        module = task(peft_config=peft_config, seed=0)
+        torch.manual_seed(seed)
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter)
+        return hash_of_weights(next(part for part in module.modules() if type(part).__name__ == "SimplerBackbone"))
+
+    assert with_lora(1, lora) == with_lora(2, lora)
+    prompts = []
+    for seed in (1, 2):
+        backbone = build(vpt=True, vpt_n_tokens=4)
+        torch.manual_seed(seed)
+        for name, parameter in backbone.named_parameters():
+            if "vpt" in name:
+                torch.nn.init.normal_(parameter)
+        prompts.append(hash_of_weights(backbone))
+    assert prompts[0] == prompts[1]
+    assert prompts[0] != hash_of_weights(build(seed=3))
+
+
+# --- at the same time
+
+
+def sleep_while_measuring(rank):
+    from terratorch_simpler import selection
+
+    measure = selection.measure
+
+    def slow(*args, **kwargs):
+        print("streaming", flush=True)
+        time.sleep(2)
+        return measure(*args, **kwargs)
+
+    selection.measure = slow
+
+
+def test_four_runs_at_once_share_one_selection(scenes, tmp_path):
+    """An array job: all start together, one streams."""
+    commands = [
+        Command(
+            tmp_path / str(number), config(scenes, tmp_path / str(number), plan_cache=str(tmp_path / "cache")),
+            "--trainer.max_epochs", "0", before=sleep_while_measuring,
+        )
+        for number in range(4)
+    ]  # fmt: skip
+    assert [command.wait() for command in commands] == [[0]] * 4, commands[0].output()
+    assert sum("\nstreaming\n" in command.output() for command in commands) == 1
+    plans = [SlimmingPlan.load(tmp_path / str(number) / "simpler" / "plan.json") for number in range(4)]
+    assert all(plan == plans[0] for plan in plans)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
+
+
+def hold(path, seconds):
+    from filelock import FileLock
+
+    with FileLock(path):
+        (open(f"{path}.held", "w")).close()
+        time.sleep(seconds)
+
+
+def entry_while_held(folder, seconds, monkeypatch, build):
+    backbone, cache = build(), PlanCache(folder)
+    with cache.entry({"a": 1}, backbone) as (path, _):
+        pass
+    lock = path.with_suffix(".lock")
+    holder = CONTEXT.Process(target=hold, args=(str(lock), seconds))
+    holder.start()
+    while not lock.with_name(f"{lock.name}.held").exists():
+        time.sleep(0.05)
+    started = time.monotonic()
+    with cache.entry({"a": 1}, backbone) as (again, plan):
+        waited = time.monotonic() - started
+    assert (again, plan) == (path, None)
+    holder.kill()
+    holder.join()
+    return timedelta(seconds=waited)
+
+
+def test_a_run_that_hangs_is_not_waited_for_forever(tmp_path, monkeypatch, build, caplog):
+    monkeypatch.setattr(plan_cache, "PATIENCE_SECONDS", 1.0)
+    with caplog.at_level("INFO"):
+        assert entry_while_held(tmp_path, 30, monkeypatch, build) < timedelta(seconds=10)
+    assert "Going on without the lock" in caplog.text
+
+
+def test_a_run_that_died_holds_no_lock(tmp_path, monkeypatch, build):
+    assert entry_while_held(tmp_path, 1.5, monkeypatch, build) < timedelta(seconds=10)
+
+
+def test_a_file_system_without_locks_only_costs_work(tmp_path, monkeypatch, build):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with PlanCache(tmp_path).entry({"a": 1}, build()) as (_, plan):
+        assert plan is None
+
+
+ANSWERS = st.dictionaries(st.text(), st.integers() | st.text())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(one=ANSWERS, other=ANSWERS)
+def test_another_question_is_another_entry(tmp_path, build, one, other):
+    backbone, paths = _small(build), []
+    for made_from in (one, other):
+        with PlanCache(tmp_path).entry(made_from, backbone) as (path, _):
+            paths.append(path)
+    assert (paths[0] == paths[1]) == (one == other)
+
+
+def _small(build, _built=[]):  # noqa: B006  built once for all examples
+    if not _built:
+        _built.append(build(embed_dim=48, num_heads=3, depth=2))
+    return _built[0]
