@@ -14,12 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from terratorch_simpler.encoders import BlockPathAdapter, EncoderAdapter, HostSettings, InputShape, Layout, find_adapter
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, DepthError
-from terratorch_simpler.plan import SlimmingPlan, feature_position, resolve_keep
+from terratorch_simpler.plan import LARGEST_DEPTH, SlimmingPlan, feature_position, resolve_keep
 
 KEPT_KEY = "kept_blocks"
 DEPTH_KEY = "total_blocks"
-LARGEST_DEPTH = 1024
-"""No encoder has as many blocks: what a damaged file says must not be built."""
 
 
 class SimplerBackbone(nn.Module):
@@ -349,7 +347,8 @@ def _plain_shape(kept: Tensor, total: Tensor, source: str) -> tuple[tuple[int, .
         )
         raise CheckpointError(msg)
     blocks, number = [int(block) for block in kept.tolist()], int(total)
-    if not all(low < high for low, high in zip([-1, *blocks], [*blocks, number], strict=True)):
+    ascending = all(low < high for low, high in zip([-1, *blocks], [*blocks, number], strict=True))
+    if not ascending or number > LARGEST_DEPTH:
         msg = (
             f"Found '{KEPT_KEY}' {blocks} of {number} blocks in checkpoint {source}, expected ascending block numbers of "
             "that encoder: the checkpoint is damaged, take an earlier one."

@@ -25,18 +25,17 @@ FILES_IN_FOLDERS = (
 """Where strategies that write folders keep what is not a sharded tensor."""
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint file; nothing in it is executed.
 
     Args:
         path: A local file.
-        mmap: Leave tensors on the disk until they are used.
 
     Raises:
         CheckpointError: If it is damaged, or holds anything but tensors and plain values.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location="cpu", weights_only=True)  # not mmap, which checks no sums
     except Exception as err:  # a damaged file raises anything: RuntimeError, EOFError, UnpicklingError, ...
         raise _unreadable(path, err) from err
     if not isinstance(content, dict):
@@ -61,7 +60,7 @@ def read_shape(path: str | os.PathLike[str], checkpoint_io: CheckpointIO) -> Sha
     if local.is_dir():
         return _shape_in_folder(local)
     if local.exists():
-        content = read_checkpoint(path, mmap=_is_zip(local))  # only what is looked at is read, also of large files
+        content = read_checkpoint(path)
     else:
         try:
             content = checkpoint_io.load_checkpoint(path, weights_only=True)
@@ -73,7 +72,7 @@ def read_shape(path: str | os.PathLike[str], checkpoint_io: CheckpointIO) -> Sha
 def _shape_in_folder(folder: Path) -> Shape:
     for name in FILES_IN_FOLDERS:
         if (folder / name).is_file():
-            callbacks = read_checkpoint(folder / name, mmap=_is_zip(folder / name)).get("callbacks")
+            callbacks = read_checkpoint(folder / name).get("callbacks")
             states = callbacks.values() if isinstance(callbacks, Mapping) else ()
             for state in states:
                 if isinstance(state, Mapping) and {"kept_blocks", "total_blocks"} <= state.keys():
@@ -92,12 +91,6 @@ def _weights(content: Mapping[str, Any], path: object) -> Mapping[str, Tensor]:
         msg = f"Found no state_dict in {path}, expected a checkpoint written by terratorch fit: give one of these."
         raise CheckpointError(msg)
     return weights
-
-
-def _is_zip(path: Path) -> bool:
-    """What torch.save has written since version 1.6; nothing else can stay on the disk."""
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 def _unreadable(path: object, err: Exception) -> CheckpointError:

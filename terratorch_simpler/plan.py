@@ -14,6 +14,11 @@ from terratorch_simpler.files import whole_file
 
 FORMAT = "terratorch-simpler/plan"
 VERSION = 1
+LARGEST_FILE = 16 * 2**20
+"""Bytes; the plan of an encoder with 64 blocks has a hundred thousand."""
+LARGEST_DEPTH = 1024
+"""Blocks; no encoder has as many."""
+LARGEST_NUMBER = 1e300
 
 
 def resolve_keep(keep: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
@@ -160,8 +165,12 @@ class SlimmingPlan:
             PlanError: If the file cannot be read, is of another version, or a key is missing, unknown or wrong.
         """
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-        except (OSError, ValueError) as err:
+            with Path(path).open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)
+            if len(content) > LARGEST_FILE:
+                raise ValueError(f"larger than {LARGEST_FILE:,} bytes")
+            raw = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        except (OSError, ValueError, RecursionError) as err:
             msg = f"Found no readable plan at {path} ({err}), expected the plan.json of an earlier run: check the path."
             raise PlanError(msg) from err
         return cls.from_dict(raw, source=str(path))
@@ -211,6 +220,8 @@ class _Check:
 
     def values(self, raw: dict[str, Any]) -> dict[str, Any]:
         blocks = self.integer(raw, "full_num_blocks", minimum=1)
+        if blocks > LARGEST_DEPTH:
+            raise self.error("full_num_blocks", blocks, f"at most {LARGEST_DEPTH}")
         return {
             "backbone": self.instance(raw, "backbone", str),
             "full_num_blocks": blocks,
@@ -293,4 +304,5 @@ class _Check:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a finite number; JSON can write some that are not, such as 1e999."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER

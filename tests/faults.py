@@ -139,8 +139,8 @@ class Laboratory:
 
     def start(self, place: Path, *args: str, ranks=1, environment=None, before=keep_often, cache=None) -> Command:
         settings = config(self.scenes, place, plan_cache=str(cache or place / "cache"))
-        settings["trainer"]["max_epochs"] = 2
-        settings["trainer"]["limit_train_batches"] = 8
+        settings["trainer"]["max_epochs"] = 3
+        settings["trainer"]["limit_train_batches"] = 6
         return Command(place, settings, "--ckpt_path", "last", *args, ranks=ranks, environment=environment, before=before)
 
     def outcome(self, place: Path, rank: int = 0):
@@ -215,16 +215,17 @@ def ended_by(number: signal.Signals):
     return fault
 
 
-def when(place: Path) -> str:
+def when(place: Path, cache: Path | None = None) -> str:
+    cache = cache or place / "cache"
     if (place / "trained.0.json").exists():
         return "after training"
     if has_checkpoint(place):
         return "in training, with a checkpoint"
     if (place / "simpler" / "plan.json").exists():
         return "in training, without a checkpoint"
-    if any(place.glob("cache/*.json")):
+    if any(cache.glob("*.json")):
         return "with the plan made, not reported"
-    return "in the selection" if (place / "cache").exists() else "before the selection"
+    return "in the selection" if cache.exists() else "before the selection"
 
 
 def ended_by_the_queue(lab: Laboratory, place: Path, chance: random.Random) -> str:
@@ -279,13 +280,13 @@ def one_of_three_that_share_killed(lab: Laboratory, place: Path, chance: random.
     victim = chance.randrange(3)
     time.sleep(chance.uniform(0.1, 1.0) * 1.5 * lab.seconds)
     commands[victim].kill(signal.SIGKILL)
+    moment = when(places[victim], cache)
     status = [command.wait() for command in commands]
     for number, one in enumerate(places):
         if number != victim:
             if status[number] != [0]:
                 raise Lost(f"another run ended with {status[number]}: {commands[number].output()[-2000:]}")
             lab.check_result(one, fresh=True)
-    moment = when(places[victim])
     lab.check_again(places[victim], fresh=not has_checkpoint(places[victim]), cache=cache)
     lab.check_files(place, finished=True)
     return moment

@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from terratorch.tasks import SemanticSegmentationTask
+from torch.distributed.fsdp import fully_shard
 
 from terratorch_simpler.processes import Processes
 from terratorch_simpler.selection import find_backbone
@@ -119,6 +122,32 @@ class Fingerprint(Callback):
         (self.folder / f"trained.{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
+class RestoresLast(DDPStrategy):
+    """Reads checkpoints after the model was wrapped and the optimizer made, as FSDP and DeepSpeed do."""
+
+    @property
+    def restore_checkpoint_after_setup(self):
+        return True
+
+
+class ShardedTask(SemanticSegmentationTask):
+    """Shards every block over the processes, and the rest of the model."""
+
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        backbone = find_backbone(self)
+        for block in backbone.blocks:
+            fully_shard(block, mesh=mesh)
+        for part in (backbone.encoder, self.model.neck, self.model.decoder, self.model.head):
+            if any(True for _ in part.parameters()):
+                fully_shard(part, mesh=mesh)
+
+    def on_train_end(self):
+        types = {type(value).__name__ for value in find_backbone(self).blocks.parameters()}
+        found = {"blocks": len(find_backbone(self).blocks), "types": sorted(types)}
+        Path(self.trainer.default_root_dir, f"sharded.{self.trainer.global_rank}.json").write_text(json.dumps(found))
+
+
 def together(work, folder: Path, ranks: int, *args, patience: float = 60.0) -> list:
     """Call a function in several processes of one gloo group.
 
@@ -176,7 +205,9 @@ class Command:
         path.write_text(yaml.safe_dump(settings))
         arguments = ["fit", "--config", str(path), *args]
         if ranks > 1:
-            arguments += ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp_find_unused_parameters_true"]
+            arguments += ["--trainer.devices", str(ranks)]
+            if "strategy" not in settings["trainer"]:
+                arguments += ["--trainer.strategy", "ddp_find_unused_parameters_true"]
         port = str(free_port())
         self.logs = [folder / f"output.{rank}.txt" for rank in range(ranks)]
         self.processes = []

@@ -111,7 +111,12 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     started, waiting = time.perf_counter(), _DataWait(device)
     settled = False
-    with borrowed(stop_after, seed), as_pretrained(stop_after, backbone), Tap(backbone, stop_after, tokens, seed) as tap:
+    with (
+        torch.compiler.set_stance("force_eager"),  # a graph of the uncut model, with hooks in it, would be for nothing
+        borrowed(stop_after, seed),
+        as_pretrained(stop_after, backbone),
+        Tap(backbone, stop_after, tokens, seed) as tap,
+    ):
         rounds = Rounds(
             source,
             Feeder(tap, forward),
