@@ -21,6 +21,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 FULL_DEPTH = {
     "simpler": 24,
     "simpler_upernet": 24,
+    "cluster": 24,
     "hls_water": 12,
     "hls_water_lora": 12,
     "hls_water_vpt": 12,

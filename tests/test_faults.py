@@ -1,4 +1,4 @@
-"""A run that is ended at any moment and started again comes to the same plan, and training ends (all faults: docs/faults.md)."""
+"""A run that is ended at any moment and started again comes to the same plan, and training ends."""
 
 import random
 import signal

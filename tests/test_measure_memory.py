@@ -148,3 +148,36 @@ def test_nothing_of_the_failed_part_is_held_while_the_next_runs():
     rows = list(Feeder(OneTap(), None).run(batch))
     assert [position for position, _, _ in rows] == list(range(16))
     assert alive == [0] * 6  # of 16, 8, and four times 4
+
+
+def most_memory(run) -> int:
+    """Bytes of tensors that were alive at once, beside those alive before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    alive = most = 0
+    for _, change in changes:
+        alive += change
+        most = max(most, alive)
+    return most
+
+
+def test_a_pass_needs_less_memory_than_a_training_step_of_the_model_that_is_left(task):
+    """At the size encoders are pretrained with; for small images the Gram matrices of a group are the larger part."""
+    module, images, tiles = task(), land(8, size=224), Tiles(land(96, size=224), batch_size=8)
+    backbone = module.model.encoder
+    selection = most_memory(
+        lambda: measure(
+            lambda batch: module(batch["image"]), backbone, tiles, Simpler(), Bounds(), stop_after=backbone, min_tiles=1000
+        )
+    )  # fmt: skip
+    backbone.keep_blocks(range(5))
+    optimizer = torch.optim.AdamW(module.parameters())
+
+    def step():
+        loss = module(images).output.square().mean()
+        loss.backward()
+        optimizer.step()
+
+    assert 0 < selection < most_memory(step)
