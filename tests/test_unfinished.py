@@ -199,3 +199,20 @@ def test_a_folder_that_cannot_be_written_to_does_not_end_the_pass(small, tmp_pat
     with pytest.warns(SimplerWarning, match="Found no way to keep the unfinished pass"):
         found, _ = run(small, source(200), Unfinished(tmp_path / "file" / "pass.pt"))
     assert found is not None
+
+
+def test_only_groups_that_were_judged_are_kept():
+    """Several processes compare several groups in a round, and the first of them may settle the depth."""
+    from terratorch_simpler.measure.groups import Group, Held
+    from terratorch_simpler.measure.pool import Pool
+
+    pool = Pool(3, 5, Processes())
+    for number in range(3):
+        tiles = [Held(64 * number + at, 0, 2) for at in range(64)]
+        pool.add(Group(number, tiles, 0, 64 * (number + 1)), torch.randn(3, 128, 4))
+    state = pool.state(1)
+    assert state["large"]["tiles"].tolist() == [64, 0, 0, 0, 0]
+    assert state["small"]["tiles"].tolist() == [32, 32] + [0] * 12
+    assert not state["large"]["numerators"][1:].any()
+    assert Pool.consistent({**state, "groups": 1, "tiles": 64})
+    assert not Pool.consistent({**pool.state(3), "groups": 1, "tiles": 64})
