@@ -122,7 +122,10 @@ class Processes:
             ProcessError: If a process does not answer.
         """
         blocks, _, width = like.shape
-        mine = [torch.cat([like[:, :0], *parcel], dim=1).transpose(0, 1).contiguous().cpu() for parcel in parcels]
+        empty = like[:, :0].cpu()
+        mine = [
+            torch.cat([empty, *(part.cpu() for part in parcel)], dim=1).transpose(0, 1).contiguous() for parcel in parcels
+        ]
         outgoing = torch.cat(mine).view(torch.uint8)  # bytes: not every backend knows bfloat16
         incoming = torch.empty(sum(rows), blocks, width, dtype=like.dtype).view(torch.uint8)
         try:

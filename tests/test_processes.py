@@ -104,6 +104,24 @@ def test_damage_is_judged_over_all_processes(tmp_path):
     assert all("unreadable of 400 tiles" in str(one) for one in found)
 
 
+def swapped(processes: Processes, dtype: torch.dtype):
+    """Every process gives each other one as many rows as its own rank, filled with both ranks."""
+    parcels = [
+        [torch.full((2, processes.rank, 3), 10.0 * processes.rank + other, dtype=dtype)] if other != processes.rank else []
+        for other in range(processes.count)
+    ]
+    rows = [other if other != processes.rank else 0 for other in range(processes.count)]
+    return processes.swap(parcels, rows, torch.empty(2, 0, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rows_of_any_type_change_hands(tmp_path, dtype):
+    for rank, got in enumerate(together(swapped, tmp_path, 3, dtype)):
+        expected = [10.0 * other + rank for other in range(3) if other != rank for _ in range(other)]
+        assert got.dtype == dtype
+        assert torch.equal(got, torch.tensor(expected, dtype=dtype)[None, :, None].expand(2, -1, 3))
+
+
 # --- failing
 
 

@@ -32,6 +32,13 @@ class _Report(NamedTuple):
     batch_limit: int | None
 
 
+def _is_shape(value: object) -> bool:
+    """Whether it may be the shape of an input, or of each modality."""
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(part, tuple) and _is_shape(part) for part in value.values())
+    return isinstance(value, tuple) and len(value) in (3, 4) and all(type(n) is int and 0 < n <= 2**16 for n in value)
+
+
 def _position(skip: Skip) -> float:
     return skip.position
 
@@ -170,7 +177,8 @@ class Rounds:
             return None
         like = {"position": 0, "groups": 0, "tiles": 0, "skips": self.skips.state(), "input_shape": None}
         begun = self._unfinished.load({**like, **self.pool.state(0)})
-        if begun is not None and not (begun["position"] >= begun["tiles"] > 0 and Pool.consistent(begun)):
+        adds_up = begun is None or (begun["position"] >= begun["tiles"] > 0 and Pool.consistent(begun))
+        if begun is not None and not (adds_up and _is_shape(begun["input_shape"])):
             self._unfinished.complain("sums that do not add up")
             return None
         return begun

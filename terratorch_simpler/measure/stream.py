@@ -158,6 +158,8 @@ def measure(
                 "tiles."
             )
             raise TilesError(msg)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # for the times below; a process that compared no group has not waited yet
         with pool:
             found = Measurement(
                 similarity=pool.similarity(count),
