@@ -191,9 +191,23 @@ def test_shards_are_disjoint_shares_of_one_sequence(tmp_path):
     for num_shards in (1, 2, 3, 7):
         shares = [sequence((num_shards, index), batch_size=index + 1, num_workers=index % 3) for index in range(num_shards)]
         assert [share[:] for share in shares] == [whole[index::num_shards] for index in range(num_shards)]
+    blocks = [position for position in range(len(whole)) if position // 4 % 2 == 1 and position >= 6]
+    assert sequence((2, 1, 4, 6)) == [whole[position] for position in blocks]
     for index in (-1, 2):
         with pytest.raises(TilesError, match=rf"Found shard {index} of 2, expected 0 to 1"):
             GeoTiffTiles(folder).shard(2, index)
+
+
+def test_files_that_cannot_be_used_count_in_one_share_only(tmp_path):
+    folder = Path(write_many(tmp_path))
+    (folder / "broken.tif").write_bytes(b"II*")
+    shares = [GeoTiffTiles(str(folder), tile_size=8, max_bad_fraction=1.0).shard(3, index) for index in range(3)]
+    for share in shares:
+        list(share)
+    assert [share.skipped for share in shares] == [{"unreadable": 1}, {}, {}]
+    later = GeoTiffTiles(str(folder), tile_size=8, max_bad_fraction=1.0).shard(1, 0, start=5)
+    list(later)
+    assert not later.skipped  # they were counted before
 
 
 def test_every_window_is_equally_likely(tmp_path):

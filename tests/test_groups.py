@@ -97,6 +97,11 @@ def test_groups_do_not_depend_on_processes_or_their_pace(total, processes, max_t
         assert held.count(group.owner) == max(held.count(rank) for rank in range(processes))
 
 
+def test_neighbours_go_to_the_same_share():
+    assert Share(2, 1, 64).positions(200).tolist() == [*range(64, 128), *range(192, 200)]
+    assert Share(3, 0, 2, start=1).positions(9).tolist() == [1, 6, 7]
+
+
 @given(total=st.integers(0, 300), shards=st.integers(1, 6), block=st.integers(1, 70), start=st.integers(0, 320))
 def test_shares_are_disjoint_and_keep_their_blocks_wherever_they_start(total, shards, block, start):
     shares = [Share(shards, index, block, start).positions(total).tolist() for index in range(shards)]

@@ -95,7 +95,8 @@ class Rounds:
         self._like: tuple[int, int, torch.dtype] | None = None
         self._rows: dict[int, Tensor] = {}  # of tiles that this process holds, by position
         self._go_on(processes.once(self._load))
-        self._end_of_round = self._reached = start = self._ends[self.compared]
+        start = self._end_of_round = self._ends[self.compared]
+        self._reached: float = start
         share = Share(processes.count, processes.rank, TILES_PER_GROUP, start)
         self.source = source.shard(share.num_shards, share.index, share.block, share.start)
         self._positions = share.positions(len(source))
