@@ -154,6 +154,13 @@ def test_hostile_plans(files, content):
     assert load(files, content) is None
 
 
+@pytest.mark.parametrize("number", [b"1e999", b"-1e999", b"NaN", b"Infinity"])
+def test_numbers_that_are_not_finite(files, number):
+    whole = PLAN.save(files / "whole.json").read_bytes()
+    assert whole.count(b"0.25") == 1
+    assert load(files, whole.replace(b"0.25", number)) is None
+
+
 def test_large_plans_are_not_read(files, monkeypatch):
     monkeypatch.setattr(plan_module, "LARGEST_FILE", 100)
     with pytest.raises(PlanError, match="larger than 100 bytes"):
