@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.faults import FAULTS, Laboratory, ended_by, table
+from tests.faults import FAULTS, Laboratory, ended_by, row, rows_of, table
 
 MOMENTS = 20
 
@@ -27,5 +27,7 @@ def test_every_other_fault_once(lab, name):
 
 
 def test_table_tells_what_was_lost():
-    rows = table({"a": [("early", ""), ("early", ""), ("late", "")], "b": [("lost", "another plan")]}).splitlines()
-    assert rows[2:] == ["| a | 3 | 3 | 2 early, 1 late |", "| b | 1 | 0 | 1 lost |", "| **all** | **4** | **3** | |"]
+    rows = {"a": row([("early", ""), ("early", ""), ("late", "")]), "b": row([("lost", "another plan")])}
+    lines = table(rows).splitlines()
+    assert lines[2:] == ["| a | 3 | 3 | 2 early; 1 late |", "| b | 1 | 0 | 1 lost |", "| **all** | **4** | **3** | |"]
+    assert rows_of(table(rows)) == rows
