@@ -181,3 +181,27 @@ def test_a_pass_needs_less_memory_than_a_training_step_of_the_model_that_is_left
         optimizer.step()
 
     assert 0 < selection < most_memory(step)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_full_goes_on_with_fewer_tiles_and_tells_its_peak(build):
+    images = land(96, size=224)
+    backbone = build().cuda()
+    tiles = Tiles(images, batch_size=96)
+
+    def forward(batch):
+        backbone(batch["image"].cuda())
+
+    roomy = run(backbone, tiles, forward)
+    assert roomy.batch_limit is None
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.6 * roomy.peak_bytes) / total)
+    try:
+        tight = run(backbone, tiles, forward)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert tight.batch_limit is not None
+    assert tight.peak_bytes < roomy.peak_bytes
+    assert (tight.tiles_seen, tight.rows_seen) == (roomy.tiles_seen, roomy.rows_seen)
+    torch.testing.assert_close(tight.similarity, roomy.similarity, rtol=0, atol=1e-4)
