@@ -117,7 +117,7 @@ def test_averaged_weights(trainer, task, datamodule, tmp_path, average, options)
     second, run = task(seed=4), trainer(SimplerCallback(), average(**options), max_epochs=2)
     run.fit(second, datamodule=data, ckpt_path=tmp_path / "averaged.ckpt")
     assert second.model.encoder.kept == kept
-    assert run.current_epoch == 2
+    assert run.current_epoch >= 2  # StochasticWeightAveraging adds one to bring batch norms up to date
     with pytest.raises(ConfigurationError, match=rf"Found {average.__name__}, which has copied the uncut model"):
         trainer(average(**options), SimplerCallback()).fit(task(), datamodule=data)
 
