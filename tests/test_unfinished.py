@@ -1,6 +1,7 @@
 """A pass that was ended goes on where its last group ended, and comes to the same result."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_is_kept_while_it_runs_not_only_at_its_end(small, tmp_path, monkeypatch)
 def in_processes(processes: Processes, path: str, end_after: int | None):
     from tests.test_processes import small_backbone
 
-    found, _ = run(small_backbone(), source(), Unfinished(__import__("pathlib").Path(path)), end_after, processes)
+    found, _ = run(small_backbone(), source(), Unfinished(Path(path)), end_after, processes)
     return found
 
 

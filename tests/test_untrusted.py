@@ -214,6 +214,10 @@ def test_checkpoint_cut_off_anywhere(files, checkpoint, data):
     assert shape_of(files / "cut.ckpt") is None
 
 
+def flip(content: bytes, at: int, bits: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :]
+
+
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_checkpoint_with_other_bytes(files, checkpoint, data):
@@ -222,9 +226,30 @@ def test_checkpoint_with_other_bytes(files, checkpoint, data):
         pickled = next(entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
     start, end = pickled.header_offset, pickled.header_offset + pickled.file_size + 200
     at = data.draw(st.integers(start, end) | st.integers(0, len(whole) - 1))
-    new = bytes([whole[at] ^ data.draw(st.integers(1, 255))])
-    (files / "other.ckpt").write_bytes(whole[:at] + new + whole[at + 1 :])
+    (files / "other.ckpt").write_bytes(flip(whole, at, data.draw(st.integers(1, 255))))
     assert shape_of(files / "other.ckpt") in (None, ((0, 2), BLOCKS))
+
+
+def test_every_bit_of_the_kept_blocks_counts(files, checkpoint):
+    """PyTorch itself reads another block or weight from such a file and says nothing."""
+    whole = checkpoint.read_bytes()
+    kept = torch.tensor([0, 2]).numpy().tobytes()
+    assert whole.count(kept) == 1
+    at = whole.index(kept)
+    for bit in range(8 * len(kept)):
+        (files / "flipped.ckpt").write_bytes(flip(whole, at + bit // 8, 1 << bit % 8))
+        with pytest.raises(CheckpointError, match="Bad CRC-32"):
+            read_shape(files / "flipped.ckpt", None)
+
+
+def test_checkpoint_without_sums(files, checkpoint):
+    """``torch.serialization.set_crc32_options(False)`` leaves them out."""
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        torch.save(torch.load(checkpoint, weights_only=True), files / "sumless.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=True)
+    assert shape_of(files / "sumless.ckpt") == ((0, 2), BLOCKS)
 
 
 SHAPES = st.lists(st.integers(-2, 6), max_size=6) | st.lists(st.floats(allow_nan=True), max_size=3)

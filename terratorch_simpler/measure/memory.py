@@ -21,19 +21,15 @@ class Feeder:
         forward: Sends one batch through the model.
 
     Attributes:
+        tap: What draws the rows.
         limit: Most tiles that are sent at once, since memory ran out with more; None if it never did.
     """
 
     def __init__(self, tap: Tap, forward: Callable[[Batch], object]) -> None:
         """Nothing is limited yet."""
         self.limit: int | None = None
-        self._tap = tap
+        self.tap = tap
         self._forward = forward
-
-    @property
-    def tap(self) -> Tap:
-        """What draws the rows."""
-        return self._tap
 
     def run(self, batch: Batch) -> Iterator[tuple[int, int, Tensor]]:
         """Send a batch.
@@ -64,7 +60,7 @@ class Feeder:
 
     def _try(self, part: Batch) -> tuple[Tensor, list[int]] | None:
         try:
-            return self._tap.run(self._forward, part)
+            return self.tap.run(self._forward, part)
         except torch.OutOfMemoryError:
             pass  # the traceback holds what was allocated until here
         if torch.cuda.is_initialized():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from terratorch_simpler.criteria import Bounds, Criterion, vote
@@ -46,20 +46,15 @@ class Pool:
             group: The group.
             features: Rows of all its tiles, (L, m, D).
         """
-        parts = [(self._large, group.number, group.tiles)]
+        tiles = len(group.tiles)
+        parts = [(self._large, group.number, 0, tiles)]
         if group.number < GROUPS_TO_TRUST - 1:
-            start = 0
-            for half, size in enumerate(halves(len(group.tiles))):
-                parts.append((self._small, 2 * group.number + half, group.tiles[start : start + size]))
-                start += size
-        rows = {tile.position: tile.rows for tile in group.tiles}
-        begin = dict(zip(rows, _starts(list(rows.values())), strict=True))
-        for metric, slot, tiles in parts:
-            if metric.tiles[slot]:  # memory ran out after this part had been added
-                continue
-            first = begin[tiles[0].position]
-            span = features[:, first : begin[tiles[-1].position] + rows[tiles[-1].position]]
-            metric.update(span, len(tiles), slot)
+            for half, (start, end) in enumerate(pairwise(accumulate(halves(tiles), initial=0))):
+                parts.append((self._small, 2 * group.number + half, start, end))
+        rows = list(accumulate((tile.rows for tile in group.tiles), initial=0))
+        for metric, slot, start, end in parts:
+            if not metric.tiles[slot]:  # else memory ran out after this part had been added
+                metric.update(features[:, rows[start] : rows[end]], end - start, slot)
 
     def tiles(self, count: int) -> int:
         """Tiles in the first groups."""
@@ -67,7 +62,8 @@ class Pool:
 
     def votes(self, count: int, criterion: Criterion, bounds: Bounds, seed: int) -> Mapping[int, float] | None:
         """Bootstrap votes over the first groups, or None if these are too few."""
-        numerators = self._best(count)[0].filled(self._best(count)[1])
+        metric, slots = self._best(count)
+        numerators = metric.filled(slots)
         return None if len(numerators) < GROUPS_TO_VOTE else vote(criterion, numerators, bounds, seed)
 
     def similarity(self, count: int) -> Tensor:
@@ -121,7 +117,3 @@ def _first(metric: GroupedCKA, slots: int) -> dict[str, Tensor]:
     for value in state.values():
         value[slots:] = 0
     return state
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [0, *torch.tensor(sizes).cumsum(0).tolist()][:-1]
