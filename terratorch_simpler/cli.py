@@ -18,7 +18,7 @@ from rich.console import Console
 
 from terratorch_simpler.errors import ConfigurationError, PlanError, SimplerError
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.report import plan_table
+from terratorch_simpler.report import full_table
 
 FAILED, BAD_CONFIG = 1, 2
 LONGEST = 500
@@ -104,13 +104,8 @@ class _ConfigError(ConfigurationError):
 
 
 def run_show(arguments: Namespace, _overrides: Sequence[str]) -> None:
-    """Print a plan as a table, with the score of every depth."""
-    plan = SlimmingPlan.load(arguments.plan)
-    console = Console()
-    console.print(plan_table(plan))
-    for depth, score in (plan.scores or {}).items():
-        votes = "" if plan.votes is None else f"  won {plan.votes.get(depth, 0.0):6.1%}"
-        console.print(f"keep {depth:3d}: score {score:+.4f}{votes}{'  chosen' if depth == len(plan.kept_blocks) else ''}")
+    """Print a plan: what it keeps and why, what every depth costs, what other rules would keep."""
+    Console().print(full_table(SlimmingPlan.load(arguments.plan)))
 
 
 def run_demo(arguments: Namespace, _overrides: Sequence[str]) -> None:
@@ -151,10 +146,10 @@ def build_parser() -> ArgumentParser:
     """The parser with all commands."""
     parser = ArgumentParser(prog="terratorch-simpler", description=__doc__)
     commands = parser.add_subcommands(dest="command")
-    plan = ArgumentParser(description="Choose a cut without training: plan.json, report.png and a table. Settings of the "
+    plan = ArgumentParser(description="Choose a cut without training: plan.json, a report and a table. Settings of the "
                           "config can be overridden as in terratorch fit, e.g. --data.init_args.batch_size 4.")  # fmt: skip
     plan.add_argument("-c", "--config", required=True, help="the YAML that terratorch fit takes")
-    plan.add_argument("-o", "--output_dir", help="folder for plan.json and report.png; default <log_dir>/simpler")
+    plan.add_argument("-o", "--output_dir", help="folder for plan.json and the report; default <log_dir>/simpler")
     show = ArgumentParser(description="Show a plan in the terminal.")
     show.add_argument("plan", help="path of a plan.json")
     export = ArgumentParser(description="Write a slimmed model so that it runs where this package is not installed.")

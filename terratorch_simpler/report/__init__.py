@@ -2,6 +2,15 @@
 
 from terratorch_simpler.report.figure import plan_figure, save_figure
 from terratorch_simpler.report.page import report_page, save_page
-from terratorch_simpler.report.table import plan_table
+from terratorch_simpler.report.table import full_table, plan_markdown, plan_rows, plan_table
 
-__all__ = ["plan_figure", "plan_table", "report_page", "save_figure", "save_page"]
+__all__ = [
+    "full_table",
+    "plan_figure",
+    "plan_markdown",
+    "plan_rows",
+    "plan_table",
+    "report_page",
+    "save_figure",
+    "save_page",
+]

@@ -9,6 +9,8 @@ from terratorch_simpler.plan import SlimmingPlan
 
 LONGEST = 200
 """Characters that are shown of a text from a plan or a table, which may come from anywhere."""
+FEWEST_FOR_VOTES = 128
+"""Tiles; votes need four groups of 32 (docs/method.md)."""
 MISSING = "–"  # noqa: RUF001  an en dash reads as "nothing" where a hyphen reads as a minus
 
 
@@ -53,13 +55,13 @@ class Depth(NamedTuple):
 
 
 def rules(plan: SlimmingPlan) -> list[Rule]:
-    """Every criterion that was asked, the one of the plan first."""
+    """Every criterion that was asked: the one of the plan first, those that do not score depths last."""
     own = str(plan.criterion["name"])
     found = [Rule(own, tuple(plan.kept_blocks), dict(plan.scores) if plan.scores else None, True)]
     others = (plan.overview or {"criteria": {}})["criteria"]
     found += [
         Rule(name, tuple(rule["kept_blocks"]), rule["scores"] or None, False)
-        for name, rule in sorted(others.items())
+        for name, rule in sorted(others.items(), key=lambda item: (not item[1]["scores"], item[0]))
         if name != own
     ]
     return found
@@ -137,7 +139,7 @@ def reasons(plan: SlimmingPlan) -> list[str]:
     if plan.votes is not None:
         parts.append(f"won {plan.votes.get(depth, 0.0):.0%} of resamples")
     elif plan.tiles_seen:
-        parts.append("too few tiles for votes")
+        parts.append("too few tiles for votes" if plan.tiles_seen < FEWEST_FOR_VOTES else "no votes")
     if plan.tiles_seen:
         parts.append(f"{plan.tiles_seen:,} tiles, {plan.rows_seen:,} tokens")
     return parts

@@ -9,14 +9,14 @@ from xml.etree.ElementTree import Element
 
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import facts
-from terratorch_simpler.report.svg import Chart, Point, element, span, ticks
+from terratorch_simpler.report.svg import Chart, Point, element, span, ticks, whole_ticks
 
 Row = Mapping[str, Any]
 
 COSTS = {
     "parameters": ("Parameters", "parameters in millions", 1e6),
     "macs": ("Operations", "MACs per tile in billions", 1e9),
-    "latency_ms": ("Latency", "milliseconds for one tile", 1.0),
+    "latency_ms": ("Milliseconds", "milliseconds for one tile", 1.0),
 }
 """Column: what it is, the name of its axis, and the unit of that."""
 QUALITY = {
@@ -82,7 +82,7 @@ def _trade_off(plan: SlimmingPlan, rows: Sequence[Row], cost: str, quality: str)
     for row in rows:
         x, y = _value(row, cost), _value(row, quality)
         if x is not None and y is not None:
-            tip = f"{_name(row)}\n{x:,.6g} {title.lower()}\n{QUALITY[quality]}: {y:.3f}{_interval(row, quality)}"
+            tip = f"{_name(row)}\n{_cost(x)} {title.lower()}\n{QUALITY[quality]}: {y:.3f}{_interval(row, quality)}"
             known.append((row, Point(x / unit, y, tip)))
     if not known:
         return None
@@ -94,17 +94,20 @@ def _trade_off(plan: SlimmingPlan, rows: Sequence[Row], cost: str, quality: str)
     )
     front = _pareto_front([point for _, point in known])
     svg.append(chart.line(front, "line front"))
-    svg.extend(chart.dots((p for row, p in known if row.get("kind") != "control"), "dot"))
-    controls = [(row, p) for row, p in known if row.get("kind") == "control"]
-    svg.extend(chart.diamonds((p for _, p in controls), "control"))
+    slimmed = [(row, point) for row, point in known if row.get("kind") != "control"]
+    svg.extend(chart.dots((point for row, point in slimmed if _is_whole(row)), "dot"))
+    svg.extend(chart.dots((point for row, point in slimmed if not _is_whole(row)), "dot hollow"))
+    svg.extend(chart.diamonds((point for row, point in known if row.get("kind") == "control"), "control"))
     svg.extend(_cost_only(chart, rows, cost, quality, y_range[0]))
     for row, point in known:
         if _is_plan(plan, row):
             svg.append(element("circle", cx=chart.x(point.x), cy=chart.y(point.y), r=7.5, class_="ring"))
-        if row.get("kind") != "control" and point in front and _value(row, "width") in (None, 1.0):
+        if row.get("kind") != "control" and point in front and _is_whole(row):
             text = facts.printable(row.get("depth", ""), 20)
             svg.append(element("text", text, x=chart.x(point.x), y=chart.y(point.y) - 8, class_="middle label"))
     words: list[Element | str] = [_key("curve", " slimmed, with its depth. ")]
+    if not all(_is_whole(row) for row, _ in slimmed):
+        words.append("Hollow: narrower, or with blocks dropped from inside. ")
     if any(row.get("kind") == "control" for row in rows):
         words.append(_key("control", " smaller official encoders; on the axis where only their cost is known. "))
     return _card(
@@ -118,11 +121,15 @@ def _cost_only(chart: Chart, rows: Sequence[Row], cost: str, quality: str, floor
     """Controls that were timed but not judged, on the axis."""
     unit = COSTS[cost][2]
     points = [
-        Point(x / unit, floor, f"{_name(row)}\n{x:,.6g} {COSTS[cost][0].lower()}\nquality not measured")
+        Point(x / unit, floor, f"{_name(row)}\n{_cost(x)} {COSTS[cost][0].lower()}\nquality not measured")
         for row in rows
         if row.get("kind") == "control" and _value(row, quality) is None and (x := _value(row, cost)) is not None
     ]
     return chart.diamonds(points, "control")
+
+
+def _cost(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -155,7 +162,7 @@ def _probes(rows: Sequence[Row]) -> Element | None:
                 svg.append(chart.whisker(depth, low, high, f"whisker{second}"))
         svg.append(chart.line(points, f"line{second}"))
         svg.extend(chart.dots(points, f"dot{second}"))
-        svg.extend(chart.dots(repaired[key], f"dot repaired{second}"))
+        svg.extend(chart.dots(repaired[key], f"dot hollow{second}"))
     words = [_key("curve", " linear; "), _key("second", " k-NN, dashed. "), "Upright lines are intervals."]
     if any(repaired.values()):
         words.append(" Hollow dots: with linear recovery, no training.")
@@ -217,7 +224,7 @@ def _gains(rows: Sequence[Row]) -> Element | None:
     y_range = span([gain for _, gain, _, _ in bars], include=[0.0])
     svg, chart = _by_depth(rows, y_range, "accuracy gained", "Accuracy gained by recovery, by depth")
     for x, gain, key, tip in bars:
-        svg.append(chart.bar(x, 0.0, gain, 0.36, "dot second" if key == "knn" else "dot", tip))
+        svg.append(chart.bar(x, 0.0, gain, 0.36, "bar second" if key == "knn" else "bar", tip))
     svg.append(
         element(
             "line", x1=chart.x(chart.x_range[0]), x2=chart.x(chart.x_range[1]), y1=chart.y(0), y2=chart.y(0), class_="axis"
@@ -229,7 +236,8 @@ def _gains(rows: Sequence[Row]) -> Element | None:
 
 def _table(plan: SlimmingPlan, rows: Sequence[Row]) -> Element:
     shown = {key: column for key, column in COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
-    head = element("tr", *(element("th", name, scope="col") for name in ("encoder", *(name for name, _ in shown.values()))))
+    names = (element("th", name, scope="col", class_="left" if how == "words" else None) for name, how in shown.values())
+    head = element("tr", element("th", "encoder", scope="col", class_="left"), *names)
     body = []
     for row in rows:
         cells = [
@@ -264,18 +272,21 @@ def _name(row: Row) -> str:
 
 
 def _kept(row: Row) -> tuple[int, ...]:
-    return tuple(int(block) for block in str(row.get("kept") or "").split())
+    return tuple(int(block) for block in str(row.get("kept") or "").split() if block.isdecimal())
 
 
 def _is_plan(plan: SlimmingPlan, row: Row) -> bool:
     return row.get("kind") != "control" and _kept(row) == tuple(plan.kept_blocks) and _value(row, "width") == plan.width
 
 
+def _is_whole(row: Row) -> bool:
+    """Whether it has the first n blocks at full width."""
+    return facts.is_prefix(_kept(row)) and _value(row, "width") in (None, 1.0)
+
+
 def _first_blocks(rows: Sequence[Row]) -> list[Row]:
     """Encoders of the first n blocks at full width, in order of n."""
-    found = [
-        row for row in rows if row.get("kind") != "control" and facts.is_prefix(_kept(row)) and _value(row, "width") == 1.0
-    ]
+    found = [row for row in rows if row.get("kind") != "control" and _kept(row) and _is_whole(row)]
     return sorted(found, key=lambda row: len(_kept(row)))
 
 
@@ -290,8 +301,7 @@ def _points(rows: Sequence[Row], key: str, name: str) -> list[Point]:
 def _by_depth(rows: Sequence[Row], y_range: tuple[float, float], y_label: str, label: str) -> tuple[Element, Chart]:
     deepest = max(len(_kept(row)) for row in _first_blocks(rows))
     chart = Chart((0.4, deepest + 0.6), y_range)
-    whole = [value for value in ticks(1, deepest, 8) if value == int(value)]
-    return chart.picture(label, "blocks kept", y_label, whole, ticks(*y_range, 5)), chart
+    return chart.picture(label, "blocks kept", y_label, whole_ticks(1, deepest), ticks(*y_range, 5)), chart
 
 
 def _card(title: str, words: Sequence[Element | str], chart: Element) -> Element:

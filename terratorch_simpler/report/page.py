@@ -28,6 +28,7 @@ from terratorch_simpler.report.svg import (
     ticks,
     told,
     viridis,
+    whole_ticks,
 )
 
 MOST_CELLS = 100
@@ -169,9 +170,7 @@ def _headline(plan: SlimmingPlan) -> Element:
         element("h1", f"{facts.printable(plan.backbone)}: {facts.kept_words(plan)}"),
         element("p", _meaning(plan), class_="lede"),
         element("dl", *boxes, class_="facts"),
-        element(
-            "p", "Blocks are numbered from 0, as in backbone_keep; a depth of n means the blocks 0 to n - 1.", class_="how"
-        ),
+        element("p", "Blocks are numbered from 0, as in backbone_keep: a depth of 5 keeps blocks 0 to 4.", class_="how"),
     )
 
 
@@ -214,7 +213,7 @@ def _similarity(plan: SlimmingPlan) -> Element:
         "the same up to rotation and scale. A bright square along the diagonal is a stretch of blocks that change little. "
         "Dashed lines part kept blocks from dropped ones; the bars at the edges show the kept ones."
     )
-    return _section("How alike the blocks are", how, heat)
+    return _section("How alike the blocks are", None, element("div", heat, element("p", how, class_="how"), class_="pair"))
 
 
 def _heat_map(plan: SlimmingPlan, similarity: Sequence[Sequence[float]]) -> Element:
@@ -224,7 +223,7 @@ def _heat_map(plan: SlimmingPlan, similarity: Sequence[Sequence[float]]) -> Elem
     for i, row in enumerate(similarity):
         for j, value in enumerate(row):
             mark = element(
-                "rect", x=left + j * cell, y=top + i * cell, width=cell + 0.3, height=cell + 0.3,
+                "rect", x=left + j * cell, y=top + i * cell, width=cell, height=cell,
                 fill=viridis((value - low) / (1 - low)), class_="cell",
             )  # fmt: skip
             svg.append(told(mark, f"blocks {i} and {j}: {value:.3f}"))
@@ -239,7 +238,7 @@ def _heat_map(plan: SlimmingPlan, similarity: Sequence[Sequence[float]]) -> Elem
             for class_ in ("halo", "cut"):
                 svg.append(element("line", x1=x, x2=x, y1=top, y2=top + side, class_=class_))
                 svg.append(element("line", x1=left, x2=left + side, y1=y, y2=y, class_=class_))
-    for block in (int(value) for value in ticks(0, blocks - 1, 8) if value == int(value)):
+    for block in whole_ticks(0, blocks - 1):
         middle = (block + 0.5) * cell
         svg.append(element("text", str(block), x=left + middle, y=top + side + 14, class_="middle"))
         svg.append(element("text", str(block), x=left - 12, y=top + middle + 4, class_="end"))
@@ -247,7 +246,9 @@ def _heat_map(plan: SlimmingPlan, similarity: Sequence[Sequence[float]]) -> Elem
     svg.append(element("text", "block", transform=f"translate(13 {top + side / 2:g}) rotate(-90)", class_="middle name"))
     for step in range(64):
         y = top + side * (63 - step) / 64
-        svg.append(element("rect", x=left + side + 16, y=y, width=13.0, height=side / 64 + 0.3, fill=viridis(step / 63)))
+        svg.append(
+            element("rect", x=left + side + 16, y=y, width=13.0, height=side / 64, fill=viridis(step / 63), class_="cell")
+        )
     for value in ticks(low, 1.0, 5):
         y = top + side * (1 - (value - low) / (1 - low))
         svg.append(element("text", f"{value:g}", x=left + side + 34, y=y + 4))
@@ -263,8 +264,8 @@ def _rules(plan: SlimmingPlan) -> Element:
     how = "The strip shows which blocks a rule keeps."
     if any(rule.scores for rule in found):
         how = (
-            "Score of every depth that a rule judged, the larger the better, each rule on its own scale; the ring marks its "
-            "best. The strip below shows which blocks it keeps."
+            "Score of every depth that a rule judged, the larger the better, each rule on its own scale; the ring marks the "
+            "depth it picks. The strip below shows which blocks it keeps."
         )
     if plan.votes is not None:
         how += " Bars: share of the resamples of the tiles that each depth wins, full height for all of them."
@@ -293,10 +294,13 @@ def _firmness(plan: SlimmingPlan) -> str:
     """How much the choice depends on which tiles were seen."""
     kept = len(plan.kept_blocks)
     if plan.votes is None:
-        return (
-            "There are no votes: too few tiles were seen to draw them again, so nothing tells how firm this choice is. With "
-            "128 usable tiles or more there would be."
+        few = plan.tiles_seen < facts.FEWEST_FOR_VOTES
+        why = (
+            f"too few tiles were seen to draw them again (there have to be {facts.FEWEST_FOR_VOTES})"
+            if few
+            else "none were drawn"
         )
+        return f"There are no votes: {why}, so nothing tells how firm this choice is."
     won = plan.votes.get(kept, 0.0)
     again = f"Drawing the tiles again with replacement gives this depth in {won:.0%} of the cases"
     if won >= ENOUGH_VOTES:
@@ -353,8 +357,8 @@ def _curve(blocks: int, rule: Rule, votes: Mapping[int, float]) -> Element:
         strip = element("rect", x=left + first * cell, y=top, width=(last - first + 1) * cell, height=11.0)
         strip.set("class", "kept picked" if rule.chosen else "kept")
         svg.append(told(strip, f"kept: blocks {facts.block_ranges(range(first, last + 1))}"))
-    for depth in (int(value) for value in ticks(1, blocks, 8) if value == int(value)):
-        svg.append(element("text", str(depth if judged else depth - 1), x=chart.x(depth), y=top + 25, class_="middle"))
+    for number in whole_ticks(1, blocks) if judged else whole_ticks(0, blocks - 1):
+        svg.append(element("text", str(number), x=chart.x(number if judged else number + 1), y=top + 25, class_="middle"))
     return svg
 
 
@@ -466,7 +470,7 @@ def _caveats(plan: SlimmingPlan) -> Element:
     if 0 < plan.tiles_seen < FEW_TILES:
         notes.append(f"Only {plan.tiles_seen:,} tiles were seen; with {FEW_TILES} or more the similarity is steadier.")
     if plan.tiles_seen and plan.votes is None:
-        notes.append("There were too few tiles for votes, so how firm the choice is, is not known.")
+        notes.append("There are no votes: how much the choice depends on which tiles were seen is not known.")
     skipped = (plan.data or {}).get("skipped")
     counts = [n for n in skipped.values() if isinstance(n, int) and n > 0] if isinstance(skipped, dict) else []
     if plan.tiles_seen and sum(counts) > MANY_SKIPPED * plan.tiles_seen:

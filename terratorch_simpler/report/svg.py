@@ -27,18 +27,23 @@ def element(tag: str, *children: Element | str | None, **attributes: object) -> 
     made = Element(tag)
     for name, value in attributes.items():
         if value is not None:
-            text = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else printable(value, LONGEST_TEXT)
+            text = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else _clean(value)
             made.set(name.rstrip("_").replace("_", "-"), text)
     for child in children:
         if isinstance(child, Element):
             made.append(child)
         elif child is not None:
-            text = printable(child, LONGEST_TEXT)
+            text = _clean(child)
             if len(made):
                 made[-1].tail = (made[-1].tail or "") + text
             else:
                 made.text = (made.text or "") + text
     return made
+
+
+def _clean(text: object) -> str:
+    """Text without control characters, apart from the end of a line."""
+    return "\n".join(printable(line, LONGEST_TEXT) for line in str(text).split("\n"))
 
 
 def html(root: Element) -> str:
@@ -83,6 +88,11 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     step = next((factor * power for factor in (1, 2, 5) if factor * power >= rough * 0.999), 10 * power)
     first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+
+
+def whole_ticks(low: int, high: int) -> list[int]:
+    """Round whole numbers from ``low`` to ``high``."""
+    return [int(value) for value in ticks(low, high, 8) if value == int(value)]
 
 
 class Point(NamedTuple):
