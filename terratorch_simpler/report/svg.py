@@ -167,9 +167,9 @@ class Chart:
         svg.append(element("line", x1=self.left, x2=right, y1=self.floor, y2=self.floor, class_="axis"))
         middle = (self.above + self.floor) / 2
         svg.append(element("text", x_label, x=(self.left + right) / 2, y=self.height - 5, class_="middle name"))
-        svg.append(
-            element("text", y_label, transform=f"translate(11 {middle:.1f}) rotate(-90)", class_="middle name")
-        )  # fmt: skip
+        if y_label:
+            turned = f"translate(11 {middle:.1f}) rotate(-90)"
+            svg.append(element("text", y_label, transform=turned, class_="middle name"))
         return svg
 
     def line(self, points: Sequence[Point], class_: str) -> Element:
