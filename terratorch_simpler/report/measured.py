@@ -244,7 +244,8 @@ def _table(plan: SlimmingPlan, rows: Sequence[Row]) -> Element:
             element("td", _cell(row, key, how), class_="words" if how == "words" else None)
             for key, (_, how) in shown.items()
         ]
-        first = element("th", facts.printable(row.get("name", "")), scope="row", class_="left")
+        name = "slimmed" if row.get("name") == plan.backbone and row.get("kind") != "control" else row.get("name", "")
+        first = element("th", facts.printable(name), scope="row", class_="left")
         body.append(element("tr", first, *cells, class_="picked" if _is_plan(plan, row) else None))
     return element("div", element("table", element("thead", head), element("tbody", *body), class_="many"), class_="scroll")
 
