@@ -132,10 +132,10 @@ class SimplerBackbone(nn.Module):
         return self._adapter.without_prompts(self.encoder)
 
     def watch(self, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
-        """Tell the raw output (B, N, D) of every kept block, in order, each time the encoder runs.
+        """Tell what enters the first kept block, and the raw output of every kept block, each time the encoder runs.
 
         Args:
-            seen: Called once for every block.
+            seen: Called with tokens (B, N, D): once before the first block, then once for every block, in order.
 
         Returns:
             Handles that end it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from terratorch_simpler.backbone import shape_in_checkpoint
 from terratorch_simpler.errors import CheckpointError
+from terratorch_simpler.files import load_tensors
 
 Shape = tuple[tuple[int, ...], int]
 """Kept blocks, and the number of blocks of the intact encoder."""
@@ -24,9 +24,6 @@ FILES_IN_FOLDERS = (
     "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt",  # DeepSpeed, stage 3
 )
 """Where strategies that write folders keep what is not a sharded tensor."""
-
-CHUNK = 1 << 20
-"""Bytes of a checkpoint whose sum is taken at once."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -39,8 +36,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: If it is damaged, or holds anything but tensors and plain values.
     """
     try:
-        _check_sums(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except Exception as err:  # a damaged file raises anything: RuntimeError, EOFError, UnpicklingError, ...
         raise _unreadable(path, err) from err
     if not isinstance(content, dict):
@@ -72,18 +68,6 @@ def read_shape(path: str | os.PathLike[str], checkpoint_io: CheckpointIO) -> Sha
         except Exception as err:
             raise _unreadable(path, err) from err
     return shape_in_checkpoint(_weights(content, path), str(path))
-
-
-def _check_sums(path: str | os.PathLike[str]) -> None:
-    """PyTorch writes a checksum beside every tensor but compares none: a flipped bit would be another block or weight."""
-    if not zipfile.is_zipfile(path):  # what PyTorch before 1.6 wrote holds no sums
-        return
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.CRC:  # zeros where torch.serialization.set_crc32_options(False) has left them out
-                with archive.open(entry) as record:
-                    while record.read(CHUNK):
-                        pass
 
 
 def _shape_in_folder(folder: Path) -> Shape:

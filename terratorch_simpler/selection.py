@@ -136,7 +136,7 @@ def _plan(
 ) -> SlimmingPlan:
     """Choose; parameters and MACs are those of the intact encoder."""
     blocks = backbone.full_num_blocks
-    choice = how.criterion.choose(None if found is None else found.similarity, blocks, how.bounds)
+    choice = how.criterion.choose(None if found is None else found.statistics, blocks, how.bounds)
     parameters = backbone.num_parameters()
     shape = backbone.input_shape if found is None else found.input_shape
     macs = None if shape is None else count_macs(backbone, shape)

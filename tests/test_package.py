@@ -13,7 +13,7 @@ PACKAGE = ROOT / "terratorch_simpler"
 # From the bottom up: a module may import from its own layer and those below.
 LAYERS = [
     {"errors", "files"},
-    {"similarity", "plan", "processes", "stopping"},
+    {"angles", "similarity", "plan", "processes", "stopping"},
     {"criteria"},
     {"encoders", "tiles"},
     {"backbone"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"callback"},
     {"demo", "cli"},
 ]
-PURE = ("errors", "files", "similarity", "plan", "criteria")
+PURE = ("angles", "errors", "files", "similarity", "plan", "criteria")
 HEAVY = {"lightning", "terratorch", "rasterio", "torchgeo", "pytorch_lightning"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from terratorch_simpler.criteria.base import Bounds, Choice, Criterion
+from terratorch_simpler.criteria.statistics import Statistics
 from terratorch_simpler.errors import ConfigurationError, DepthError
 from terratorch_simpler.plan import resolve_keep
 
@@ -40,11 +41,11 @@ class Fixed(Criterion):
         """Any depth."""
         return range(1, num_blocks + 1)
 
-    def score(self, similarity: Tensor, depths: list[int]) -> Tensor:
+    def score(self, found: Statistics, depths: list[int]) -> Tensor:
         """All depths alike: nothing is judged."""
-        return similarity.new_zeros(*similarity.shape[:-2], len(depths))
+        return found.hsic.new_zeros(*found.hsic.shape[:-2], len(depths))
 
-    def choose(self, similarity: Tensor | None, num_blocks: int, bounds: Bounds) -> Choice:  # noqa: ARG002
+    def choose(self, found: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:  # noqa: ARG002
         """Return what was given, checked against the encoder.
 
         Raises:

@@ -152,11 +152,12 @@ class EncoderAdapter(ABC):
         return None
 
     def watch(self, encoder: nn.Module, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
-        """Tell the raw output (B, N, D) of every block, before any final norm, each time the encoder runs.
+        """Tell what enters the first block, and the raw output of every block, before any final norm.
 
         Args:
             encoder: The encoder.
-            seen: Called once for every block, in order.
+            seen: Called with tokens (B, N, D), each time the encoder runs: once before the first block, then once for every
+                block, in order.
 
         Returns:
             Handles that end it.
@@ -165,7 +166,8 @@ class EncoderAdapter(ABC):
         def after_block(_block: nn.Module, _args: object, output: Tensor) -> None:
             seen(output)
 
-        return [block.register_forward_hook(after_block) for block in self.blocks(encoder)]
+        blocks = list(self.blocks(encoder))
+        return [watch_input(blocks[0], seen), *(block.register_forward_hook(after_block) for block in blocks)]
 
     def layout(self, encoder: nn.Module, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
         """What the tokens of a block's output stand for.
@@ -178,6 +180,15 @@ class EncoderAdapter(ABC):
         del length
         assert isinstance(inputs, Tensor)
         return [self.prefix_tokens(encoder), PatchGrid(image_size(inputs), self.patch_size(encoder))]
+
+
+def watch_input(part: nn.Module, seen: Callable[[Tensor], None]) -> RemovableHandle:
+    """Tell the first argument of a module each time it runs."""
+
+    def before(_part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        seen(args[0] if args else next(iter(kwargs.values())))
+
+    return part.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def image_size(images: Tensor) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from terratorch.registry.timm_registry import TimmBackboneWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from terratorch_simpler.encoders.base import EncoderAdapter, pair, prompts_off, take, take_prompts
+from terratorch_simpler.encoders.base import EncoderAdapter, pair, prompts_off, take, take_prompts, watch_input
 
 
 class ClayAdapter(EncoderAdapter):
@@ -68,7 +68,7 @@ class ClayAdapter(EncoderAdapter):
             seen(output + args[0])
 
         layers: Any = self.blocks(encoder)
-        return [part.register_forward_hook(after_feed_forward) for _, part in layers]
+        return [watch_input(layers[0][0], seen), *(part.register_forward_hook(after_feed_forward) for _, part in layers)]
 
 
 def _embedder(encoder: Any) -> Any:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from terratorch_simpler.criteria import Bounds, Criterion, vote
+from terratorch_simpler.criteria import Bounds, Criterion, Statistics, vote
+from terratorch_simpler.measure.grouped import GroupedStatistics
 from terratorch_simpler.measure.groups import Group, halves
 from terratorch_simpler.processes import Processes
-from terratorch_simpler.similarity import GroupedCKA
 
 GROUPS_TO_TRUST = 8
 """With fewer groups of 64 tiles than this, groups of 32 are used."""
@@ -35,8 +35,8 @@ class Pool:
     def __init__(self, num_blocks: int, max_groups: int, processes: Processes) -> None:
         self.count = 0
         own = {"sync_on_compute": False, "distributed_available_fn": lambda: processes.count > 1}
-        self._large = GroupedCKA(num_blocks, max_groups, **own)
-        self._small = GroupedCKA(num_blocks, 2 * (GROUPS_TO_TRUST - 1), **own)
+        self._large = GroupedStatistics(num_blocks, max_groups, **own)
+        self._small = GroupedStatistics(num_blocks, 2 * (GROUPS_TO_TRUST - 1), **own)
         self._processes = processes
 
     def add(self, group: Group, features: Tensor) -> None:
@@ -44,7 +44,7 @@ class Pool:
 
         Args:
             group: The group.
-            features: Rows of all its tiles, (L, m, D).
+            features: Rows of all its tiles before the first block and after every block, (L + 1, m, D).
         """
         tiles = len(group.tiles)
         parts = [(self._large, group.number, 0, tiles)]
@@ -63,13 +63,13 @@ class Pool:
     def votes(self, count: int, criterion: Criterion, bounds: Bounds, seed: int) -> Mapping[int, float] | None:
         """Bootstrap votes over the first groups, or None if these are too few."""
         metric, slots = self._best(count)
-        numerators = metric.filled(slots)
-        return None if len(numerators) < GROUPS_TO_VOTE else vote(criterion, numerators, bounds, seed)
+        sums = metric.sums(slots)
+        return None if len(sums) < GROUPS_TO_VOTE else vote(criterion, sums, bounds, seed)
 
-    def similarity(self, count: int) -> Tensor:
-        """Similarity of the blocks over the first groups, (L, L)."""
+    def statistics(self, count: int) -> Statistics:
+        """Statistics over the first groups."""
         metric, slots = self._best(count)
-        return metric.similarity(slots)
+        return metric.statistics(slots)
 
     def rows(self, count: int) -> int:
         """Rows of tokens in the first groups."""
@@ -107,12 +107,12 @@ class Pool:
         self._large.load_state_dict(state["large"])
         self._small.load_state_dict(state["small"])
 
-    def _best(self, count: int) -> tuple[GroupedCKA, int]:
+    def _best(self, count: int) -> tuple[GroupedStatistics, int]:
         """The statistics to believe for the first groups, and how many of their slots."""
         return (self._large, count) if count >= GROUPS_TO_TRUST else (self._small, 2 * count)
 
 
-def _first(metric: GroupedCKA, slots: int) -> dict[str, Tensor]:
+def _first(metric: GroupedStatistics, slots: int) -> dict[str, Tensor]:
     state = {name: value.clone() for name, value in metric.state_dict().items()}
     for value in state.values():
         value[slots:] = 0

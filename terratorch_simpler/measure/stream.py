@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.criteria import Bounds, Criterion
+from terratorch_simpler.criteria import Bounds, Criterion, Statistics
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import TilesError
 from terratorch_simpler.measure.borrow import as_pretrained, borrowed
@@ -33,7 +33,7 @@ class Measurement:
     """What a pass over the tiles found.
 
     Attributes:
-        similarity: Similarity S of the blocks, (L, L), float64, on the CPU.
+        statistics: What rules choose by, on the CPU.
         votes: Share of bootstrap resamples won by each depth, or None with too few groups.
         tiles_seen: Tiles measured.
         rows_seen: Rows of tokens drawn from them.
@@ -46,7 +46,7 @@ class Measurement:
         peak_bytes: Most memory that tensors took on the device of this process, the encoder included; None on a CPU.
     """
 
-    similarity: Tensor
+    statistics: Statistics
     votes: Mapping[int, float] | None
     tiles_seen: int
     rows_seen: int
@@ -57,6 +57,11 @@ class Measurement:
     data_wait: float
     batch_limit: int | None
     peak_bytes: int | None
+
+    @property
+    def similarity(self) -> Tensor:
+        """Similarity S of the blocks, (L, L), float64, on the CPU."""
+        return self.statistics.similarity
 
 
 def measure(
@@ -96,7 +101,7 @@ def measure(
         unfinished: Where to keep the pass if it is ended, and to go on from; used by the first process.
 
     Returns:
-        Similarity and votes, the same in every process.
+        Statistics and votes, the same in every process.
 
     Raises:
         TilesError: If fewer than 32 tiles could be measured, or they do not fit the encoder.
@@ -162,7 +167,7 @@ def measure(
             torch.cuda.synchronize(device)  # for the times below; a process that compared no group has not waited yet
         with pool:
             found = Measurement(
-                similarity=pool.similarity(count),
+                statistics=pool.statistics(count),
                 votes=pool.votes(count, criterion, bounds, seed),
                 tiles_seen=pool.tiles(count),
                 rows_seen=pool.rows(count),
