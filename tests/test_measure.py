@@ -12,6 +12,7 @@ from terratorch_simpler.errors import DegenerateFeaturesError, SimplerWarning, T
 from terratorch_simpler.measure import count_macs, measure
 from terratorch_simpler.similarity import linear_cka
 from tests.memory import Tiles, land
+from tests.planted import make_identity
 
 
 def run(backbone, tiles, **kwargs):
@@ -56,14 +57,6 @@ def test_early_stop_is_tile_exact_whatever_the_batch_size(build):
     assert all(f.settled for f in found)
     assert {f.tiles_seen for f in found} == {128}
     assert max(found[0].votes.values()) >= 0.95
-
-
-def make_identity(block):
-    """A block whose residual branches add nothing."""
-    with torch.no_grad():
-        for layer in (block.attn.proj, block.mlp.fc2):
-            layer.weight.zero_()
-            layer.bias.zero_()
 
 
 @pytest.mark.parametrize("settled", [4, 6, 8])

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "terratorch_simpler"
 # From the bottom up: a module may import from its own layer and those below.
 LAYERS = [
     {"errors", "files"},
-    {"angles", "similarity", "plan", "processes", "stopping"},
+    {"angles", "recovery", "similarity", "plan", "processes", "stopping"},
     {"criteria"},
     {"encoders", "tiles"},
     {"backbone"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"callback"},
     {"demo", "cli"},
 ]
-PURE = ("angles", "errors", "files", "similarity", "plan", "criteria")
+PURE = ("angles", "errors", "files", "recovery", "similarity", "plan", "criteria")
 HEAVY = {"lightning", "terratorch", "rasterio", "torchgeo", "pytorch_lightning"}
 
 

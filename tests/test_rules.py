@@ -25,22 +25,9 @@ from terratorch_simpler.criteria.knee import knee_curve
 from terratorch_simpler.errors import ConfigurationError, DepthError
 from terratorch_simpler.measure import measure
 from tests.memory import Tiles, land
-from tests.test_measure import make_identity
+from tests.planted import idle, random_statistics
 
 BUDGETED = ["block_influence", "angular", "cka_intervals"]
-
-
-def random_statistics(blocks: int, seed: int) -> Statistics:
-    generator = torch.Generator().manual_seed(seed)
-
-    def symmetric():
-        a = torch.rand(blocks + 1, blocks + 1, generator=generator, dtype=torch.float64)
-        return (a + a.T) / 2
-
-    hsic, cosine, angle = symmetric(), symmetric(), symmetric()
-    hsic.fill_diagonal_(1.0)
-    cosine.fill_diagonal_(1.0)
-    return Statistics(hsic, cosine, angle.fill_diagonal_(0.0))
 
 
 def ranges_dropped(kept: tuple[int, ...], blocks: int) -> list[tuple[int, int]]:
@@ -126,20 +113,6 @@ def test_knee_matches_the_definition(blocks, seed):
 def test_knee_of_blocks_that_are_all_alike_keeps_one():
     found = Statistics(*(torch.ones(9, 9, dtype=torch.float64),) * 3)
     assert Knee().choose(found, 8, Bounds()).kept_blocks == (0,)
-
-
-def idle(build, blocks, seed=0):
-    """An encoder whose given blocks add nothing."""
-    torch.manual_seed(seed)
-    backbone = build()
-    with torch.no_grad():
-        for number, block in enumerate(backbone.blocks):
-            if number in blocks:
-                make_identity(block)
-            else:
-                block.mlp.fc2.weight.mul_(0.3)
-                block.attn.proj.weight.mul_(0.3)
-    return backbone
 
 
 @pytest.mark.parametrize(

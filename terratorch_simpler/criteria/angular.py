@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from terratorch_simpler.criteria.base import Bounds
 from terratorch_simpler.criteria.budget import BudgetCriterion
 from terratorch_simpler.criteria.ranges import RangeSets
 from terratorch_simpler.criteria.statistics import Statistics
+from terratorch_simpler.recovery import Span
 
 
 class Angular(BudgetCriterion):
@@ -16,6 +18,10 @@ class Angular(BudgetCriterion):
     """
 
     name = "angular"
+
+    def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
+        """Ranges of as many blocks as are dropped."""
+        return [(i, j) for i, j in super().spans(num_blocks, bounds) if j - i == self.drop_blocks]
 
     def score(self, found: Statistics, depths: list[int]) -> Tensor:
         """Minus the angular distance of the range that is dropped."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from terratorch_simpler.criteria.statistics import GroupSums, Statistics
 from terratorch_simpler.errors import ConfigurationError, DepthError
+from terratorch_simpler.recovery import Span
 
 TIE = 1e-9
 """Scores closer than this are a tie, which goes to the smaller depth; float64 sums differ by less (ours)."""
@@ -138,6 +139,15 @@ class Criterion(ABC):
             )
             raise DepthError(msg)
         return [depth]
+
+    def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
+        """Ranges of blocks that may be dropped, to be repaired: what follows the first c, unless a rule says otherwise.
+
+        Args:
+            num_blocks: Blocks L of the intact encoder.
+            bounds: Bounds on the kept depth.
+        """
+        return [(depth, num_blocks) for depth in self.allowed(num_blocks, bounds) if depth < num_blocks]
 
     def choose(self, found: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:
         """Pick the depth with the highest score; ties go to the smaller one.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from terratorch_simpler.criteria.base import Criterion
+from terratorch_simpler.criteria.base import Bounds, Criterion
 from terratorch_simpler.errors import ConfigurationError, DepthError
+from terratorch_simpler.recovery import Span
 
 
 class BudgetCriterion(Criterion):
@@ -43,3 +44,8 @@ class BudgetCriterion(Criterion):
             )
             raise DepthError(msg)
         return range(1, num_blocks)
+
+    def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
+        """All ranges of at most as many blocks as are dropped."""
+        self.allowed(num_blocks, bounds)
+        return [(i, i + n) for n in range(1, self.drop_blocks + 1) for i in range(num_blocks - n + 1)]

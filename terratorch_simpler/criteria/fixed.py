@@ -8,6 +8,7 @@ from terratorch_simpler.criteria.base import Bounds, Choice, Criterion
 from terratorch_simpler.criteria.statistics import Statistics
 from terratorch_simpler.errors import ConfigurationError, DepthError
 from terratorch_simpler.plan import resolve_keep
+from terratorch_simpler.recovery import Span, spans_between
 
 
 class Fixed(Criterion):
@@ -44,6 +45,10 @@ class Fixed(Criterion):
     def score(self, found: Statistics, depths: list[int]) -> Tensor:
         """All depths alike: nothing is judged."""
         return found.hsic.new_zeros(*found.hsic.shape[:-2], len(depths))
+
+    def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
+        """Exactly what is dropped."""
+        return spans_between(self.choose(None, num_blocks, bounds).kept_blocks, num_blocks)
 
     def choose(self, found: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:  # noqa: ARG002
         """Return what was given, checked against the encoder.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from terratorch_simpler.criteria import Bounds, Criterion, Statistics, vote
 from terratorch_simpler.measure.grouped import GroupedStatistics
 from terratorch_simpler.measure.groups import Group, halves
+from terratorch_simpler.measure.repairs import Repairs, drawn_only
 from terratorch_simpler.processes import Processes
+from terratorch_simpler.recovery import Span
 
 GROUPS_TO_TRUST = 8
 """With fewer groups of 64 tiles than this, groups of 32 are used."""
@@ -30,10 +32,16 @@ class Pool:
         num_blocks: Blocks of the encoder.
         max_groups: Groups there can be.
         processes: Those that share the groups.
+        spans: Ranges of blocks to repair, should they be dropped.
+
+    Attributes:
+        special: How many rows of every tile, the last ones, show no patch; they serve the repairs only.
+        repairs: Sums for these; None if there is nothing to repair.
     """
 
-    def __init__(self, num_blocks: int, max_groups: int, processes: Processes) -> None:
-        self.count = 0
+    def __init__(self, num_blocks: int, max_groups: int, processes: Processes, spans: Sequence[Span] = ()) -> None:
+        self.special = 0
+        self.repairs = Repairs(spans, processes) if spans else None
         own = {"sync_on_compute": False, "distributed_available_fn": lambda: processes.count > 1}
         self._large = GroupedStatistics(num_blocks, max_groups, **own)
         self._small = GroupedStatistics(num_blocks, 2 * (GROUPS_TO_TRUST - 1), **own)
@@ -46,15 +54,17 @@ class Pool:
             group: The group.
             features: Rows of all its tiles before the first block and after every block, (L + 1, m, D).
         """
+        drawn, rows = drawn_only(group, features, self.special)
         tiles = len(group.tiles)
         parts = [(self._large, group.number, 0, tiles)]
         if group.number < GROUPS_TO_TRUST - 1:
             for half, (start, end) in enumerate(pairwise(accumulate(halves(tiles), initial=0))):
                 parts.append((self._small, 2 * group.number + half, start, end))
-        rows = list(accumulate((tile.rows for tile in group.tiles), initial=0))
         for metric, slot, start, end in parts:
             if not metric.tiles[slot]:  # else memory ran out after this part had been added
-                metric.update(features[:, rows[start] : rows[end]], end - start, slot)
+                metric.update(drawn[:, rows[start] : rows[end]], end - start, slot)
+        if self.repairs is not None:
+            self.repairs.wait(group, features, self.special)
 
     def tiles(self, count: int) -> int:
         """Tiles in the first groups."""

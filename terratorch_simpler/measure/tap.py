@@ -26,7 +26,11 @@ class Tap:
     Hooks fire before any final norm, for whatever wraps the encoder (TemporalWrapper, PEFT, the task's padding).
     """
 
-    def __init__(self, backbone: SimplerBackbone, stop_after: nn.Module, tokens: Tokens, seed: int) -> None:
+    def __init__(
+        self, backbone: SimplerBackbone, stop_after: nn.Module, tokens: Tokens, seed: int, with_special: bool = False
+    ) -> None:
+        self.special = 0  # of the rows of a tile, how many show no patch: the last ones
+        self._with_special = with_special
         self.input_shape: InputShape = ()
         self._backbone = backbone
         self._stop_after = stop_after
@@ -78,7 +82,9 @@ class Tap:
         if self._drawn is None:  # only tokens tell how many there are
             layout = self._backbone.layout(self._inputs, tokens.shape[-2])
             valid, special = token_masks(self._batch["valid"], tokens.shape[0], layout)
-            self._drawn = draw(valid, special, self._batch["index"], self._tokens, self._seed, tokens.device)
+            numbers = self._batch["index"]
+            self._drawn = draw(valid, special, numbers, self._tokens, self._seed, tokens.device, self._with_special)
+            self.special = self._drawn.special
         self._rows.append(self._drawn.take(tokens))
 
     def _after_encoder(self, _module: nn.Module, _args: object, _output: object) -> None:
