@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,9 @@ LARGEST_FILE = 16 * 2**20
 LARGEST_DEPTH = 1024
 """Blocks; no encoder has as many."""
 LARGEST_NUMBER = 1e300
+LARGEST_INTEGER = 2**63 - 1
+MOST_RULES = 64
+LONGEST_NAME = 100
 
 
 def resolve_keep(keep: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
@@ -105,6 +108,9 @@ class SlimmingPlan:
         macs: Multiply-accumulate operations of the encoder for one tile, ``before`` and ``after``.
         data: What was streamed, with a fingerprint.
         versions: Package versions.
+        overview: What was not chosen. ``criteria``: by name of rule its ``kept_blocks`` and ``scores`` (by depth, or
+            None) on the same statistics. ``depths``: by number of first blocks kept the ``parameters``, ``macs`` (or None),
+            ``similarity`` of the last kept block with the last one, and ``recovery_r2`` (or None).
     """
 
     backbone: str
@@ -122,6 +128,7 @@ class SlimmingPlan:
     macs: Mapping[str, int] | None = None
     data: Mapping[str, Any] | None = None
     versions: Mapping[str, str] | None = None
+    overview: Mapping[str, Any] | None = None
 
     def check_encoder(self, backbone: str, num_blocks: int) -> None:
         """Raise unless the plan was made for this encoder.
@@ -149,7 +156,10 @@ class SlimmingPlan:
         Returns:
             The path.
         """
-        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, allow_nan=False)
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        if self.overview is None:
+            del content["overview"]  # as in plans made before there was one
+        text = json.dumps(content, indent=1, allow_nan=False)
         with whole_file(path) as part:
             part.write_text(text + "\n", encoding="utf-8")
         return Path(path)
@@ -189,7 +199,7 @@ class SlimmingPlan:
         check = _Check(source)
         if not isinstance(raw, dict):
             raise check.error("format", raw, f"an object with format '{FORMAT}'")
-        values = dict(raw)
+        values: dict[str, Any] = {"overview": None, **raw}
         if values.pop("format", None) != FORMAT:
             raise check.error("format", raw.get("format"), f"'{FORMAT}'")
         if (version := values.pop("version", None)) != VERSION or isinstance(version, bool):
@@ -229,15 +239,16 @@ class _Check:
             "criterion": self.criterion(raw),
             "width": self.one_of(raw, "width", 1.0),
             "recovery": self.one_of(raw, "recovery", "none"),
-            "scores": self.by_depth(raw, "scores", blocks),
+            "scores": self.by_depth(raw["scores"], "scores", blocks),
             "similarity": self.similarity(raw, blocks),
-            "votes": self.by_depth(raw, "votes", blocks),
+            "votes": self.by_depth(raw["votes"], "votes", blocks),
             "tiles_seen": self.integer(raw, "tiles_seen"),
             "rows_seen": self.integer(raw, "rows_seen"),
             "parameters": self.before_after(raw, "parameters"),
             "macs": self.before_after(raw, "macs"),
             "data": None if raw["data"] is None else self.instance(raw, "data", dict),
             "versions": None if raw["versions"] is None else self.instance(raw, "versions", dict),
+            "overview": self.overview(raw, blocks),
         }
 
     def instance(self, raw: dict[str, Any], key: str, kind: type) -> Any:
@@ -247,23 +258,25 @@ class _Check:
 
     def integer(self, raw: dict[str, Any], key: str, minimum: int = 0) -> int:
         value = raw[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        if not _is_count(value) or value < minimum:
             raise self.error(key, value, f"an integer of at least {minimum}")
-        return value
+        return value  # type: ignore[no-any-return]
 
     def one_of(self, raw: dict[str, Any], key: str, supported: Any) -> Any:
         if isinstance(raw[key], bool) or raw[key] != supported:
             raise self.error(key, raw[key], f"{supported!r}, all that this version of the package can apply")
         return supported
 
-    def kept_blocks(self, raw: dict[str, Any], num_blocks: int) -> tuple[int, ...]:
+    def kept_blocks(self, raw: dict[str, Any], num_blocks: int, key: str = "kept_blocks") -> tuple[int, ...]:
         value = raw["kept_blocks"]
+        if not isinstance(value, list):
+            raise self.error(key, value, "a list")
         try:
-            kept = resolve_keep(self.instance(raw, "kept_blocks", list), num_blocks)
+            kept = resolve_keep(value, num_blocks)
         except DepthError as err:
-            raise self.error("kept_blocks", value, f"distinct block numbers from 0 to {num_blocks - 1}") from err
+            raise self.error(key, value, f"distinct block numbers from 0 to {num_blocks - 1}") from err
         if list(kept) != value:
-            raise self.error("kept_blocks", value, "block numbers in ascending order")
+            raise self.error(key, value, "block numbers in ascending order")
         return kept
 
     def criterion(self, raw: dict[str, Any]) -> dict[str, Any]:
@@ -272,8 +285,7 @@ class _Check:
             raise self.error("criterion", value, "an object with 'name' and 'args'")
         return {"name": value["name"], "args": value["args"]}
 
-    def by_depth(self, raw: dict[str, Any], key: str, num_blocks: int) -> dict[int, float] | None:
-        value = raw[key]
+    def by_depth(self, value: Any, key: str, num_blocks: int) -> dict[int, float] | None:
         if value is None:
             return None
         valid = {str(depth) for depth in range(1, num_blocks + 1)}
@@ -298,9 +310,55 @@ class _Check:
             return None
         if not isinstance(value, dict) or set(value) != {"before", "after"}:
             raise self.error(key, value, "an object with 'before' and 'after'")
-        if not all(isinstance(number, int) and number >= 0 for number in value.values()):
+        if not all(map(_is_count, value.values())):
             raise self.error(key, value, "integers of at least 0")
         return value
+
+    def overview(self, raw: dict[str, Any], num_blocks: int) -> dict[str, Any] | None:
+        value = raw["overview"]
+        if value is None:
+            return None
+        expected = "an object with 'criteria' and 'depths'"
+        if not isinstance(value, dict) or set(value) != {"criteria", "depths"}:
+            raise self.error("overview", value, expected)
+        criteria, depths = value["criteria"], value["depths"]
+        if not isinstance(criteria, dict) or not isinstance(depths, dict):
+            raise self.error("overview", value, expected)
+        if len(criteria) > MOST_RULES or any(len(name) > LONGEST_NAME for name in criteria):
+            most = f"at most {MOST_RULES} criteria with names of at most {LONGEST_NAME} letters"
+            raise self.error("overview", sorted(criteria), most)
+        return {
+            "criteria": {name: self.judged(rule, num_blocks) for name, rule in criteria.items()},
+            "depths": self.costs(depths, num_blocks),
+        }
+
+    def judged(self, rule: Any, num_blocks: int) -> dict[str, Any]:
+        if not isinstance(rule, dict) or set(rule) != {"kept_blocks", "scores"}:
+            raise self.error("overview", rule, "an object with 'kept_blocks' and 'scores' for every criterion")
+        return {
+            "kept_blocks": list(self.kept_blocks(rule, num_blocks, "overview")),
+            "scores": self.by_depth(rule["scores"], "overview", num_blocks),
+        }
+
+    def costs(self, depths: dict[str, Any], num_blocks: int) -> dict[int, dict[str, Any]]:
+        if not depths.keys() <= {str(depth) for depth in range(1, num_blocks + 1)}:
+            raise self.error("overview", depths, f"depths from 1 to {num_blocks}")
+        checks: dict[str, Callable[[object], bool]] = {
+            "parameters": _is_count,
+            "macs": lambda value: value is None or _is_count(value),
+            "similarity": _is_number,
+            "recovery_r2": lambda value: value is None or _is_number(value),
+        }
+        for cost in depths.values():
+            if not isinstance(cost, dict) or cost.keys() != checks.keys():
+                raise self.error("overview", cost, f"an object with {', '.join(checks)} for every depth")
+            if wrong := [key for key, right in checks.items() if not right(cost[key])]:
+                raise self.error("overview", cost, f"a number as '{wrong[0]}'")
+        return {int(depth): dict(cost) for depth, cost in depths.items()}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_INTEGER
 
 
 def _is_number(value: object) -> bool:

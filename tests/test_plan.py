@@ -26,10 +26,71 @@ PLAN = SlimmingPlan(
     data={"source": "test", "fingerprint": "0"},
     versions={"torch": "2"},
 )
+COST = {"parameters": 5, "macs": 50, "similarity": 0.5, "recovery_r2": 0.9}
+OVERVIEW = {
+    "criteria": {
+        "simpler": {"kept_blocks": [0, 1], "scores": {2: 0.25}},
+        "block_influence": {"kept_blocks": [0, 3], "scores": None},
+    },
+    "depths": {1: COST, 2: {**COST, "macs": None, "recovery_r2": None}},
+}
 
 
 def test_round_trip(tmp_path):
     assert SlimmingPlan.load(PLAN.save(tmp_path / "deep" / "plan.json")) == PLAN
+
+
+def test_round_trip_of_what_was_not_chosen(tmp_path):
+    plan = replace(PLAN, overview=OVERVIEW)
+    assert SlimmingPlan.load(plan.save(tmp_path / "plan.json")) == plan
+
+
+def test_overview_may_be_absent_or_null(tmp_path):
+    path = PLAN.save(tmp_path / "plan.json")
+    raw = json.loads(path.read_text())
+    assert "overview" not in raw
+    path.write_text(json.dumps({**raw, "overview": None}))
+    assert SlimmingPlan.load(path) == PLAN
+
+
+def overview(**changes) -> dict:
+    return {**json.loads(json.dumps(OVERVIEW)), **changes}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([], "expected an object with 'criteria' and 'depths'"),
+        ({"criteria": {}}, "expected an object with 'criteria' and 'depths'"),
+        ({**OVERVIEW, "more": 1}, "expected an object with 'criteria' and 'depths'"),
+        (overview(criteria=[]), "expected an object with 'criteria' and 'depths'"),
+        (overview(depths=None), "expected an object with 'criteria' and 'depths'"),
+        (overview(criteria={"x" * 101: {}}), "expected at most 64 criteria with names of at most 100 letters"),
+        (overview(criteria={str(i): {"kept_blocks": [0], "scores": None} for i in range(65)}), "expected at most 64"),
+        (overview(criteria={"knee": {"kept_blocks": [0]}}), "expected an object with 'kept_blocks' and 'scores'"),
+        (overview(criteria={"knee": {"kept_blocks": [4], "scores": None}}), "expected distinct block numbers from 0 to 3"),
+        (overview(criteria={"knee": {"kept_blocks": [1, 0], "scores": None}}), "expected block numbers in ascending order"),
+        (overview(criteria={"knee": {"kept_blocks": "0", "scores": None}}), "expected a list"),
+        (overview(criteria={"knee": {"kept_blocks": [0], "scores": {"5": 0.1}}}), "expected numbers by depth from 1 to 4"),
+        (overview(criteria={"knee": {"kept_blocks": [0], "scores": {"1": None}}}), "expected numbers by depth from 1 to 4"),
+        (overview(depths={"0": COST}), "expected depths from 1 to 4"),
+        (overview(depths={"5": COST}), "expected depths from 1 to 4"),
+        (overview(depths={"1": {**COST, "more": 1}}), "expected an object with parameters, macs, similarity, recovery_r2"),
+        (overview(depths={"1": 5}), "expected an object with parameters, macs, similarity, recovery_r2"),
+        (overview(depths={"1": {**COST, "parameters": None}}), "expected a number as 'parameters'"),
+        (overview(depths={"1": {**COST, "parameters": True}}), "expected a number as 'parameters'"),
+        (overview(depths={"1": {**COST, "macs": -1}}), "expected a number as 'macs'"),
+        (overview(depths={"1": {**COST, "macs": 2**63}}), "expected a number as 'macs'"),
+        (overview(depths={"1": {**COST, "similarity": None}}), "expected a number as 'similarity'"),
+        (overview(depths={"1": {**COST, "recovery_r2": "good"}}), "expected a number as 'recovery_r2'"),
+    ],
+)
+def test_wrong_overview_is_refused(tmp_path, value, expected):
+    path = PLAN.save(tmp_path / "plan.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "overview": value}))
+    with pytest.raises(PlanError, match=expected) as error:
+        SlimmingPlan.load(path)
+    assert "key 'overview'" in str(error.value)
 
 
 def test_missing_votes_and_scores_are_null(tmp_path):
@@ -86,6 +147,8 @@ def test_a_failed_save_leaves_the_old_plan_and_nothing_else(tmp_path):
         ("tiles_seen", -1, "expected an integer of at least 0"),
         ("parameters", {"before": 1}, "expected an object with 'before' and 'after'"),
         ("macs", {"before": 1, "after": "few"}, "expected integers"),
+        ("macs", {"before": 2**63, "after": 1}, "expected integers"),
+        ("tiles_seen", 2**63, "expected an integer of at least 0"),
         ("data", [], "expected a dict"),
         ("extra", 1, "expected no such key"),
     ],

@@ -30,6 +30,16 @@ PLAN = SlimmingPlan(
     macs={"before": 1000, "after": 600},
     data={"source": "GeoTiffTiles", "fingerprint": "abc"},
     versions={"torch": "2"},
+    overview={
+        "criteria": {
+            "simpler": {"kept_blocks": [0, 1], "scores": {2: 0.5}},
+            "block_influence": {"kept_blocks": [0, 3], "scores": None},
+        },
+        "depths": {
+            depth: {"parameters": 25 * depth, "macs": 250 * depth, "similarity": 0.75, "recovery_r2": None}
+            for depth in range(1, BLOCKS + 1)
+        },
+    },
 )
 
 NUMBERS = st.integers() | st.integers(-3, 8) | st.floats() | st.sampled_from([1e308, -0.0, 10**400, 2**63])
@@ -83,7 +93,11 @@ def load(files, content: bytes) -> SlimmingPlan | None:
 def sound(plan: SlimmingPlan) -> bool:
     blocks = plan.full_num_blocks
     kept = list(plan.kept_blocks)
+    overview = plan.overview or {"criteria": {}, "depths": {}}
+    rules, costs = overview["criteria"].values(), overview["depths"].values()
     numbers = [
+        *(number for rule in rules for number in (rule["scores"] or {}).values()),
+        *(float(cost[key]) for cost in costs for key in ("parameters", "similarity")),
         *(plan.scores or {}).values(),
         *(plan.votes or {}).values(),
         *(n for row in plan.similarity or [] for n in row),
@@ -92,6 +106,8 @@ def sound(plan: SlimmingPlan) -> bool:
         0 < blocks <= 1024
         and kept == sorted(set(kept))
         and set(kept) <= set(range(blocks))
+        and all(rule["kept_blocks"] and set(rule["kept_blocks"]) <= set(range(blocks)) for rule in rules)
+        and set(overview["depths"]) <= set(range(1, blocks + 1))
         and all(isinstance(number, float) and abs(number) < float("inf") for number in numbers)
     )
 
