@@ -24,7 +24,7 @@ from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.files import whole_file
 from terratorch_simpler.measure import Tokens
-from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.plan import RECOVERIES, SlimmingPlan
 from terratorch_simpler.plan_cache import PlanCache
 from terratorch_simpler.processes import Processes
 from terratorch_simpler.report import plan_figure, plan_table, save_figure
@@ -48,10 +48,11 @@ class SimplerCallback(Callback):
 
     Args:
         tiles: Unlabeled tiles to stream; by default the datamodule's training images, without labels or augmentation.
-        criterion: Name of a rule ("simpler", "fixed"), or a rule.
+        criterion: Name of a rule ("simpler", "knee", "block_influence", "angular", "cka_intervals", "fixed"), or a rule.
         drop_blocks: Number of blocks to drop, for rules that need a budget.
         min_depth: Least number of blocks to keep.
         max_depth: Largest number of blocks to keep.
+        recovery: "linear" puts a linear map in the place of what is dropped, found in the same pass; "none" does not.
         tokens: Rows used for similarity: "patch", "cls", "mean" (of the patch tokens) or "all".
         min_tiles: Tiles before the stream may stop early because one depth has won.
         max_tiles: Tiles after which it ends.
@@ -77,6 +78,7 @@ class SimplerCallback(Callback):
         drop_blocks: int | None = None,
         min_depth: int | None = None,
         max_depth: int | None = None,
+        recovery: str = "none",
         tokens: Tokens = "patch",
         min_tiles: int = 256,
         max_tiles: int = 4096,
@@ -95,6 +97,12 @@ class SimplerCallback(Callback):
         if min_depth is not None and max_depth is not None and min_depth > max_depth:
             msg = f"Found min_depth {min_depth} above max_depth {max_depth}, expected at most that: change one of them."
             raise ConfigurationError(msg)
+        if recovery not in RECOVERIES:
+            msg = f"Found recovery {recovery!r}, expected one of {', '.join(RECOVERIES)}: change it."
+            raise ConfigurationError(msg)
+        if recovery != "none" and tokens != "patch":
+            msg = f"Found recovery {recovery} with tokens {tokens!r}, expected 'patch', which maps are for: change one."
+            raise ConfigurationError(msg)
         self.tiles = tiles
         self.plan = plan
         self.plan_cache = plan_cache
@@ -110,6 +118,7 @@ class SimplerCallback(Callback):
             min_tiles=min_tiles,
             max_tiles=max_tiles,
             seed=seed,
+            recovery=recovery,
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -30,9 +30,11 @@ from terratorch_simpler.errors import (
     UntrainedEncoderWarning,
 )
 from terratorch_simpler.measure import Measurement, Tokens, Unfinished, borrowed, count_macs, measure
+from terratorch_simpler.overview import overview
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.plan_cache import PlanCache, hash_of_tensors, hash_of_weights, keep
 from terratorch_simpler.processes import Processes
+from terratorch_simpler.recovery import spans_between
 from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, TileSource
 
 DESCRIBES = frozenset({"index", "position", "path", "window"})
@@ -52,6 +54,12 @@ class Selection:
     min_tiles: int
     max_tiles: int
     seed: int
+    recovery: str = "none"
+
+    @property
+    def needs_tiles(self) -> bool:
+        """Whether anything has to be measured."""
+        return self.criterion.needs_similarity or self.recovery != "none"
 
 
 def find_backbone(module: nn.Module) -> SimplerBackbone:
@@ -105,7 +113,7 @@ def select(
     if backbone.fewest_blocks > 1:
         least = max(how.bounds.min_depth or 1, backbone.fewest_blocks)
         how = replace(how, bounds=replace(how.bounds, min_depth=least))
-    if not how.criterion.needs_similarity:
+    if not how.needs_tiles:
         return _cut(backbone, _plan(backbone, how, None, None))
     source = _open_source(getattr(trainer, "datamodule", None), tiles, how.seed, processes)
     with ExitStack() as held:
@@ -120,7 +128,9 @@ def select(
             rank_zero_info(f"Took the plan of an earlier run with the same encoder, tiles and settings from {kept_at}.")
             backbone.slim(plan)
             return plan
-        unfinished = None if kept_at is None else Unfinished(kept_at.with_suffix(".unfinished.pt"))
+        # The sums for maps are too large to be written every minute.
+        resumable = kept_at is not None and how.recovery == "none"
+        unfinished = Unfinished(kept_at.with_suffix(".unfinished.pt")) if kept_at is not None and resumable else None
         found = _stream(trainer, pl_module, backbone, source, how, processes, unfinished)
         skipped = dict(found.skips.counts)
         data = {**source.describe(), "input_shape": _plain(found.input_shape), "skipped": skipped}
@@ -137,6 +147,7 @@ def _plan(
     """Choose; parameters and MACs are those of the intact encoder."""
     blocks = backbone.full_num_blocks
     choice = how.criterion.choose(None if found is None else found.statistics, blocks, how.bounds)
+    repairs = None if found is None else found.repairs
     parameters = backbone.num_parameters()
     shape = backbone.input_shape if found is None else found.input_shape
     macs = None if shape is None else count_macs(backbone, shape)
@@ -145,6 +156,7 @@ def _plan(
         full_num_blocks=blocks,
         kept_blocks=choice.kept_blocks,
         criterion={"name": how.criterion.name, "args": how.criterion.args},
+        recovery=how.recovery,
         scores=choice.scores,
         similarity=None if found is None else found.similarity.tolist(),
         votes=None if found is None else found.votes,
@@ -154,6 +166,8 @@ def _plan(
         macs=None if macs is None else {"before": macs, "after": macs},
         data=data,
         versions=_versions(),
+        overview=None if found is None else overview(backbone, how.criterion, how.bounds, choice, found),
+        maps=None if repairs is None else repairs.maps(spans_between(choice.kept_blocks, blocks)),
     )
 
 
@@ -180,7 +194,7 @@ def _made_from(
         "seen": _first_tiles(trainer, backbone, source),
         "criterion": [type(how.criterion).__module__, how.criterion.name, repr(how.criterion.args)],
         "bounds": repr(how.bounds),
-        "pass": [how.tokens, how.min_tiles, how.max_tiles, how.seed],
+        "pass": [how.tokens, how.min_tiles, how.max_tiles, how.seed, how.recovery],
         "precision": trainer.precision,
         "task": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
         "versions": _versions(),
@@ -274,6 +288,7 @@ def _stream(
             progress=progress,
             processes=processes,
             unfinished=unfinished,
+            spans=() if how.recovery == "none" else how.criterion.spans(backbone.full_num_blocks, how.bounds),
         )
     peak = "" if found.peak_bytes is None else f"; at most {found.peak_bytes / 2**30:.2f} GiB of memory were in use"
     limit = "" if found.batch_limit is None else f"; memory ran out, so {found.batch_limit} tiles were sent at once"

@@ -19,6 +19,7 @@ LAYERS = [
     {"backbone"},
     {"registry", "report", "checkpoint", "plan_cache"},
     {"measure", "export"},
+    {"overview"},
     {"selection"},
     {"callback"},
     {"demo", "cli"},

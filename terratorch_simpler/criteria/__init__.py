@@ -6,6 +6,7 @@ A rule is a :class:`Criterion` with a name of its own, made known by one line, :
 from terratorch_simpler.criteria.angular import Angular
 from terratorch_simpler.criteria.base import Bounds, Choice, Criterion, build_criterion, known_criteria, register, vote
 from terratorch_simpler.criteria.block_influence import BlockInfluence
+from terratorch_simpler.criteria.budget import BudgetCriterion
 from terratorch_simpler.criteria.cka_intervals import CkaIntervals
 from terratorch_simpler.criteria.fixed import Fixed
 from terratorch_simpler.criteria.knee import Knee
@@ -19,6 +20,7 @@ __all__ = [
     "Angular",
     "BlockInfluence",
     "Bounds",
+    "BudgetCriterion",
     "Choice",
     "CkaIntervals",
     "Criterion",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from terratorch_simpler.errors import ConfigurationError, UnsupportedEncoderError
+from terratorch_simpler.recovery import TokenMap
 
 HIERARCHICAL = (
     *("swin", "hiera", "pvt", "maxvit", "mvitv2", "poolformer", "edgenext", "convnext", "resnet", "resnext", "regnet"),
@@ -168,6 +169,25 @@ class EncoderAdapter(ABC):
 
         blocks = list(self.blocks(encoder))
         return [watch_input(blocks[0], seen), *(block.register_forward_hook(after_block) for block in blocks)]
+
+    def insert(self, encoder: nn.Module, position: int, token_map: TokenMap) -> RemovableHandle:
+        """Map the tokens after a block, each time the encoder runs.
+
+        Args:
+            encoder: The encoder.
+            position: Position of a held block; -1 for what enters the first one.
+            token_map: The map.
+
+        Returns:
+            A handle that ends it.
+
+        Raises:
+            RecoveryError: If no map fits the encoder.
+        """
+        blocks = self.blocks(encoder)
+        if position < 0:
+            return blocks[0].register_forward_pre_hook(token_map.before, with_kwargs=True)
+        return blocks[position].register_forward_hook(token_map.after)
 
     def layout(self, encoder: nn.Module, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
         """What the tokens of a block's output stand for.

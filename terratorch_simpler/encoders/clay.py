@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from terratorch_simpler.encoders.base import EncoderAdapter, pair, prompts_off, take, take_prompts, watch_input
+from terratorch_simpler.recovery import TokenMap
 
 
 class ClayAdapter(EncoderAdapter):
@@ -69,6 +70,13 @@ class ClayAdapter(EncoderAdapter):
 
         layers: Any = self.blocks(encoder)
         return [watch_input(layers[0][0], seen), *(part.register_forward_hook(after_feed_forward) for _, part in layers)]
+
+    def insert(self, encoder: Any, position: int, token_map: TokenMap) -> RemovableHandle:
+        """As :meth:`watch`: the feed-forward part of a block answers for it, the stack for what enters the first one."""
+        if position < 0:
+            return encoder.clay_encoder.transformer.register_forward_pre_hook(token_map.before, with_kwargs=True)
+        _, feed_forward = encoder.clay_encoder.transformer.layers[position]
+        return feed_forward.register_forward_hook(token_map.after_branch)
 
 
 def _embedder(encoder: Any) -> Any:

@@ -74,6 +74,8 @@ class Pool:
         """Bootstrap votes over the first groups, or None if these are too few."""
         metric, slots = self._best(count)
         sums = metric.sums(slots)
+        if not criterion.needs_similarity or criterion.needs_labels:
+            return None
         return None if len(sums) < GROUPS_TO_VOTE else vote(criterion, sums, bounds, seed)
 
     def statistics(self, count: int) -> Statistics:

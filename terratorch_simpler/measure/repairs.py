@@ -11,7 +11,7 @@ from torch import Tensor
 
 from terratorch_simpler.measure.groups import Group
 from terratorch_simpler.processes import Processes
-from terratorch_simpler.recovery import Span, SpanSums
+from terratorch_simpler.recovery import Span, SpanMap, SpanSums
 
 HELD_OUT = 4
 """One tile in so many is not fitted on but judged on."""
@@ -68,6 +68,20 @@ class Repairs:
         if self._processes.count > 1:
             for sums in (self.patch, self.special):
                 sums.merge(lambda value: dist.all_reduce(value, group=self._processes.group), width)
+
+    def maps(self, spans: Sequence[Span]) -> dict[int, SpanMap]:
+        """The maps of some spans, by the state before each.
+
+        Class and register tokens share the map of the patches where there are too few of them for one of their own.
+
+        Raises:
+            RecoveryError: If there are too few patch tokens.
+        """
+        own = self.special.enough
+        return {
+            span[0]: SpanMap(self.patch.weight(span).float(), self.special.weight(span).float() if own else None)
+            for span in spans
+        }
 
 
 def drawn_only(group: Group, features: Tensor, special: int) -> tuple[Tensor, list[int]]:

@@ -22,7 +22,7 @@ class Draw(NamedTuple):
     index: Tensor  # (R,) into the tokens of all tiles, laid out one tile after the other
     weights: Tensor | None  # (B, tokens) for the mean over patch tokens
     counts: list[int]  # rows of each tile
-    special: int = 0  # how many of them, the last ones, are tokens that show no patch
+    special: int = 0  # how many of them, the last ones, are class and register tokens
 
     def take(self, output: Tensor) -> Tensor:
         """Rows (R, D) of a block's output (B * T, N, D), where T > 1 if frames pass as separate images."""
@@ -106,7 +106,7 @@ def draw(
         tokens: Which rows to draw.
         seed: Seed of the pass.
         device: Where the rows will be taken.
-        with_special: Whether to add, to every tile that has rows, all tokens that show no patch.
+        with_special: Whether to add, to every tile that has rows, the class and register tokens before its patches.
     """
     if tokens == "cls" and not special[0]:
         msg = "Found tokens 'cls' for an encoder without a class token, expected 'patch', 'mean' or 'all': change tokens."
@@ -124,7 +124,8 @@ def draw(
         candidates = usable[:, None, None] & (only_class if tokens == "cls" else special)
         candidates = candidates.expand_as(valid) | (valid & (tokens == "all"))
     per_tile = candidates.flatten(1).numpy()
-    extra = np.flatnonzero(special.expand(valid.shape[1:]).flatten().numpy()) if with_special else np.empty(0, np.int64)
+    before_patches = special.cumprod(dim=0).bool() & with_special
+    extra = np.flatnonzero(before_patches.expand(valid.shape[1:]).flatten().numpy())
     chosen = []
     for tile, (number, row) in enumerate(zip(numbers, per_tile, strict=True)):
         allowed = np.flatnonzero(row)
