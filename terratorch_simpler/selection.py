@@ -48,6 +48,7 @@ class Selection:
 
     criterion: Criterion
     bounds: Bounds
+    width: float  # not chosen, only applied
     tokens: Tokens
     min_tiles: int
     max_tiles: int
@@ -118,8 +119,7 @@ def select(
         kept_at, plan = processes.once(look_up)
         if plan is not None:
             rank_zero_info(f"Took the plan of an earlier run with the same encoder, tiles and settings from {kept_at}.")
-            backbone.slim(plan)
-            return plan
+            return _cut(backbone, replace(plan, width=how.width))
         unfinished = None if kept_at is None else Unfinished(kept_at.with_suffix(".unfinished.pt"))
         found = _stream(trainer, pl_module, backbone, source, how, processes, unfinished)
         skipped = dict(found.skips.counts)
@@ -144,6 +144,7 @@ def _plan(
         backbone=backbone.name,
         full_num_blocks=blocks,
         kept_blocks=choice.kept_blocks,
+        width=how.width,
         criterion={"name": how.criterion.name, "args": how.criterion.args},
         scores=choice.scores,
         similarity=None if found is None else found.similarity.tolist(),
@@ -160,6 +161,7 @@ def _plan(
 def _cut(backbone: SimplerBackbone, plan: SlimmingPlan) -> SlimmingPlan:
     """Cut, and complete the plan by what is left."""
     backbone.keep_blocks(plan.kept_blocks)
+    backbone.set_width(plan.width)
     assert plan.parameters is not None
     plan = replace(plan, parameters={**plan.parameters, "after": backbone.num_parameters()})
     shape = (plan.data or {}).get("input_shape", backbone.input_shape)

@@ -20,7 +20,7 @@ LAYERS = [
     {"registry", "report", "checkpoint", "plan_cache"},
     {"measure", "export"},
     {"selection"},
-    {"callback"},
+    {"callback", "slimmable"},
     {"demo", "cli"},
 ]
 PURE = ("errors", "files", "similarity", "plan", "criteria")
