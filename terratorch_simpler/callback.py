@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
-from terratorch_simpler.backbone import DEPTH_KEY, KEPT_KEY, SimplerBackbone
+from terratorch_simpler.backbone import SHAPE_KEYS, SimplerBackbone
 from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.files import whole_file
 from terratorch_simpler.measure import Tokens
-from terratorch_simpler.plan import RECOVERIES, SlimmingPlan
+from terratorch_simpler.plan import RECOVERIES, SlimmingPlan, resolve_width
 from terratorch_simpler.plan_cache import PlanCache
 from terratorch_simpler.processes import Processes
 from terratorch_simpler.report import plan_figure, plan_table, save_figure
@@ -52,6 +52,7 @@ class SimplerCallback(Callback):
         drop_blocks: Number of blocks to drop, for rules that need a budget.
         min_depth: Least number of blocks to keep.
         max_depth: Largest number of blocks to keep.
+        width: Share of the units of every attention head and MLP to keep, in (0, 1], whatever depth is chosen.
         recovery: "linear" puts a linear map in the place of what is dropped, found in the same pass; "none" does not.
         tokens: Rows used for similarity: "patch", "cls", "mean" (of the patch tokens) or "all".
         min_tiles: Tiles before the stream may stop early because one depth has won.
@@ -78,6 +79,7 @@ class SimplerCallback(Callback):
         drop_blocks: int | None = None,
         min_depth: int | None = None,
         max_depth: int | None = None,
+        width: float | str = 1.0,
         recovery: str = "none",
         tokens: Tokens = "patch",
         min_tiles: int = 256,
@@ -103,6 +105,16 @@ class SimplerCallback(Callback):
         if recovery != "none" and tokens != "patch":
             msg = f"Found recovery {recovery} with tokens {tokens!r}, expected 'patch', which maps are for: change one."
             raise ConfigurationError(msg)
+        width = resolve_width(width)
+        if recovery != "none" and width != 1:
+            msg = (
+                f"Found recovery {recovery} with width {width:g}, expected one of them, since a map is found in the encoder "
+                "at full width: remove one."
+            )
+            raise ConfigurationError(msg)
+        if plan is not None and width != 1:
+            msg = f"Found both width {width:g} and a plan, expected one of them, since a plan has its own: remove width."
+            raise ConfigurationError(msg)
         self.tiles = tiles
         self.plan = plan
         self.plan_cache = plan_cache
@@ -114,6 +126,7 @@ class SimplerCallback(Callback):
         self._how = Selection(
             criterion=build_criterion(criterion, drop_blocks),
             bounds=Bounds(min_depth, max_depth),
+            width=width,
             tokens=tokens,
             min_tiles=min_tiles,
             max_tiles=max_tiles,
@@ -130,13 +143,14 @@ class SimplerCallback(Callback):
         backbone = find_backbone(pl_module)
         self._refuse_copies(trainer, backbone)
         if self.export and not trainer.fast_dev_run:
-            _check_export(trainer, backbone)  # before hours of training
+            _check_export(trainer, backbone, self._how.width)  # before hours of training
         checkpoint = _checkpoint_to_resume(trainer)
         if checkpoint is not None:
-            backbone.match_checkpoint(*read_shape(checkpoint, trainer.strategy.checkpoint_io))
-            rank_zero_info(f"Resuming with {_depth(backbone)} as in {checkpoint}; nothing is selected again.")
-        elif backbone.num_blocks < backbone.full_num_blocks:
-            rank_zero_info(f"{backbone.name} is cut already to {_depth(backbone)}; nothing is selected.")
+            backbone.match_checkpoint(read_shape(checkpoint, trainer.strategy.checkpoint_io))
+            rank_zero_info(f"Resuming with {_held(backbone)} as in {checkpoint}; nothing is selected again.")
+        elif backbone.num_blocks < backbone.full_num_blocks or backbone.width < 1:
+            backbone.set_width(min(self._how.width, backbone.width))
+            rank_zero_info(f"{backbone.name} is cut already to {_held(backbone)}; nothing is selected.")
         else:
             self._cut(trainer, pl_module, backbone)
         self._backbone = backbone
@@ -145,7 +159,8 @@ class SimplerCallback(Callback):
         """The shape, for strategies whose checkpoints hold the weights elsewhere; other checkpoints need it not."""
         if self._backbone is None:
             return {}
-        return {KEPT_KEY: list(self._backbone.kept), DEPTH_KEY: self._backbone.full_num_blocks}
+        buffers = dict(self._backbone.named_buffers(recurse=False))
+        return {key: buffers[key].tolist() for key in SHAPE_KEYS if key in buffers}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Keep the deployment file loadable: TerraTorch drops all callbacks there, and with them our import."""
@@ -240,7 +255,13 @@ class SimplerCallback(Callback):
                 raise ConfigurationError(msg)
 
 
-def _check_export(trainer: Trainer, backbone: SimplerBackbone) -> None:
+def _check_export(trainer: Trainer, backbone: SimplerBackbone, width: float) -> None:
+    if width != 1 or backbone.width != 1:
+        msg = (
+            "Found export: true with a width below 1.0, expected 1.0, since TerraTorch has no setting for the width of "
+            "attention heads: remove export, and use terratorch-simpler export --formats onnx or pt2 afterwards."
+        )
+        raise ConfigurationError(msg)
     if backbone.host_settings() is None:
         msg = (
             f"Found export: true for '{backbone.name}', expected an encoder whose depth TerraTorch can set, which "
@@ -261,8 +282,9 @@ def _config_of_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, An
     return {"model": {"class_path": f"{task.__module__}.{task.__qualname__}"}}
 
 
-def _depth(backbone: SimplerBackbone) -> str:
-    return f"{backbone.num_blocks} of {backbone.full_num_blocks} blocks"
+def _held(backbone: SimplerBackbone) -> str:
+    width = "" if backbone.width == 1 else f" at width {backbone.width:g}"
+    return f"{backbone.num_blocks} of {backbone.full_num_blocks} blocks{width}"
 
 
 def _checkpoint_to_resume(trainer: Trainer) -> str | os.PathLike[str] | None:

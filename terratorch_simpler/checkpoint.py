@@ -11,12 +11,9 @@ import torch
 from lightning.fabric.plugins.io import CheckpointIO
 from torch import Tensor
 
-from terratorch_simpler.backbone import shape_in_checkpoint
+from terratorch_simpler.backbone import DEPTH_KEY, KEPT_KEY, SHAPE_KEYS, Shape, shape_in_checkpoint
 from terratorch_simpler.errors import CheckpointError
 from terratorch_simpler.files import load_tensors
-
-Shape = tuple[tuple[int, ...], int]
-"""Kept blocks, and the number of blocks of the intact encoder."""
 
 FILES_IN_FOLDERS = (
     "meta.pt",  # FSDP with sharded state
@@ -76,8 +73,8 @@ def _shape_in_folder(folder: Path) -> Shape:
             callbacks = read_checkpoint(folder / name).get("callbacks")
             states = callbacks.values() if isinstance(callbacks, Mapping) else ()
             for state in states:
-                if isinstance(state, Mapping) and {"kept_blocks", "total_blocks"} <= state.keys():
-                    as_weights = {name: torch.as_tensor(state[name]) for name in ("kept_blocks", "total_blocks")}
+                if isinstance(state, Mapping) and {KEPT_KEY, DEPTH_KEY} <= state.keys():
+                    as_weights = {key: torch.as_tensor(state[key]) for key in SHAPE_KEYS if key in state}
                     return shape_in_checkpoint(as_weights, str(folder))
     msg = (
         f"Found nothing in {folder} that tells which blocks were kept, expected a folder that FSDP or DeepSpeed has written "

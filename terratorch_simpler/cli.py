@@ -56,7 +56,10 @@ def run_plan(arguments: Namespace, overrides: Sequence[str]) -> None:
     with contextlib.suppress(_Planned):
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     if ours.written is None:
-        msg = "Found an encoder that is cut already, expected an intact one: remove backbone_keep and backbone_plan."
+        msg = (
+            "Found an encoder that is cut already, expected an intact one: remove backbone_keep, backbone_plan and "
+            "backbone_width."
+        )
         raise ConfigurationError(msg)
     print(ours.written / PLAN_FILE)
 
@@ -128,7 +131,7 @@ def run_export(arguments: Namespace, _overrides: Sequence[str]) -> None:
 
     config = _read_config(arguments)
     import_custom_modules(config.get("custom_modules_path"))
-    trained = load_trained(config, arguments.ckpt_path)
+    trained = load_trained(config, arguments.ckpt_path, arguments.width)
     if "plain" in arguments.formats:
         check_expressible(trained.backbone)  # before anything is written
     for format_ in (name for name in GRAPH_FORMATS if name in arguments.formats):
@@ -169,6 +172,7 @@ def build_parser() -> ArgumentParser:
         help="plain: config and checkpoint for TerraTorch; onnx and pt2 (torch.export): the whole model as one graph",
     )
     export.add_argument("--image_size", type=int, help="rows and columns in a graph, in pixels; default the encoder's own")
+    export.add_argument("--width", type=float, help="one of the widths that SlimmableTraining trained; default the largest")
     demo = ArgumentParser(description=run_demo.__doc__)
     demo.add_argument("-o", "--output_dir", default="demo", help="folder for everything the demo makes")
     demo.add_argument(

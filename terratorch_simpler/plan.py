@@ -1,15 +1,16 @@
-"""What is kept of an encoder and why: :class:`SlimmingPlan`, its file format, and the numbering of blocks."""
+"""What is kept of an encoder and why: :class:`SlimmingPlan`, its file format, what block numbers and widths mean."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
-from terratorch_simpler.errors import DepthError, PlanError
+from terratorch_simpler.errors import ConfigurationError, DepthError, PlanError
 from terratorch_simpler.files import whole_file
 from terratorch_simpler.recovery import SpanMap, load_maps, save_maps, spans_between
 
@@ -90,6 +91,41 @@ def feature_position(index: int, num_kept: int, num_blocks: int) -> int:
     return -(-(index % num_blocks + 1) * num_kept // num_blocks) - 1  # ceil in integers
 
 
+def resolve_width(width: object) -> float:
+    """Check a width: the share of the units of every attention head and MLP that is kept.
+
+    Args:
+        width: What was given.
+
+    Raises:
+        ConfigurationError: If it is no number above 0 and at most 1.
+    """
+    if is_width(width):
+        return float(width)
+    why = " (no rule that needs no labels is known to choose one: look at the widths of a sweep)" if width == "auto" else ""
+    msg = f"Found width {width!r}, expected a number above 0 and at most 1{why}: change the width."
+    raise ConfigurationError(msg)
+
+
+def is_width(width: object) -> TypeGuard[float]:
+    """Whether it is a number above 0 and at most 1."""
+    return isinstance(width, int | float) and not isinstance(width, bool) and 0 < width <= 1
+
+
+def units(size: int, width: float) -> int:
+    """Units that a layer of another width holds: max(1, floor(width * size)).
+
+    Args:
+        size: Hidden units of an MLP, or dimensions of an attention head, when intact.
+        width: Kept share of them.
+
+    Example:
+        >>> units(768, 0.5), units(64, 0.01), units(10, 0.3)
+        (384, 1, 3)
+    """
+    return max(1, math.floor(width * size + 1e-9))  # a product a rounding error below an integer is that integer
+
+
 @dataclass(frozen=True)
 class SlimmingPlan:
     """What to keep of an encoder, and everything the choice was made from.
@@ -99,7 +135,7 @@ class SlimmingPlan:
         full_num_blocks: Blocks L of the intact encoder.
         kept_blocks: Kept blocks, 0-based, ascending.
         criterion: ``name`` and ``args`` of the rule.
-        width: Kept share of attention and MLP width; 1.0 is all of it.
+        width: Kept share of the units of every attention head and MLP; 1.0 is all of them.
         recovery: How the cut was repaired; "none" or "linear".
         scores: Score of every judged depth.
         similarity: Similarity S of the intact encoder's blocks, L x L.
@@ -254,7 +290,7 @@ class _Check:
             "full_num_blocks": blocks,
             "kept_blocks": self.kept_blocks(raw, blocks),
             "criterion": self.criterion(raw),
-            "width": self.one_of(raw, "width", 1.0),
+            "width": self.width(raw),
             "recovery": self.recovery(raw),
             "scores": self.by_depth(raw["scores"], "scores", blocks),
             "similarity": self.similarity(raw, blocks),
@@ -279,16 +315,16 @@ class _Check:
             raise self.error(key, value, f"an integer of at least {minimum}")
         return value  # type: ignore[no-any-return]
 
-    def one_of(self, raw: dict[str, Any], key: str, supported: Any) -> Any:
-        if isinstance(raw[key], bool) or raw[key] != supported:
-            raise self.error(key, raw[key], f"{supported!r}, all that this version of the package can apply")
-        return supported
-
     def recovery(self, raw: dict[str, Any]) -> str:
         value = raw["recovery"]
         if value not in RECOVERIES:
             raise self.error("recovery", value, f"one of {', '.join(RECOVERIES)}")
         return str(value)
+
+    def width(self, raw: dict[str, Any]) -> float:
+        if not is_width(raw["width"]):
+            raise self.error("width", raw["width"], "a number above 0 and at most 1")
+        return float(raw["width"])
 
     def kept_blocks(self, raw: dict[str, Any], num_blocks: int, key: str = "kept_blocks") -> tuple[int, ...]:
         value = raw["kept_blocks"]

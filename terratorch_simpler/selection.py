@@ -50,6 +50,7 @@ class Selection:
 
     criterion: Criterion
     bounds: Bounds
+    width: float  # not chosen, only applied
     tokens: Tokens
     min_tiles: int
     max_tiles: int
@@ -126,8 +127,7 @@ def select(
         kept_at, plan = processes.once(look_up)
         if plan is not None:
             rank_zero_info(f"Took the plan of an earlier run with the same encoder, tiles and settings from {kept_at}.")
-            backbone.slim(plan)
-            return plan
+            return _cut(backbone, replace(plan, width=how.width))
         # The sums for maps are too large to be written every minute.
         resumable = kept_at is not None and how.recovery == "none"
         unfinished = Unfinished(kept_at.with_suffix(".unfinished.pt")) if kept_at is not None and resumable else None
@@ -155,6 +155,7 @@ def _plan(
         backbone=backbone.name,
         full_num_blocks=blocks,
         kept_blocks=choice.kept_blocks,
+        width=how.width,
         criterion={"name": how.criterion.name, "args": how.criterion.args},
         recovery=how.recovery,
         scores=choice.scores,
@@ -173,13 +174,13 @@ def _plan(
 
 def _cut(backbone: SimplerBackbone, plan: SlimmingPlan) -> SlimmingPlan:
     """Cut, and complete the plan by what is left."""
-    backbone.keep_blocks(plan.kept_blocks)
+    backbone.slim(plan)
     assert plan.parameters is not None
     plan = replace(plan, parameters={**plan.parameters, "after": backbone.num_parameters()})
     shape = (plan.data or {}).get("input_shape", backbone.input_shape)
     if plan.macs is not None and shape is not None:
         plan = replace(plan, macs={**plan.macs, "after": count_macs(backbone, shape)})
-    backbone.slim(plan)
+    backbone.slim(plan)  # is that already; from now on it knows the whole plan
     return plan
 
 

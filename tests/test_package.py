@@ -21,7 +21,7 @@ LAYERS = [
     {"measure", "export"},
     {"overview"},
     {"selection"},
-    {"callback"},
+    {"callback", "slimmable"},
     {"demo", "cli"},
 ]
 PURE = ("angles", "errors", "files", "recovery", "similarity", "plan", "criteria")

@@ -1,5 +1,8 @@
 """Linear maps in the place of dropped blocks: their sums, what they explain, and the model they are folded into."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +11,12 @@ from hypothesis import strategies as st
 
 from terratorch_simpler.criteria import Angular, BlockInfluence, Bounds, CkaIntervals, Fixed, Simpler
 from terratorch_simpler.errors import RecoveryError
-from terratorch_simpler.measure import measure
+from terratorch_simpler.measure import borrowed, measure
 from terratorch_simpler.measure.repairs import HELD_OUT
-from terratorch_simpler.recovery import RIDGE, SpanSums, spans_between
+from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.recovery import RIDGE, SpanMap, SpanSums, spans_between
+from terratorch_simpler.similarity import full_float32
+from tests.families import FAMILIES, wrapped
 from tests.memory import Tiles, land
 from tests.planted import idle, random_statistics
 
@@ -178,3 +184,125 @@ def test_an_early_stop_counts_only_groups_that_were_judged(build):
     assert found.repairs.patch.tokens.sum() == 16 * found.tiles_seen
     assert found.repairs.patch.explained((5, 12)) == pytest.approx(1, abs=1e-6)  # idle blocks change nothing
     torch.testing.assert_close(found.repairs.patch.weight((5, 12)), torch.eye(192).double(), rtol=0, atol=1e-6)
+
+
+# --- in a model
+
+
+def maps_for(backbone, images, kept):
+    """Maps in closed form from all tokens, class tokens apart."""
+    tokens, maps = raw(backbone, images), {}
+    for before, after in spans_between(kept, 12):
+        rows = [part.flatten(1, 2) for part in (tokens[:, :, 1:], tokens[:, :, :1])]
+        fitted = [torch.linalg.lstsq(part[before], part[after]).solution.float() for part in rows]
+        maps[before] = SpanMap(*fitted)
+    return maps
+
+
+def plan_of(backbone, kept, maps):
+    return SlimmingPlan(
+        backbone.name,
+        12,
+        tuple(kept),
+        {"name": "fixed", "args": {}},
+        recovery="linear" if maps else "none",
+        maps=maps or None,
+    )
+
+
+def small(build, seed=0):
+    torch.manual_seed(seed)
+    return build(embed_dim=48, num_heads=3).eval()
+
+
+def linear_block(block, turn):
+    """Replace what a block does by one matrix."""
+    block.forward = lambda x: x @ turn
+
+
+@pytest.mark.parametrize("kept", [range(5), [0, 1, 2, 8, 9, 10, 11], [3, 4, 9], [2, 3]], ids=str)
+def test_a_linear_encoder_answers_as_if_nothing_was_dropped(build, kept):
+    generator = torch.Generator().manual_seed(1)
+    backbone, images = small(build), torch.randn(120, 6, 64, 64, generator=generator)
+    for block in backbone.blocks:
+        linear_block(block, torch.linalg.qr(torch.randn(48, 48, generator=generator))[0])
+    with torch.no_grad(), full_float32():
+        expected = backbone(images)[-1]
+        kept = list(kept)
+        backbone.slim(plan_of(backbone, kept, maps_for(backbone, images, kept)))
+        found = backbone(images)[-1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", [one for one in FAMILIES if one.fewest == 1], ids=lambda family: family.key)
+def test_maps_change_the_tokens_after_a_block_and_no_others(family):
+    backbone, image = wrapped(family).eval(), family.image()
+    total = backbone.full_num_blocks
+    width = raw_width(backbone, image)
+    kept = [*range(1, total // 2), total - 2]
+    generator = torch.Generator().manual_seed(0)
+    special = backbone._adapter.prefix_tokens(backbone.encoder) > 0
+    maps = {
+        before: SpanMap(*(torch.randn(width, width, generator=generator) / width**0.5 for _ in range(2)))
+        for before, _ in spans_between(kept, total)
+    }
+    if not special:
+        maps = {before: SpanMap(one.patch, None) for before, one in maps.items()}
+    cut = copy.deepcopy(backbone)
+    cut.keep_blocks(kept)
+    parameters = cut.num_parameters()
+    plan = dataclasses.replace(plan_of(backbone, kept, maps), full_num_blocks=total)
+    repaired = copy.deepcopy(backbone)
+    repaired.slim(plan)
+    extra = sum(len(one.patch) ** 2 * (1 + special) for one in maps.values())
+    assert repaired.num_parameters() == parameters + extra
+
+    def states_of(model):
+        seen = []
+        handles = model.watch(seen.append)  # hooks that were there before run first
+        with borrowed(model):
+            answer = list(tensors_of(model(copy.deepcopy(image))))
+        for handle in handles:
+            handle.remove()
+        return seen, answer
+
+    before, _ = states_of(cut)
+    after, answer = states_of(repaired)
+    prefix = repaired._adapter.prefix_tokens(repaired.encoder)
+    first = mapped(before[0], maps[0], prefix)
+    if family.key.startswith("clay"):  # watched before the stack is entered, mapped on entering it
+        assert set(maps) == {0, total // 2, total - 1}
+    else:
+        torch.testing.assert_close(after[0], first, rtol=0, atol=1e-5)
+    again = copy.deepcopy(repaired)
+    with torch.no_grad():
+        for parameter in repaired.recovery.parameters():
+            parameter.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(states_of(again)[1], answer, strict=True))  # a copy runs its own maps
+
+
+def mapped(tokens, span_map, prefix):
+    if span_map.special is None:
+        return tokens @ span_map.patch
+    return torch.cat([tokens[..., :prefix, :] @ span_map.special, tokens[..., prefix:, :] @ span_map.patch], dim=-2)
+
+
+def raw_width(backbone, image):
+    seen = []
+    handles = backbone.watch(seen.append)
+    with torch.no_grad():
+        backbone(copy.deepcopy(image))
+    for handle in handles:
+        handle.remove()
+    return seen[0].shape[-1]
+
+
+def tensors_of(answer):
+    for part in answer if isinstance(answer, list | tuple) else [answer]:
+        yield from (
+            tensors_of(list(part.values()))
+            if isinstance(part, dict)
+            else [part]
+            if isinstance(part, torch.Tensor)
+            else (tensors_of(part))
+        )

@@ -23,6 +23,8 @@ def plan_table(plan: SlimmingPlan) -> Group:
     for column in ("before", "after", "kept"):
         table.add_column(column, justify="right")
     table.add_row("blocks", *_row(plan.full_num_blocks, len(plan.kept_blocks)))
+    if plan.width != 1:
+        table.add_row("width", "1", f"{plan.width:g}", f"{plan.width:.1%}")
     if plan.parameters is not None:
         table.add_row("parameters", *_row(plan.parameters["before"], plan.parameters["after"]))
     if plan.macs is not None:
@@ -37,7 +39,8 @@ def _row(before: int, after: int) -> tuple[str, str, str]:
 def _kept(plan: SlimmingPlan) -> str:
     kept = plan.kept_blocks
     blocks = f"first {len(kept)}" if kept == tuple(range(len(kept))) else f"blocks {', '.join(map(str, kept))}"
-    return f"{blocks} of {plan.full_num_blocks} blocks kept"
+    width = "" if plan.width == 1 else f" at width {plan.width:g}"
+    return f"{blocks} of {plan.full_num_blocks} blocks kept{width}"
 
 
 def _reasons(plan: SlimmingPlan) -> str:
