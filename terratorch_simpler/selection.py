@@ -272,7 +272,7 @@ def _stream(
     source.pin_memory = source.pin_memory or trainer.strategy.root_device.type == "cuda"
     with (
         borrowed(pl_module, how.seed),  # all of it: detection models ask for boxes while they train
-        _on_device(encoder, trainer.strategy.root_device),
+        on_device(encoder, trainer.strategy.root_device),
         _progress_bar(trainer, planned, backbone) as progress,
     ):
         found = measure(
@@ -336,7 +336,7 @@ def _forward(
 
     def forward(batch: Batch) -> object:
         inputs = normalised(transfer({key: value for key, value in batch.items() if key not in NOT_INPUT}))
-        with _precision(trainer):
+        with precision_of(trainer):
             return pl_module(inputs.pop("image"), **inputs)
 
     return forward
@@ -394,7 +394,7 @@ def _normalisation(trainer: Trainer, source: TileSource) -> Callable[[Batch], Ba
     return None
 
 
-def _precision(trainer: Trainer) -> AbstractContextManager[object]:
+def precision_of(trainer: Trainer) -> AbstractContextManager[object]:
     """The trainer's precision for one forward pass.
 
     True half and double precision convert the weights only after setup; casting them here and back would round them, so
@@ -408,7 +408,7 @@ def _precision(trainer: Trainer) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Borrow a device: Lightning moves the model there only after setup."""
     home = next(module.parameters()).device
     module.to(device)
