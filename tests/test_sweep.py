@@ -2,12 +2,14 @@
 
 import copy
 import csv
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +21,7 @@ from terratorch_simpler.sweep import COLUMNS, SweepSettings
 from terratorch_simpler.sweep.controls import build_controls
 from terratorch_simpler.sweep.cost import Cost, _TensorBytes, _throughput, measure_costs
 from terratorch_simpler.sweep.figure import sweep_figure
+from terratorch_simpler.sweep.table import sweep_table
 from terratorch_simpler.sweep.variants import Variant, list_variants, slimmed
 from tests.families import FAMILIES, wrapped
 
@@ -249,8 +252,12 @@ def config(tmp_path_factory, scenes):
 
 @pytest.fixture(scope="module")
 def swept(config, tmp_path_factory):
+    """Folder of one sweep, with a setting overridden."""
     folder = tmp_path_factory.mktemp("swept")
-    assert main(["sweep", "-c", str(config), "-o", str(folder), "--repeats", "2"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("terratorch_simpler.sweep.cost.LARGEST_BATCH", 2)
+        args = ["--repeats", "2", "--data.init_args.batch_size", "4"]
+        assert main(["sweep", "-c", str(config), "-o", str(folder), *args]) == 0
     return folder
 
 
@@ -277,13 +284,23 @@ def test_the_command_writes_a_line_for_every_depth_and_the_controls(swept, build
     assert (int(last["parameters"]), int(last["macs"])) == (plan.parameters["before"], plan.macs["before"])
 
 
-def test_settings_are_overridden_and_the_table_is_printed(config, tmp_path, capsys):
-    args = ["--repeats", "1", "--data.init_args.batch_size", "4"]
-    assert main(["sweep", "-c", str(config), "-o", str(tmp_path), *args]) == 0
-    out = capsys.readouterr().out
-    assert "first 12" in out
-    assert "prithvi_eo_v2_100_tl" in out
-    assert "k-NN" not in out
+def test_the_table_has_a_line_for_every_row_and_no_empty_columns(swept):
+    _, rows = read(swept / "sweep.csv")
+    numbers = {*NUMBERS, "depth", "width", "similarity"}
+    parsed = [
+        {
+            key: (float(value) if key in numbers else value) if value or key == "chosen_by" else None
+            for key, value in row.items()
+        }
+        for row in rows
+    ]
+    console = Console(width=90, record=True, file=io.StringIO())
+    console.print(sweep_table([{**row, "depth": int(row["depth"])} for row in parsed]))
+    text = console.export_text()
+    assert all(f"first {depth} " in text for depth in range(1, 13))
+    assert "prithvi_eo_v2_100_tl" in text
+    assert "simpler" in text
+    assert "k-NN" not in text
 
 
 @pytest.mark.parametrize(("args", "message"), [

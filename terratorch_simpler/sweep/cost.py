@@ -157,7 +157,8 @@ def _throughput(passes: Sequence[_Pass], random: np.random.Generator) -> list[tu
                 rate = batch / statistics.median(passes[i].seconds(images) for _ in range(PASSES))
                 if rate > best[i][0] * LEAST_GROWTH:
                     still.append(int(i))
-                best[i] = max(best[i], (rate, batch))
+                if rate > best[i][0]:
+                    best[i] = (rate, batch)
         growing, batch = still, 2 * batch
     return best
 

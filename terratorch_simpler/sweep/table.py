@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from terratorch_simpler.sweep.rows import Row
 
 SHOWN = {
-    "parameters": ("parameters", "{:,}"),
-    "macs": ("MACs", "{:,}"),
-    "latency_ms": ("ms", "{:.2f}"),
-    "throughput": ("tiles/s", "{:.1f}"),
-    "peak_memory_mib": ("MiB", "{:.1f}"),
-    "similarity": ("similarity", "{:.3f}"),
-    "recovery_r2": ("recovered", "{:.3f}"),
-    "knn": ("k-NN", "{:.3f}"),
-    "linear": ("linear", "{:.3f}"),
-    "chosen_by": ("chosen by", "{}"),
+    "parameters": ("M par.", 1e6, "{:.2f}"),
+    "macs": ("GMACs", 1e9, "{:.3f}"),
+    "latency_ms": ("ms", 1, "{:.2f}"),
+    "throughput": ("tiles/s", 1, "{:.0f}"),
+    "peak_memory_mib": ("MiB", 1, "{:.0f}"),
+    "similarity": ("CKA", 1, "{:.3f}"),
+    "recovery_r2": ("R2", 1, "{:.3f}"),
+    "knn": ("k-NN", 1, "{:.3f}"),
+    "linear": ("linear", 1, "{:.3f}"),
 }
+"""Heading, unit and format of the columns."""
 
 
 def sweep_table(rows: Sequence[Row]) -> Table:
@@ -28,16 +29,21 @@ def sweep_table(rows: Sequence[Row]) -> Table:
     Args:
         rows: Lines of a sweep.
     """
-    shown = [key for key in SHOWN if any(row[key] not in (None, "") for row in rows)]
-    table = Table()
-    table.add_column("encoder")
+    shown = [key for key in SHOWN if any(row[key] is not None for row in rows)]
+    table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=True)
+    table.add_column("encoder", no_wrap=True)
     for key in shown:
-        table.add_column(SHOWN[key][0], justify="left" if key == "chosen_by" else "right")
+        table.add_column(SHOWN[key][0], justify="right", no_wrap=True)
+    table.add_column("chosen by")
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and (before["kind"], before["width"]) != (row["kind"], row["width"]):
             table.add_section()
-        table.add_row(_name(row), *("" if row[key] is None else SHOWN[key][1].format(row[key]) for key in shown))
+        table.add_row(_name(row), *(_cell(row[key], *SHOWN[key][1:]) for key in shown), row["chosen_by"])
     return table
+
+
+def _cell(value: float | None, unit: float, shape: str) -> str:
+    return "" if value is None else shape.format(value / unit)
 
 
 def _name(row: Row) -> str:
