@@ -88,6 +88,8 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Pat
         raise _Planned
 
     callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
+    if sweep is not None:
+        callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
     if not is_overridden("training_step", cli.model):  # tasks that only predict can be cut as well
         cli.model.training_step = lambda *_args: None
     with contextlib.suppress(_Planned):

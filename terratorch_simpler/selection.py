@@ -24,21 +24,34 @@ from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
     ConfigurationError,
     FewTilesWarning,
+    LabelsError,
     SimplerWarning,
     SkippedTilesWarning,
     TilesError,
     UntrainedEncoderWarning,
 )
-from terratorch_simpler.measure import Measurement, Tokens, Unfinished, borrowed, count_macs, measure
+from terratorch_simpler.measure import (
+    LabelledRows,
+    Measurement,
+    Readout,
+    Tokens,
+    Unfinished,
+    as_pretrained,
+    borrowed,
+    check_labels,
+    collect_labelled,
+    count_macs,
+    measure,
+)
 from terratorch_simpler.overview import overview
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.plan_cache import PlanCache, hash_of_tensors, hash_of_weights, keep
 from terratorch_simpler.processes import Processes
 from terratorch_simpler.recovery import spans_between
-from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, TileSource
+from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, Split, TileSource
 
 DESCRIBES = frozenset({"index", "position", "path", "window"})
-NOT_INPUT = DESCRIBES | {"valid"}
+NOT_INPUT = DESCRIBES | {"valid", "target"}
 """Keys of a batch that describe the tiles and do not go to the encoder."""
 TILES_TO_KNOW = 8
 """How many tiles are looked at to tell whether an earlier run has seen the same."""
@@ -301,6 +314,76 @@ def _stream(
     if found.skips.counts and processes.first:
         warnings.warn(f"Skipped tiles: {found.skips}.", SkippedTilesWarning, stacklevel=2)
     return found
+
+
+def check_split(trainer: Trainer, pl_module: LightningModule, split: Split, seed: int) -> None:
+    """Raise unless the images of the datamodule have labels of two classes at least, before anything is computed.
+
+    Raises:
+        LabelsError: If they have not.
+    """
+    check_labels(_labelled_source(trainer, split, seed), _ignore_index(pl_module), _called(split))
+
+
+def labelled_rows(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    split: Split,
+    seed: int,
+    *,
+    tuned: bool = False,
+    readout: Readout | None = None,
+    class_token: bool = False,
+) -> LabelledRows:
+    """Rows with labels after every block that the encoder of a task holds, by the way a batch takes in a training step.
+
+    Args:
+        trainer: Gives device and precision, and the datamodule.
+        pl_module: The task, on the CPU.
+        split: Which images of the datamodule; they are read without augmentation.
+        seed: Seed of the order of the images and of the drawn patches.
+        tuned: With adapters (LoRA) and prompts, instead of as pretrained.
+        readout: What is taken for the features of a block; by default its raw output.
+        class_token: With labels by image, take the class token, if there is one, instead of the mean of the patches.
+
+    Raises:
+        LabelsError: If there are no labels, or of one class only.
+    """
+    backbone = find_backbone(pl_module)
+    source = _labelled_source(trainer, split, seed)
+    encoder = _outermost_encoder(pl_module, backbone)
+    with (
+        borrowed(pl_module, seed),
+        on_device(encoder, trainer.strategy.root_device),
+        nullcontext() if tuned else as_pretrained(encoder, backbone),
+    ):
+        return collect_labelled(
+            _forward(trainer, pl_module, backbone, source),
+            backbone,
+            source,
+            encoder,
+            what=_called(split),
+            ignore_index=_ignore_index(pl_module),
+            readout=readout,
+            class_token=class_token,
+            seed=seed,
+        )
+
+
+def _labelled_source(trainer: Trainer, split: Split, seed: int) -> DatamoduleTiles:
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        msg = "Found no datamodule, expected one with labels: only the images of a datamodule have labels."
+        raise LabelsError(msg)
+    return DatamoduleTiles(datamodule, seed, split, labels=True)
+
+
+def _called(split: Split) -> str:
+    return {"train": "training images", "val": "validation images"}[split]
+
+
+def _ignore_index(pl_module: LightningModule) -> int | None:
+    return getattr(pl_module, "hparams", {}).get("ignore_index")  # type: ignore[no-any-return]
 
 
 def _outermost_encoder(pl_module: LightningModule, backbone: SimplerBackbone) -> nn.Module:

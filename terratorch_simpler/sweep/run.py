@@ -17,10 +17,11 @@ from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import save_figure
-from terratorch_simpler.selection import find_backbone, on_device, precision_of
+from terratorch_simpler.selection import check_split, find_backbone, on_device, precision_of
 from terratorch_simpler.sweep.controls import build_controls
 from terratorch_simpler.sweep.cost import measure_costs
 from terratorch_simpler.sweep.figure import sweep_figure
+from terratorch_simpler.sweep.judge import judge
 from terratorch_simpler.sweep.rows import COLUMNS, Row, row_of_control, row_of_variant, write_csv
 from terratorch_simpler.sweep.table import sweep_table
 from terratorch_simpler.sweep.variants import list_variants, slimmed
@@ -69,6 +70,16 @@ class Sweep:
         self._intact = copy.deepcopy(find_backbone(task))
         self._settings = settings
 
+    def check(self, trainer: Trainer, task: LightningModule) -> None:
+        """Refuse to probe without labels, before anything is computed.
+
+        Raises:
+            LabelsError: If there are none, or of one class only.
+        """
+        if self._settings.probe:
+            check_split(trainer, task, "train", SEED)
+            check_split(trainer, task, "val", SEED)
+
     def run(self, trainer: Trainer, task: LightningModule, folder: Path) -> None:
         """Measure, and write ``sweep.csv`` and ``sweep.png`` beside the plan.
 
@@ -94,7 +105,11 @@ class Sweep:
         with on_device(torch.nn.ModuleList([intact, *controls]), trainer.strategy.root_device):
             encoders = [*slimmed(intact, variants), *controls]
             costs = measure_costs(encoders, shape, self._settings.repeats, lambda: precision_of(trainer), SEED)
-        slim = [row_of_variant(plan, variant, cost, {}) for variant, cost in zip(variants, costs, strict=False)]
+        probed = judge(trainer, task, intact, variants, SEED) if self._settings.probe else [{}] * len(variants)
+        slim = [
+            row_of_variant(plan, variant, cost, columns)
+            for variant, cost, columns in zip(variants, costs, probed, strict=False)
+        ]
         others = [
             row_of_control(control.name, control.num_blocks, cost)
             for control, cost in zip(controls, costs[len(variants) :], strict=True)

@@ -46,16 +46,12 @@ class DatamoduleTiles:
         ConfigurationError: If the datamodule has no such dataset.
     """
 
-    def __init__(
-        self, datamodule: LightningDataModule, seed: int = 0, split: Split = "train", labels: bool = False
-    ) -> None:
+    def __init__(self, datamodule: LightningDataModule, seed: int = 0, split: Split = "train", labels: bool = False) -> None:
         """Copy the dataset and draw the order."""
         dataset = _dataset_of(datamodule, split)
         if dataset is None:
             remedy = "set its roots in the datamodule" if labels else "give the callback tiles of its own"
-            msg = (
-                f"Found no {split}_dataset in {type(datamodule).__name__}, expected one after setup('fit'): {remedy}."
-            )
+            msg = f"Found no {split}_dataset in {type(datamodule).__name__}, expected one after setup('fit'): {remedy}."
             raise ConfigurationError(msg)
         self._dataset = dataset
         self._images = _Images(dataset, _plain_transform(datamodule), labels)
@@ -171,7 +167,8 @@ class _Images(Dataset[dict[str, Any]]):
             # Without no_data_replace the NaN would spread to every token of the tile.
             return {"unusable": ("NaN without no_data_replace", _file(self._plain, index), False)}
         inputs = {key: value for key, value in sample.items() if key not in LABEL_KEYS}
-        target = {"target": sample[key] for key in ("label", "mask") if self._labels and key in sample}
+        found = [sample[key] for key in ("label", "mask") if self._labels and key in sample]
+        target = {"target": found[0]} if found else {}
         return {**inputs, **target, "valid": valid, "index": index}
 
 
