@@ -46,12 +46,18 @@ def run_plan(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Choose a cut with the set-up that ``terratorch fit`` would use, and stop before training.
 
     Args:
-        arguments: ``config``, ``output_dir`` and ``debug``.
+        arguments: ``config``, ``output_dir``, ``ckpt_path`` and ``debug``.
         overrides: Settings such as ``--data.init_args.batch_size 4``, as ``terratorch fit`` takes them.
     """
     from terratorch_simpler.callback import PLAN_FILE
+    from terratorch_simpler.checkpoint import load_at_full_depth
+    from terratorch_simpler.selection import find_backbone
 
-    print(_choose(_build_terratorch(arguments, overrides), arguments.output_dir) / PLAN_FILE)
+    cli = _build_terratorch(arguments, overrides)
+    if arguments.ckpt_path:
+        load_at_full_depth(cli.model, arguments.ckpt_path)
+        find_backbone(cli.model).pretrained = None  # whatever it was built with
+    print(_choose(cli, arguments.output_dir) / PLAN_FILE)
 
 
 def run_sweep(arguments: Namespace, overrides: Sequence[str]) -> None:
@@ -198,6 +204,7 @@ def build_parser() -> ArgumentParser:
                           "config can be overridden as in terratorch fit, e.g. --data.init_args.batch_size 4.")  # fmt: skip
     plan.add_argument("-c", "--config", required=True, help="the YAML that terratorch fit takes")
     plan.add_argument("-o", "--output_dir", help="folder for plan.json and report.png; default <log_dir>/simpler")
+    plan.add_argument("--ckpt_path", help="checkpoint of a fit at full depth, to choose from what it has tuned")
     sweep = ArgumentParser(
         description="Compare what every cut would cost and keep, without training: sweep.csv, sweep.png, a table, and what "
         "plan writes. Settings of the config can be overridden as for plan."

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import nn
 
 from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.criteria import Bounds, Criterion
+from terratorch_simpler.criteria import Bounds, Criterion, Labelled
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
     ConfigurationError,
@@ -123,6 +123,7 @@ def select(
 
     Raises:
         ConfigurationError: If the rule needs tiles and there are none.
+        LabelsError: If the rule needs labels and there are none.
     """
     if backbone.fewest_blocks > 1:
         least = max(how.bounds.min_depth or 1, backbone.fewest_blocks)
@@ -130,6 +131,10 @@ def select(
     if not how.needs_tiles:
         return _cut(backbone, _plan(backbone, how, None, None))
     source = _open_source(getattr(trainer, "datamodule", None), tiles, how.seed, processes)
+    labelled: list[Labelled] = []  # in the first process, which decides
+    if how.criterion.needs_labels:
+        cache = None  # a plan is not found again by labels
+        processes.once(lambda: labelled.append(_labelled(trainer, pl_module, how.seed)))
     with ExitStack() as held:
 
         def look_up() -> tuple[Path | None, SlimmingPlan | None]:
@@ -145,6 +150,8 @@ def select(
         resumable = kept_at is not None and how.recovery == "none"
         unfinished = Unfinished(kept_at.with_suffix(".unfinished.pt")) if kept_at is not None and resumable else None
         found = _stream(trainer, pl_module, backbone, source, how, processes, unfinished)
+        if labelled:
+            found = replace(found, statistics=replace(found.statistics, labelled=labelled[0]))
         skipped = dict(found.skips.counts)
         data = {**source.describe(), "input_shape": _plain(found.input_shape), "skipped": skipped}
         # Should rounding differ between machines, the first process decides.
@@ -368,6 +375,12 @@ def labelled_rows(
             class_token=class_token,
             seed=seed,
         )
+
+
+def _labelled(trainer: Trainer, pl_module: LightningModule, seed: int) -> Labelled:
+    """Labelled features of the encoder as it was tuned, for rules that need some; outputs of blocks before any norm."""
+    rows = labelled_rows(trainer, pl_module, "train", seed, tuned=True, class_token=True)
+    return Labelled(rows.features, rows.labels)
 
 
 def _labelled_source(trainer: Trainer, split: Split, seed: int) -> DatamoduleTiles:

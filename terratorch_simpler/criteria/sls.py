@@ -82,8 +82,8 @@ class Sls(Criterion):
         if not usable.all():
             wrong = [depths[i] for i in (~usable).nonzero().flatten().tolist()]
             msg = (
-                f"Found labelled features after blocks {wrong} that are not finite or all the same, expected some that vary: "
-                "train with a smaller learning rate, or in higher precision."
+                f"Found labelled features after blocks {wrong} that are not finite or all the same, expected some that "
+                "vary: train with a smaller learning rate, or in higher precision."
             )
             raise DegenerateFeaturesError(msg)
         return torch.tensor(silhouettes(features, rows.labels), dtype=torch.float64)
@@ -123,13 +123,13 @@ def _some_rows(labelled: Labelled | None) -> Labelled:
     rows = Labelled(labelled.features[:, order], labelled.labels[order])
     if len(rows.labels) <= PERPLEXITY:
         msg = (
-            f"Found {len(rows.labels)} rows with labels for criterion 'sls', expected more than {PERPLEXITY}, the perplexity "
-            "of t-SNE: give more labelled images."
+            f"Found {len(rows.labels)} rows with labels for criterion 'sls', expected more than {PERPLEXITY}, the "
+            "perplexity of t-SNE: give more labelled images."
         )
         raise LabelsError(msg)
-    if not 1 < len(rows.labels.unique()) < len(rows.labels):
+    if not 1 < (classes := len(set(rows.labels.tolist()))) < len(rows.labels):
         msg = (
-            f"Found {len(rows.labels.unique())} classes in {len(rows.labels)} rows for criterion 'sls', expected two at least "
+            f"Found {classes} classes in {len(rows.labels)} rows for criterion 'sls', expected two at least "
             "and fewer than rows: check the labels."
         )
         raise LabelsError(msg)

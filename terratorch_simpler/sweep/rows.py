@@ -36,7 +36,7 @@ def row_of_variant(plan: SlimmingPlan, variant: Variant, cost: Cost, probed: Map
     """
     depth = len(variant.kept)
     known = variant.first_blocks and variant.width == 1.0  # what the plan says is about the first blocks at full width
-    overview = getattr(plan, "overview", None) or {}
+    overview = plan.overview or {}
     of_depth = overview.get("depths") or {}
     return {
         **dict.fromkeys(COLUMNS),

@@ -54,7 +54,7 @@ def list_variants(plan: SlimmingPlan, fewest_blocks: int, widths: Sequence[float
 
 
 def _criteria(plan: SlimmingPlan) -> Mapping[str, Any]:
-    overview = getattr(plan, "overview", None) or {}
+    overview = plan.overview or {}
     return overview.get("criteria") or {}
 
 
