@@ -188,6 +188,11 @@ class SimplerBackbone(nn.Module):
         """Shape of one native input: (C, H, W), (C, T, H, W), or one of these for each modality; None if unknown."""
         return self._adapter.input_shape(self.encoder)
 
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm that follows the last kept block; None if there is none."""
+        return self._adapter.final_norm(self.encoder)
+
     def host_settings(self) -> HostSettings | None:
         """How TerraTorch itself can build the encoder as it stands; None if it has no setting for it."""
         expressible = self._width == 1 and not self._repaired

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
 from terratorch_simpler.backbone import DEPTH_KEY, KEPT_KEY, SHAPE_KEYS, Shape, shape_in_checkpoint
 from terratorch_simpler.errors import CheckpointError
@@ -65,6 +65,50 @@ def read_shape(path: str | os.PathLike[str], checkpoint_io: CheckpointIO) -> Sha
         except Exception as err:
             raise _unreadable(path, err) from err
     return shape_in_checkpoint(_weights(content, path), str(path))
+
+
+def load_weights(task: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
+    """Load the weights of a task, all of them.
+
+    Args:
+        task: The task.
+        weights: What its checkpoint holds.
+        source: Where they came from, for messages.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    try:
+        task.load_state_dict(weights, strict=True)
+    except RuntimeError as err:
+        if isinstance(err, CheckpointError):
+            raise
+        msg = (
+            f"Found weights in checkpoint {source} that do not fit the model ({' '.join(str(err).split())[:200]}), expected "
+            "those of a terratorch fit of the same model: check the path."
+        )
+        raise CheckpointError(msg) from err
+
+
+def load_at_full_depth(task: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load the weights of a fit in which nothing was cut, such as one that tuned adapters, to choose a cut after it.
+
+    Args:
+        task: The same task, with its intact encoder.
+        path: A checkpoint file.
+
+    Raises:
+        CheckpointError: If it is damaged, of another model, or of one that was cut.
+    """
+    weights = _weights(read_checkpoint(path), path)
+    kept, total, *_ = shape_in_checkpoint(weights, str(path))
+    if len(kept) < total:
+        msg = (
+            f"Found a checkpoint of {len(kept)} of {total} blocks at {path}, expected one in which nothing was cut: give "
+            "that of the fit at full depth."
+        )
+        raise CheckpointError(msg)
+    load_weights(task, weights, path)
 
 
 def _shape_in_folder(folder: Path) -> Shape:

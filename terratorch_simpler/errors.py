@@ -51,6 +51,10 @@ class TilesError(SimplerError, ValueError):
     """There are too few usable tiles, or they do not fit the encoder."""
 
 
+class LabelsError(SimplerError, ValueError):
+    """There are no labels to judge features by, or none of a kind that can be used."""
+
+
 class SimplerWarning(UserWarning):
     """Something is unusual but the result is still what was asked for."""
 

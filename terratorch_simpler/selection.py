@@ -19,26 +19,39 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import nn
 
 from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.criteria import Bounds, Criterion
+from terratorch_simpler.criteria import Bounds, Criterion, Labelled
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
     ConfigurationError,
     FewTilesWarning,
+    LabelsError,
     SimplerWarning,
     SkippedTilesWarning,
     TilesError,
     UntrainedEncoderWarning,
 )
-from terratorch_simpler.measure import Measurement, Tokens, Unfinished, borrowed, count_macs, measure
+from terratorch_simpler.measure import (
+    LabelledRows,
+    Measurement,
+    Readout,
+    Tokens,
+    Unfinished,
+    as_pretrained,
+    borrowed,
+    check_labels,
+    collect_labelled,
+    count_macs,
+    measure,
+)
 from terratorch_simpler.overview import overview
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.plan_cache import PlanCache, hash_of_tensors, hash_of_weights, keep
 from terratorch_simpler.processes import Processes
 from terratorch_simpler.recovery import spans_between
-from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, TileSource
+from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, Split, TileSource
 
 DESCRIBES = frozenset({"index", "position", "path", "window"})
-NOT_INPUT = DESCRIBES | {"valid"}
+NOT_INPUT = DESCRIBES | {"valid", "target"}
 """Keys of a batch that describe the tiles and do not go to the encoder."""
 TILES_TO_KNOW = 8
 """How many tiles are looked at to tell whether an earlier run has seen the same."""
@@ -110,6 +123,7 @@ def select(
 
     Raises:
         ConfigurationError: If the rule needs tiles and there are none.
+        LabelsError: If the rule needs labels and there are none.
     """
     if backbone.fewest_blocks > 1:
         least = max(how.bounds.min_depth or 1, backbone.fewest_blocks)
@@ -117,6 +131,10 @@ def select(
     if not how.needs_tiles:
         return _cut(backbone, _plan(backbone, how, None, None))
     source = _open_source(getattr(trainer, "datamodule", None), tiles, how.seed, processes)
+    labelled: list[Labelled] = []  # in the first process, which decides
+    if how.criterion.needs_labels:
+        cache = None  # a plan is not found again by labels
+        processes.once(lambda: labelled.append(_labelled(trainer, pl_module, how.seed)))
     with ExitStack() as held:
 
         def look_up() -> tuple[Path | None, SlimmingPlan | None]:
@@ -132,6 +150,8 @@ def select(
         resumable = kept_at is not None and how.recovery == "none"
         unfinished = Unfinished(kept_at.with_suffix(".unfinished.pt")) if kept_at is not None and resumable else None
         found = _stream(trainer, pl_module, backbone, source, how, processes, unfinished)
+        if labelled:
+            found = replace(found, statistics=replace(found.statistics, labelled=labelled[0]))
         skipped = dict(found.skips.counts)
         data = {**source.describe(), "input_shape": _plain(found.input_shape), "skipped": skipped}
         # Should rounding differ between machines, the first process decides.
@@ -272,7 +292,7 @@ def _stream(
     source.pin_memory = source.pin_memory or trainer.strategy.root_device.type == "cuda"
     with (
         borrowed(pl_module, how.seed),  # all of it: detection models ask for boxes while they train
-        _on_device(encoder, trainer.strategy.root_device),
+        on_device(encoder, trainer.strategy.root_device),
         _progress_bar(trainer, planned, backbone) as progress,
     ):
         found = measure(
@@ -301,6 +321,82 @@ def _stream(
     if found.skips.counts and processes.first:
         warnings.warn(f"Skipped tiles: {found.skips}.", SkippedTilesWarning, stacklevel=2)
     return found
+
+
+def check_split(trainer: Trainer, pl_module: LightningModule, split: Split, seed: int) -> None:
+    """Raise unless the images of the datamodule have labels of two classes at least, before anything is computed.
+
+    Raises:
+        LabelsError: If they have not.
+    """
+    check_labels(_labelled_source(trainer, split, seed), _ignore_index(pl_module), _called(split))
+
+
+def labelled_rows(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    split: Split,
+    seed: int,
+    *,
+    tuned: bool = False,
+    readout: Readout | None = None,
+    class_token: bool = False,
+) -> LabelledRows:
+    """Rows with labels after every block that the encoder of a task holds, by the way a batch takes in a training step.
+
+    Args:
+        trainer: Gives device and precision, and the datamodule.
+        pl_module: The task, on the CPU.
+        split: Which images of the datamodule; they are read without augmentation.
+        seed: Seed of the order of the images and of the drawn patches.
+        tuned: With adapters (LoRA) and prompts, instead of as pretrained.
+        readout: What is taken for the features of a block; by default its raw output.
+        class_token: With labels by image, take the class token, if there is one, instead of the mean of the patches.
+
+    Raises:
+        LabelsError: If there are no labels, or of one class only.
+    """
+    backbone = find_backbone(pl_module)
+    source = _labelled_source(trainer, split, seed)
+    encoder = _outermost_encoder(pl_module, backbone)
+    with (
+        borrowed(pl_module, seed),
+        on_device(encoder, trainer.strategy.root_device),
+        nullcontext() if tuned else as_pretrained(encoder, backbone),
+    ):
+        return collect_labelled(
+            _forward(trainer, pl_module, backbone, source),
+            backbone,
+            source,
+            encoder,
+            what=_called(split),
+            ignore_index=_ignore_index(pl_module),
+            readout=readout,
+            class_token=class_token,
+            seed=seed,
+        )
+
+
+def _labelled(trainer: Trainer, pl_module: LightningModule, seed: int) -> Labelled:
+    """Labelled features of the encoder as it was tuned, for rules that need some; outputs of blocks before any norm."""
+    rows = labelled_rows(trainer, pl_module, "train", seed, tuned=True, class_token=True)
+    return Labelled(rows.features, rows.labels)
+
+
+def _labelled_source(trainer: Trainer, split: Split, seed: int) -> DatamoduleTiles:
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        msg = "Found no datamodule, expected one with labels: only the images of a datamodule have labels."
+        raise LabelsError(msg)
+    return DatamoduleTiles(datamodule, seed, split, labels=True)
+
+
+def _called(split: Split) -> str:
+    return {"train": "training images", "val": "validation images"}[split]
+
+
+def _ignore_index(pl_module: LightningModule) -> int | None:
+    return getattr(pl_module, "hparams", {}).get("ignore_index")  # type: ignore[no-any-return]
 
 
 def _outermost_encoder(pl_module: LightningModule, backbone: SimplerBackbone) -> nn.Module:
@@ -336,7 +432,7 @@ def _forward(
 
     def forward(batch: Batch) -> object:
         inputs = normalised(transfer({key: value for key, value in batch.items() if key not in NOT_INPUT}))
-        with _precision(trainer):
+        with precision_of(trainer):
             return pl_module(inputs.pop("image"), **inputs)
 
     return forward
@@ -394,7 +490,7 @@ def _normalisation(trainer: Trainer, source: TileSource) -> Callable[[Batch], Ba
     return None
 
 
-def _precision(trainer: Trainer) -> AbstractContextManager[object]:
+def precision_of(trainer: Trainer) -> AbstractContextManager[object]:
     """The trainer's precision for one forward pass.
 
     True half and double precision convert the weights only after setup; casting them here and back would round them, so
@@ -408,7 +504,7 @@ def _precision(trainer: Trainer) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Borrow a device: Lightning moves the model there only after setup."""
     home = next(module.parameters()).device
     module.to(device)

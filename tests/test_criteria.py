@@ -157,7 +157,7 @@ def test_fixed_needs_exactly_one_setting():
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(
         ConfigurationError,
-        match=r"Found criterion 'simplr', expected one of angular, .*, simpler, or a class_path",
+        match=r"Found criterion 'simplr', expected one of angular, .*, simpler, sls, or a class_path",
     ):
         build_criterion("simplr")
 

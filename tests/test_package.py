@@ -21,7 +21,7 @@ LAYERS = [
     {"measure", "export"},
     {"overview"},
     {"selection"},
-    {"callback", "slimmable"},
+    {"callback", "slimmable", "sweep"},
     {"demo", "cli"},
 ]
 PURE = ("angles", "errors", "files", "recovery", "similarity", "plan", "criteria")

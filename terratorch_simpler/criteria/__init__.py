@@ -11,9 +11,10 @@ from terratorch_simpler.criteria.cka_intervals import CkaIntervals
 from terratorch_simpler.criteria.fixed import Fixed
 from terratorch_simpler.criteria.knee import Knee
 from terratorch_simpler.criteria.simpler import Simpler
+from terratorch_simpler.criteria.sls import Sls
 from terratorch_simpler.criteria.statistics import GroupSums, Labelled, Statistics
 
-for _rule in (Simpler, Knee, BlockInfluence, Angular, CkaIntervals, Fixed):
+for _rule in (Simpler, Knee, BlockInfluence, Angular, CkaIntervals, Sls, Fixed):
     register(_rule)
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Knee",
     "Labelled",
     "Simpler",
+    "Sls",
     "Statistics",
     "build_criterion",
     "known_criteria",

@@ -134,6 +134,11 @@ class EncoderAdapter(ABC):
         features = encoder(*args, **kwargs)
         return [features[position] for position in positions]
 
+    def final_norm(self, encoder: nn.Module) -> nn.Module | None:
+        """The norm that follows the last block; None if the encoder hands its last block's output on as it is."""
+        del encoder
+        return None
+
     def without_prompts(self, encoder: nn.Module) -> AbstractContextManager[object]:
         """Run the encoder as it was pretrained, without the visual prompts that will be tuned."""
         del encoder

@@ -40,6 +40,10 @@ class ClayAdapter(EncoderAdapter):
         encoder._out_channels = encoder._out_channels[:1] * len(positions)
         self.prepare(encoder)
 
+    def final_norm(self, encoder: Any) -> nn.Module:
+        """``norm`` of the transformer."""
+        return encoder.clay_encoder.transformer.norm
+
     def out_channels(self, encoder: Any) -> list[int]:
         """Width."""
         return [int(encoder.clay_encoder.dim)] * len(self.blocks(encoder))

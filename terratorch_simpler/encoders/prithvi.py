@@ -47,6 +47,10 @@ class PrithviAdapter(EncoderAdapter):
         encoder.out_channels = encoder.out_channels[:1] * len(positions)
         self._renumber(encoder)
 
+    def final_norm(self, encoder: Any) -> nn.Module | None:
+        """``norm``, which ViT-Adapter takes away."""
+        return getattr(encoder, "norm", None)
+
     def without_prompts(self, encoder: Any) -> AbstractContextManager[object]:
         """Skip VPT."""
         return prompts_off(encoder)

@@ -19,7 +19,7 @@ from terratorch.models.utils import TemporalWrapper
 from torch import Tensor, nn
 
 from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.checkpoint import read_checkpoint
+from terratorch_simpler.checkpoint import load_weights, read_checkpoint
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
 from terratorch_simpler.similarity import full_float32
 
@@ -122,16 +122,7 @@ def load_trained(config: Mapping[str, Any], checkpoint: str | Path, width: float
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using PEFT without a pretrained backbone")
         task = task_class(**arguments)
-    try:
-        task.load_state_dict(content["state_dict"], strict=True)
-    except RuntimeError as err:
-        if isinstance(err, CheckpointError):
-            raise
-        msg = (
-            f"Found weights in checkpoint {checkpoint} that do not fit the model it describes "
-            f"({' '.join(str(err).split())[:200]}), expected the checkpoint of a terratorch fit: check the path."
-        )
-        raise CheckpointError(msg) from err
+    load_weights(task, content["state_dict"], checkpoint)
     task.eval()
     if width is not None:
         _take_width(task, width)

@@ -71,7 +71,9 @@ class Pool:
         return int(self._large.tiles[:count].sum())
 
     def votes(self, count: int, criterion: Criterion, bounds: Bounds, seed: int) -> Mapping[int, float] | None:
-        """Bootstrap votes over the first groups, or None if these are too few."""
+        """Bootstrap votes over the first groups, or None if these are too few, or have no part in the choice."""
+        if criterion.needs_labels:
+            return None
         metric, slots = self._best(count)
         sums = metric.sums(slots)
         if not criterion.needs_similarity or criterion.needs_labels:
