@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.files import whole_file
-from terratorch_simpler.measure import Tokens
+from terratorch_simpler.measure import Measurement, Tokens
 from terratorch_simpler.plan import RECOVERIES, SlimmingPlan, resolve_width
 from terratorch_simpler.plan_cache import PlanCache
 from terratorch_simpler.processes import Processes
@@ -133,6 +134,14 @@ class SimplerCallback(Callback):
             seed=seed,
             recovery=recovery,
         )
+
+    def compare(self, seen: Callable[[Measurement], None]) -> None:
+        """Measure whatever the choice would be, and what tells every depth apart as well.
+
+        Args:
+            seen: Told what was measured.
+        """
+        self._how = replace(self._how, compare=seen)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose and cut, or take the shape of the checkpoint to resume from."""

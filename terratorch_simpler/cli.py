@@ -95,6 +95,7 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Pat
 
     callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
     if sweep is not None:
+        ours.compare(sweep.take)
         callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
     if not is_overridden("training_step", cli.model):  # tasks that only predict can be cut as well
         cli.model.training_step = lambda *_args: None
