@@ -28,13 +28,22 @@ from terratorch_simpler.measure import Measurement, Tokens
 from terratorch_simpler.plan import RECOVERIES, SlimmingPlan, resolve_width
 from terratorch_simpler.plan_cache import PlanCache
 from terratorch_simpler.processes import Processes
-from terratorch_simpler.report import plan_figure, plan_table, save_figure
+from terratorch_simpler.report import (
+    plan_figure,
+    plan_markdown,
+    plan_rows,
+    plan_table,
+    report_page,
+    save_figure,
+    save_page,
+)
 from terratorch_simpler.selection import Selection, find_backbone, select
 from terratorch_simpler.stopping import StoppedForRequeue, StopSignals, requeue_job
 from terratorch_simpler.tiles import GeoTiffTiles
 
 PLAN_FILE = "plan.json"
 FIGURE_FILE = "report.png"
+PAGE_FILE = "report.html"
 INDEX_FILE = "tiles.json"
 PLAIN_FOLDER = "plain"
 FAST_DEV_RUN_TILES = 64
@@ -61,7 +70,7 @@ class SimplerCallback(Callback):
         plan: A plan.json to apply; nothing is streamed.
         plan_cache: Folder of plans that runs share: one that asks for the same encoder, tiles and settings again takes the
             plan from there, and one that was ended during the selection goes on where it was.
-        output_dir: Folder for plan.json and report.png; by default ``<trainer.log_dir>/simpler``.
+        output_dir: Folder for plan.json, report.html and report.png; by default ``<trainer.log_dir>/simpler``.
         seed: Same data and seed give the same plan.
         export: At the end of fit, write the best checkpoint as plain TerraTorch config and checkpoint into the subfolder
             ``plain`` of that folder.
@@ -245,11 +254,13 @@ class SimplerCallback(Callback):
             return
         output = self._output(trainer, folder)
         plan.save(output / PLAN_FILE)
+        page = save_page(report_page(plan), output / PAGE_FILE)
+        _log_page(trainer, plan, page)
         if plan.similarity is not None:
             figure = plan_figure(plan)
             _log_figure(trainer, figure, save_figure(figure, output / FIGURE_FILE))
         self.written = output
-        rank_zero_info(f"The plan is in {output / PLAN_FILE}.")
+        rank_zero_info(f"The plan is in {output / PLAN_FILE}, what led to it in {page}.")
 
     def _refuse_copies(self, trainer: Trainer, backbone: SimplerBackbone) -> None:
         """Refuse callbacks that have copied the uncut model in their own setup (weight averaging)."""
@@ -309,6 +320,18 @@ def _checkpoint_to_resume(trainer: Trainer) -> str | os.PathLike[str] | None:
             return frame.f_locals.get("ckpt_path")
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _log_page(trainer: Trainer, plan: SlimmingPlan, page: Path) -> None:
+    """Hand what matters of the report to every logger in the form it takes: text, a file, or a table."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("simpler/report", plan_markdown(plan))
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_artifact(logger.run_id, str(page), "simpler")
+        elif hasattr(logger, "log_table"):
+            columns, *rows = plan_rows(plan)
+            logger.log_table(key="simpler/plan", columns=columns, data=rows)
 
 
 def _log_figure(trainer: Trainer, figure: Figure, path: Path) -> None:
