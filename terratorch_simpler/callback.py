@@ -126,7 +126,7 @@ class SimplerCallback(Callback):
         self._signals = StopSignals(trainer)
         self._signals.catch()
         backbone = find_backbone(pl_module)
-        self._refuse_copies(trainer, backbone)
+        refuse_copies(self, trainer, backbone)
         if self.export and not trainer.fast_dev_run:
             _check_export(trainer, backbone, self._how.width)  # before hours of training
         checkpoint = _checkpoint_to_resume(trainer)
@@ -227,17 +227,23 @@ class SimplerCallback(Callback):
         self.written = output
         rank_zero_info(f"The plan is in {output / PLAN_FILE}.")
 
-    def _refuse_copies(self, trainer: Trainer, backbone: SimplerBackbone) -> None:
-        """Refuse callbacks that have copied the uncut model in their own setup (weight averaging)."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks[: callbacks.index(self)]:
-            held = [part for value in vars(callback).values() if isinstance(value, nn.Module) for part in value.modules()]
-            if any(isinstance(part, SimplerBackbone) and part is not backbone for part in held):
-                msg = (
-                    f"Found {type(callback).__name__}, which has copied the uncut model, before SimplerCallback, expected "
-                    "it after: list SimplerCallback first."
-                )
-                raise ConfigurationError(msg)
+
+def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) -> None:
+    """Refuse callbacks that have copied the model in their own setup (weight averaging), before it is changed in ours.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    name = type(own).__name__
+    for callback in callbacks[: callbacks.index(own)]:
+        held = [part for value in vars(callback).values() if isinstance(value, nn.Module) for part in value.modules()]
+        if any(isinstance(part, SimplerBackbone) and part is not backbone for part in held):
+            msg = (
+                f"Found {type(callback).__name__}, which has copied the uncut model, before {name}, expected it after: list "
+                f"{name} first."
+            )
+            raise ConfigurationError(msg)
 
 
 def _check_export(trainer: Trainer, backbone: SimplerBackbone, width: float) -> None:
