@@ -128,7 +128,7 @@ class SimplerCallback(Callback):
         backbone = find_backbone(pl_module)
         refuse_copies(self, trainer, backbone)
         if self.export and not trainer.fast_dev_run:
-            _check_export(trainer, backbone, self._how.width)  # before hours of training
+            _check_export(trainer, backbone, min(self._how.width, backbone.width))  # before hours of training
         checkpoint = _checkpoint_to_resume(trainer)
         if checkpoint is not None:
             backbone.match_checkpoint(read_shape(checkpoint, trainer.strategy.checkpoint_io))
@@ -137,7 +137,11 @@ class SimplerCallback(Callback):
             backbone.set_width(min(self._how.width, backbone.width))
             rank_zero_info(f"{backbone.name} is cut already to {_held(backbone)}; nothing is selected.")
         else:
+            if self._how.width != 1:
+                backbone.at_width(self._how.width)  # refuses layers that cannot be narrowed, before anything is streamed
             self._cut(trainer, pl_module, backbone)
+        if self.export and not trainer.fast_dev_run:
+            _check_export(trainer, backbone, backbone.width)  # a plan or a checkpoint has brought a width
         self._backbone = backbone
 
     def state_dict(self) -> dict[str, Any]:
@@ -247,7 +251,7 @@ def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) ->
 
 
 def _check_export(trainer: Trainer, backbone: SimplerBackbone, width: float) -> None:
-    if width != 1 or backbone.width != 1:
+    if width != 1:
         msg = (
             "Found export: true with a width below 1.0, expected 1.0, since TerraTorch has no setting for the width of "
             "attention heads: remove export, and use terratorch-simpler export --formats onnx or pt2 afterwards."

@@ -75,8 +75,15 @@ class SlimmableTraining(Callback):
         pl_module.training_step = self._several(trainer, pl_module, training)  # type: ignore[method-assign]
         pl_module.validation_step = self._each(pl_module, validation)  # type: ignore[method-assign]
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Give the task its steps back."""
+        self._release(pl_module)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Give the task its steps back."""
+        self._release(pl_module)
+
+    def _release(self, pl_module: LightningModule) -> None:
         for name in ("training_step", "validation_step"):
             vars(pl_module).pop(name, None)
         self._narrow = {}

@@ -278,10 +278,24 @@ def test_adapters_are_trained_at_all_widths(trainer, task, datamodule):
     assert all(p.abs().sum() > 0 for p in changed)
 
 
+def test_a_task_gets_its_steps_back_after_an_error(trainer, toy):
+    class Stop(Callback):
+        def on_train_batch_end(self, *args):
+            raise ValueError("stopped")
+
+    module = toy()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="stopped"):
+            trainer(SlimmableTraining(WIDTHS), Stop()).fit(module, batches(), batches())
+        assert vars(module).keys().isdisjoint({"training_step", "validation_step"})
+
+
 def test_two_processes_train_the_same_weights(scenes, tmp_path):
     settings = config(scenes, tmp_path, max_depth=4)
     settings["trainer"].update(max_epochs=1, limit_train_batches=2)
-    settings["trainer"]["callbacks"].insert(1, {"class_path": "terratorch_simpler.SlimmableTraining"})
+    settings["trainer"]["callbacks"].insert(
+        1, {"class_path": "terratorch_simpler.SlimmableTraining", "init_args": {"widths": [0.3, 1.0]}}
+    )
     command = Command(tmp_path, settings, ranks=2)
     assert command.wait() == [0, 0], command.output()
     first, second = (json.loads((tmp_path / f"trained.{rank}.json").read_text()) for rank in range(2))

@@ -659,6 +659,14 @@ def test_an_encoder_that_was_cut_by_hand_is_narrowed(trainer, task, datamodule, 
     assert not (tmp_path / "simpler").exists()
 
 
+def test_layers_that_cannot_be_narrowed_are_refused_before_streaming(trainer, task, datamodule, monkeypatch):
+    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *a, **k: pytest.fail("streamed"))
+    module = task()
+    module.model.encoder.blocks[3].attn.q_norm = torch.nn.LayerNorm(64)
+    with pytest.raises(UnsupportedEncoderError, match=r"Found 'q_norm.weight' in Attention in block 3"):
+        trainer(SimplerCallback(width=0.5)).fit(module, datamodule=datamodule())
+
+
 @ignored
 def test_averaged_weights_have_the_width(trainer, task, datamodule):
     module = task()
@@ -750,6 +758,9 @@ def test_graphs_of_a_narrow_model(trainer, task, datamodule, tmp_path, format_):
         load_trained({"model": {"class_path": "SemanticSegmentationTask"}}, tmp_path / "fit.ckpt", width=0.25)
 
 
-def test_export_of_a_narrow_model_is_refused_before_training(trainer, task, datamodule):
+def test_export_of_a_narrow_model_is_refused_before_training(trainer, task, datamodule, tmp_path):
     with pytest.raises(ConfigurationError, match=r"Found export: true with a width below 1\.0"):
         trainer(SimplerCallback(export=True, width=0.5), enable_checkpointing=True).fit(task(), datamodule=datamodule())
+    callback = SimplerCallback(export=True, plan=str(plan(0.5).save(tmp_path / "given.json")))
+    with pytest.raises(ConfigurationError, match=r"Found export: true with a width below 1\.0"):
+        trainer(callback, enable_checkpointing=True).fit(task(), datamodule=datamodule())
