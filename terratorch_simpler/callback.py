@@ -159,9 +159,9 @@ class SimplerCallback(Callback):
         self._signals = StopSignals(trainer)
         self._signals.catch()
         backbone = find_backbone(pl_module)
-        self._refuse_copies(trainer, backbone)
+        refuse_copies(self, trainer, backbone)
         if self.export and not trainer.fast_dev_run:
-            _check_export(trainer, backbone, self._how.width)  # before hours of training
+            _check_export(trainer, backbone, min(self._how.width, backbone.width))  # before hours of training
         checkpoint = _checkpoint_to_resume(trainer)
         if checkpoint is not None:
             backbone.match_checkpoint(read_shape(checkpoint, trainer.strategy.checkpoint_io))
@@ -170,7 +170,11 @@ class SimplerCallback(Callback):
             backbone.set_width(min(self._how.width, backbone.width))
             rank_zero_info(f"{backbone.name} is cut already to {_held(backbone)}; nothing is selected.")
         else:
+            if self._how.width != 1:
+                backbone.at_width(self._how.width)  # refuses layers that cannot be narrowed, before anything is streamed
             self._cut(trainer, pl_module, backbone)
+        if self.export and not trainer.fast_dev_run:
+            _check_export(trainer, backbone, backbone.width)  # a plan or a checkpoint has brought a width
         self._backbone = backbone
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,21 +266,27 @@ class SimplerCallback(Callback):
         self.written = output
         rank_zero_info(f"The plan is in {output / PLAN_FILE}, what led to it in {page}.")
 
-    def _refuse_copies(self, trainer: Trainer, backbone: SimplerBackbone) -> None:
-        """Refuse callbacks that have copied the uncut model in their own setup (weight averaging)."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks[: callbacks.index(self)]:
-            held = [part for value in vars(callback).values() if isinstance(value, nn.Module) for part in value.modules()]
-            if any(isinstance(part, SimplerBackbone) and part is not backbone for part in held):
-                msg = (
-                    f"Found {type(callback).__name__}, which has copied the uncut model, before SimplerCallback, expected "
-                    "it after: list SimplerCallback first."
-                )
-                raise ConfigurationError(msg)
+
+def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) -> None:
+    """Refuse callbacks that have copied the model in their own setup (weight averaging), before it is changed in ours.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    name = type(own).__name__
+    for callback in callbacks[: callbacks.index(own)]:
+        held = [part for value in vars(callback).values() if isinstance(value, nn.Module) for part in value.modules()]
+        if any(isinstance(part, SimplerBackbone) and part is not backbone for part in held):
+            msg = (
+                f"Found {type(callback).__name__}, which has copied the uncut model, before {name}, expected it after: list "
+                f"{name} first."
+            )
+            raise ConfigurationError(msg)
 
 
 def _check_export(trainer: Trainer, backbone: SimplerBackbone, width: float) -> None:
-    if width != 1 or backbone.width != 1:
+    if width != 1:
         msg = (
             "Found export: true with a width below 1.0, expected 1.0, since TerraTorch has no setting for the width of "
             "attention heads: remove export, and use terratorch-simpler export --formats onnx or pt2 afterwards."

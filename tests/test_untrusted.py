@@ -201,7 +201,7 @@ def test_blocks_that_a_plan_keeps_are_the_blocks_that_are_kept(small, data):
         assert kept != sorted(set(kept)) or not kept or not set(kept) <= set(range(BLOCKS))
         return
     try:
-        backbone.match_checkpoint(range(BLOCKS), BLOCKS)
+        backbone.match_checkpoint(Shape(tuple(range(BLOCKS)), BLOCKS))
         backbone.slim(plan)
     except DepthError:
         pytest.fail("a plan that was read did not fit")
