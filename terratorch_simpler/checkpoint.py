@@ -101,11 +101,11 @@ def load_at_full_depth(task: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: If it is damaged, of another model, or of one that was cut.
     """
     weights = _weights(read_checkpoint(path), path)
-    kept, total, *_ = shape_in_checkpoint(weights, str(path))
-    if len(kept) < total:
+    shape = shape_in_checkpoint(weights, str(path))
+    if shape != Shape(tuple(range(shape.total)), shape.total):
         msg = (
-            f"Found a checkpoint of {len(kept)} of {total} blocks at {path}, expected one in which nothing was cut: give "
-            "that of the fit at full depth."
+            f"Found a checkpoint of {len(shape.kept)} of {shape.total} blocks and width {shape.width:g} at {path}, expected "
+            "one in which nothing was cut: give that of the fit at full depth."
         )
         raise CheckpointError(msg)
     load_weights(task, weights, path)

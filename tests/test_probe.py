@@ -17,9 +17,9 @@ from terratorch_simpler.errors import ConfigurationError, LabelsError
 from terratorch_simpler.measure import check_labels, collect_labelled
 from terratorch_simpler.measure.labelled import patch_labels, read_targets
 from terratorch_simpler.selection import check_split, find_backbone, labelled_rows
-from terratorch_simpler.sweep.judge import _exchanged, judge
+from terratorch_simpler.sweep.judge import judge
 from terratorch_simpler.sweep.probe import Rows, accuracy, probe
-from terratorch_simpler.sweep.variants import Variant
+from terratorch_simpler.sweep.variants import Variant, exchanged
 from terratorch_simpler.tiles import DatamoduleTiles
 from tests import layouts
 from tests.families import FAMILIES, wrapped
@@ -349,7 +349,7 @@ def test_every_variant_is_judged_by_the_features_it_would_answer(run):
     for variant, columns in zip(variants, found, strict=True):
         cut = copy.deepcopy(intact)
         cut.keep_blocks(variant.kept)
-        with _exchanged(model, cut):
+        with exchanged(model, cut):
             rows = [labelled_rows(made, model, split, 0, readout=as_cut(cut)) for split in ("train", "val")]
         alone = probe(*(Rows(part.features[-1], part.labels, part.images) for part in rows))
         assert columns["knn"] == alone["knn"].value

@@ -88,7 +88,6 @@ def test_variants_share_the_weights_and_leave_the_intact_encoder_as_it_was(build
 
 
 def test_narrower_variants_are_those_of_the_backbone_itself(build):
-    """Needs SimplerBackbone.set_width."""
     intact = build()
     before = copy.deepcopy(intact.state_dict())
     narrow, wide = slimmed(intact, [Variant(tuple(range(4)), 0.5), Variant(tuple(range(4)))])
@@ -266,6 +265,10 @@ def test_the_command_writes_a_line_for_every_depth_and_the_controls(swept, build
     columns, rows = read(swept / "sweep.csv")
     assert columns == COLUMNS
     assert (swept / "sweep.png").stat().st_size > 10_000
+    blocks, diagnosed = read(swept / "blocks.csv")
+    assert blocks == ("block", "explained_variance", "effective_dimension", "feature_correlation")
+    assert [int(row["block"]) for row in diagnosed] == list(range(1, 13))
+    assert all(1 <= float(row["effective_dimension"]) <= 192 for row in diagnosed)
     slim = [row for row in rows if row["kind"] == "slimmed"]
     prefixes = [row for row in slim if row["kept"] == " ".join(map(str, range(int(row["depth"]))))]
     assert [int(row["depth"]) for row in prefixes] == list(range(1, 13))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.measure import LabelledRows, Readout
-from terratorch_simpler.selection import find_backbone, labelled_rows
+from terratorch_simpler.selection import labelled_rows
 from terratorch_simpler.sweep.probe import Accuracy, Rows, probe
-from terratorch_simpler.sweep.variants import Variant, slimmed
+from terratorch_simpler.sweep.variants import Variant, exchanged, slimmed
 
 Recover = Callable[[int, Tensor], Tensor]
 """Depth c and the raw output of block c (B, N, D) at full width; gives what the last block would have answered, so far as
@@ -47,7 +46,7 @@ def judge(
     found: dict[Variant, dict[str, float]] = {}
 
     def features(encoder: SimplerBackbone, recover: Recover | None = None) -> list[tuple[Rows, Rows]]:
-        with _exchanged(task, encoder):
+        with exchanged(task, encoder):
             readout = _as_cut(encoder, recover)
             train = labelled_rows(trainer, task, "train", seed, readout=readout)
             test = labelled_rows(trainer, task, "val", seed, readout=readout)
@@ -91,16 +90,3 @@ def _columns(accuracies: dict[str, Accuracy]) -> dict[str, float]:
     for name, found in accuracies.items():
         columns |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
     return columns
-
-
-@contextmanager
-def _exchanged(task: nn.Module, encoder: SimplerBackbone) -> Iterator[None]:
-    """Put another encoder into a task for a while."""
-    own = find_backbone(task)
-    path, _, name = next(path for path, part in task.named_modules() if part is own).rpartition(".")
-    parent = task.get_submodule(path)
-    setattr(parent, name, encoder)
-    try:
-        yield
-    finally:
-        setattr(parent, name, own)

@@ -23,13 +23,16 @@ from terratorch_simpler.report import save_figure
 from terratorch_simpler.selection import check_split, find_backbone, on_device, precision_of
 from terratorch_simpler.sweep.controls import build_controls
 from terratorch_simpler.sweep.cost import measure_costs
+from terratorch_simpler.sweep.diagnostics import BLOCK_COLUMNS, diagnose_blocks
 from terratorch_simpler.sweep.figure import sweep_figure
 from terratorch_simpler.sweep.judge import Recover, judge
 from terratorch_simpler.sweep.rows import COLUMNS, Row, row_of_control, row_of_variant, write_csv
 from terratorch_simpler.sweep.table import sweep_table
 from terratorch_simpler.sweep.variants import list_variants, slimmed
+from terratorch_simpler.tiles import GeoTiffTiles
 
 CSV_FILE = "sweep.csv"
+BLOCKS_FILE = "blocks.csv"
 FIGURE_FILE = "sweep.png"
 SEED = 0
 
@@ -88,12 +91,13 @@ class Sweep:
         """Take over what the selection has measured."""
         self._repairs = found.repairs
 
-    def run(self, trainer: Trainer, task: LightningModule, folder: Path) -> None:
-        """Measure, and write ``sweep.csv`` and ``sweep.png`` beside the plan.
+    def run(self, trainer: Trainer, task: LightningModule, tiles: GeoTiffTiles | None, folder: Path) -> None:
+        """Measure, and write ``sweep.csv``, ``blocks.csv`` and ``sweep.png`` beside the plan.
 
         Args:
             trainer: Gives device and precision.
             task: The task, cut by the plan.
+            tiles: What the selection has streamed; None for the datamodule's training images.
             folder: Where the plan is.
         """
         plan = find_backbone(task).plan
@@ -101,6 +105,7 @@ class Sweep:
         rows = self._rows(trainer, task, plan)
         Console().print(sweep_table(rows))
         path = write_csv(rows, COLUMNS, folder / CSV_FILE)
+        write_csv(diagnose_blocks(trainer, task, self._intact, tiles, SEED), BLOCK_COLUMNS, folder / BLOCKS_FILE)
         save_figure(sweep_figure(rows), folder / FIGURE_FILE)
         rank_zero_info(f"The comparison is in {path}.")
 

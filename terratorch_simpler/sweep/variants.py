@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.selection import find_backbone
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,16 @@ def _sharing_weights(encoder: SimplerBackbone) -> SimplerBackbone:
     """A copy of the structure, around the same tensors."""
     tensors: chain[torch.Tensor] = chain(encoder.parameters(), encoder.buffers())
     return copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors})
+
+
+@contextmanager
+def exchanged(task: nn.Module, encoder: SimplerBackbone) -> Iterator[None]:
+    """Put another encoder into a task for a while."""
+    own = find_backbone(task)
+    path, _, name = next(path for path, part in task.named_modules() if part is own).rpartition(".")
+    parent = task.get_submodule(path)
+    setattr(parent, name, encoder)
+    try:
+        yield
+    finally:
+        setattr(parent, name, own)
