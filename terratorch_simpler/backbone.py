@@ -184,6 +184,11 @@ class SimplerBackbone(nn.Module):
         return self._adapter.blocks(self.encoder)
 
     @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches in a block's output: class, register and prompt tokens."""
+        return self._adapter.prefix_tokens(self.encoder)
+
+    @property
     def input_shape(self) -> InputShape | None:
         """Shape of one native input: (C, H, W), (C, T, H, W), or one of these for each modality; None if unknown."""
         return self._adapter.input_shape(self.encoder)
@@ -333,7 +338,7 @@ class SimplerBackbone(nn.Module):
         device = self.get_buffer(DEPTH_KEY).device
         # Where the encoder is frozen (LoRA, freeze_backbone), so is what stands for a part of it.
         trainable = all(parameter.requires_grad for parameter in self.blocks.parameters())
-        prefix = self._adapter.prefix_tokens(self.encoder)
+        prefix = self.prefix_tokens
         for before, span_map in maps.items():
             token_map = TokenMap(span_map, prefix).to(device).requires_grad_(trainable)
             position = self._kept.index(before - 1) if before else -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,26 @@ from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.files import whole_file
-from terratorch_simpler.measure import Tokens
+from terratorch_simpler.measure import Measurement, Tokens
 from terratorch_simpler.plan import RECOVERIES, SlimmingPlan, resolve_width
 from terratorch_simpler.plan_cache import PlanCache
 from terratorch_simpler.processes import Processes
-from terratorch_simpler.report import plan_figure, plan_table, save_figure
+from terratorch_simpler.report import (
+    plan_figure,
+    plan_markdown,
+    plan_rows,
+    plan_table,
+    report_page,
+    save_figure,
+    save_page,
+)
 from terratorch_simpler.selection import Selection, find_backbone, select
 from terratorch_simpler.stopping import StoppedForRequeue, StopSignals, requeue_job
 from terratorch_simpler.tiles import GeoTiffTiles
 
 PLAN_FILE = "plan.json"
 FIGURE_FILE = "report.png"
+PAGE_FILE = "report.html"
 INDEX_FILE = "tiles.json"
 PLAIN_FOLDER = "plain"
 FAST_DEV_RUN_TILES = 64
@@ -60,7 +70,7 @@ class SimplerCallback(Callback):
         plan: A plan.json to apply; nothing is streamed.
         plan_cache: Folder of plans that runs share: one that asks for the same encoder, tiles and settings again takes the
             plan from there, and one that was ended during the selection goes on where it was.
-        output_dir: Folder for plan.json and report.png; by default ``<trainer.log_dir>/simpler``.
+        output_dir: Folder for plan.json, report.html and report.png; by default ``<trainer.log_dir>/simpler``.
         seed: Same data and seed give the same plan.
         export: At the end of fit, write the best checkpoint as plain TerraTorch config and checkpoint into the subfolder
             ``plain`` of that folder.
@@ -134,6 +144,14 @@ class SimplerCallback(Callback):
             recovery=recovery,
         )
 
+    def compare(self, seen: Callable[[Measurement], None]) -> None:
+        """Measure whatever the choice would be, and what tells every depth apart as well.
+
+        Args:
+            seen: Told what was measured.
+        """
+        self._how = replace(self._how, compare=seen)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose and cut, or take the shape of the checkpoint to resume from."""
         if stage != "fit":
@@ -141,9 +159,9 @@ class SimplerCallback(Callback):
         self._signals = StopSignals(trainer)
         self._signals.catch()
         backbone = find_backbone(pl_module)
-        self._refuse_copies(trainer, backbone)
+        refuse_copies(self, trainer, backbone)
         if self.export and not trainer.fast_dev_run:
-            _check_export(trainer, backbone, self._how.width)  # before hours of training
+            _check_export(trainer, backbone, min(self._how.width, backbone.width))  # before hours of training
         checkpoint = _checkpoint_to_resume(trainer)
         if checkpoint is not None:
             backbone.match_checkpoint(read_shape(checkpoint, trainer.strategy.checkpoint_io))
@@ -152,7 +170,11 @@ class SimplerCallback(Callback):
             backbone.set_width(min(self._how.width, backbone.width))
             rank_zero_info(f"{backbone.name} is cut already to {_held(backbone)}; nothing is selected.")
         else:
+            if self._how.width != 1:
+                backbone.at_width(self._how.width)  # refuses layers that cannot be narrowed, before anything is streamed
             self._cut(trainer, pl_module, backbone)
+        if self.export and not trainer.fast_dev_run:
+            _check_export(trainer, backbone, backbone.width)  # a plan or a checkpoint has brought a width
         self._backbone = backbone
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,27 +258,35 @@ class SimplerCallback(Callback):
             return
         output = self._output(trainer, folder)
         plan.save(output / PLAN_FILE)
+        page = save_page(report_page(plan), output / PAGE_FILE)
+        _log_page(trainer, plan, page)
         if plan.similarity is not None:
             figure = plan_figure(plan)
             _log_figure(trainer, figure, save_figure(figure, output / FIGURE_FILE))
         self.written = output
-        rank_zero_info(f"The plan is in {output / PLAN_FILE}.")
+        rank_zero_info(f"The plan is in {output / PLAN_FILE}, what led to it in {page}.")
 
-    def _refuse_copies(self, trainer: Trainer, backbone: SimplerBackbone) -> None:
-        """Refuse callbacks that have copied the uncut model in their own setup (weight averaging)."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks[: callbacks.index(self)]:
-            held = [part for value in vars(callback).values() if isinstance(value, nn.Module) for part in value.modules()]
-            if any(isinstance(part, SimplerBackbone) and part is not backbone for part in held):
-                msg = (
-                    f"Found {type(callback).__name__}, which has copied the uncut model, before SimplerCallback, expected "
-                    "it after: list SimplerCallback first."
-                )
-                raise ConfigurationError(msg)
+
+def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) -> None:
+    """Refuse callbacks that have copied the model in their own setup (weight averaging), before it is changed in ours.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    name = type(own).__name__
+    for callback in callbacks[: callbacks.index(own)]:
+        held = [part for value in vars(callback).values() if isinstance(value, nn.Module) for part in value.modules()]
+        if any(isinstance(part, SimplerBackbone) and part is not backbone for part in held):
+            msg = (
+                f"Found {type(callback).__name__}, which has copied the uncut model, before {name}, expected it after: list "
+                f"{name} first."
+            )
+            raise ConfigurationError(msg)
 
 
 def _check_export(trainer: Trainer, backbone: SimplerBackbone, width: float) -> None:
-    if width != 1 or backbone.width != 1:
+    if width != 1:
         msg = (
             "Found export: true with a width below 1.0, expected 1.0, since TerraTorch has no setting for the width of "
             "attention heads: remove export, and use terratorch-simpler export --formats onnx or pt2 afterwards."
@@ -300,6 +330,18 @@ def _checkpoint_to_resume(trainer: Trainer) -> str | os.PathLike[str] | None:
             return frame.f_locals.get("ckpt_path")
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _log_page(trainer: Trainer, plan: SlimmingPlan, page: Path) -> None:
+    """Hand what matters of the report to every logger in the form it takes: text, a file, or a table."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("simpler/report", plan_markdown(plan))
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_artifact(logger.run_id, str(page), "simpler")
+        elif hasattr(logger, "log_table"):
+            columns, *rows = plan_rows(plan)
+            logger.log_table(key="simpler/plan", columns=columns, data=rows)
 
 
 def _log_figure(trainer: Trainer, figure: Figure, path: Path) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from terratorch_simpler.errors import ConfigurationError, PlanError, SimplerError
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.report import plan_table
+from terratorch_simpler.report import full_table
 
 if TYPE_CHECKING:
     from terratorch_simpler.sweep import Sweep
@@ -95,6 +95,7 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Pat
 
     callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
     if sweep is not None:
+        ours.compare(sweep.take)
         callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
     if not is_overridden("training_step", cli.model):  # tasks that only predict can be cut as well
         cli.model.training_step = lambda *_args: None
@@ -152,13 +153,8 @@ class _ConfigError(ConfigurationError):
 
 
 def run_show(arguments: Namespace, _overrides: Sequence[str]) -> None:
-    """Print a plan as a table, with the score of every depth."""
-    plan = SlimmingPlan.load(arguments.plan)
-    console = Console()
-    console.print(plan_table(plan))
-    for depth, score in (plan.scores or {}).items():
-        votes = "" if plan.votes is None else f"  won {plan.votes.get(depth, 0.0):6.1%}"
-        console.print(f"keep {depth:3d}: score {score:+.4f}{votes}{'  chosen' if depth == len(plan.kept_blocks) else ''}")
+    """Print a plan: what it keeps and why, what every depth costs, what other rules would keep."""
+    Console().print(full_table(SlimmingPlan.load(arguments.plan)))
 
 
 def run_demo(arguments: Namespace, _overrides: Sequence[str]) -> None:
@@ -200,10 +196,10 @@ def build_parser() -> ArgumentParser:
     """The parser with all commands."""
     parser = ArgumentParser(prog="terratorch-simpler", description=__doc__)
     commands = parser.add_subcommands(dest="command")
-    plan = ArgumentParser(description="Choose a cut without training: plan.json, report.png and a table. Settings of the "
+    plan = ArgumentParser(description="Choose a cut without training: plan.json, a report and a table. Settings of the "
                           "config can be overridden as in terratorch fit, e.g. --data.init_args.batch_size 4.")  # fmt: skip
     plan.add_argument("-c", "--config", required=True, help="the YAML that terratorch fit takes")
-    plan.add_argument("-o", "--output_dir", help="folder for plan.json and report.png; default <log_dir>/simpler")
+    plan.add_argument("-o", "--output_dir", help="folder for plan.json and the report; default <log_dir>/simpler")
     plan.add_argument("--ckpt_path", help="checkpoint of a fit at full depth, to choose from what it has tuned")
     sweep = ArgumentParser(
         description="Compare what every cut would cost and keep, without training: sweep.csv, sweep.png, a table, and what "

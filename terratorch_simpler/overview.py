@@ -15,7 +15,12 @@ from terratorch_simpler.recovery import spans_between
 
 
 def overview(
-    backbone: SimplerBackbone, criterion: Criterion, bounds: Bounds, choice: Choice, found: Measurement
+    backbone: SimplerBackbone,
+    criterion: Criterion,
+    bounds: Bounds,
+    choice: Choice,
+    found: Measurement,
+    recovery: str = "none",
 ) -> dict[str, Any]:
     """Look at everything that the same statistics say.
 
@@ -25,6 +30,7 @@ def overview(
         bounds: Bounds on the kept depth.
         choice: What it has chosen.
         found: The statistics.
+        recovery: How the cut is repaired.
 
     Returns:
         What goes to ``overview`` in plan.json.
@@ -35,7 +41,7 @@ def overview(
         "criteria": {**_others(criterion, bounds, len(kept), found), criterion.name: chosen},
         "depths": _depths(backbone, found),
     }
-    if found.repairs is not None:
+    if recovery != "none" and found.repairs is not None:
         spans = spans_between(kept, backbone.full_num_blocks)
         seen["repaired"] = [[*span, found.repairs.patch.explained(span)] for span in spans]
     return seen
@@ -65,7 +71,7 @@ def _depths(backbone: SimplerBackbone, found: Measurement) -> dict[int, dict[str
         for number, block in enumerate(backbone.blocks)
     ]
     macs, by_block = macs_by_block(backbone, found.input_shape)
-    repairs = None if found.repairs is None else found.repairs.patch
+    repairs = found.repairs.patch if found.repairs is not None and found.repairs.patch.enough else None
     costs: dict[int, dict[str, Any]] = {}
     for depth in range(1, total + 1):
         span = (depth, total)

@@ -49,7 +49,7 @@ from terratorch_simpler.overview import overview
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.plan_cache import PlanCache, hash_of_tensors, hash_of_weights, keep
 from terratorch_simpler.processes import Processes
-from terratorch_simpler.recovery import spans_between
+from terratorch_simpler.recovery import Span, spans_between
 from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, Split, TileSource
 
 DESCRIBES = frozenset({"index", "position", "path", "window"})
@@ -71,11 +71,19 @@ class Selection:
     max_tiles: int
     seed: int
     recovery: str = "none"
+    compare: Callable[[Measurement], None] | None = None  # told what was measured, for every depth
 
     @property
     def needs_tiles(self) -> bool:
         """Whether anything has to be measured."""
-        return self.criterion.needs_similarity or self.recovery != "none"
+        return self.criterion.needs_similarity or self.recovery != "none" or self.compare is not None
+
+    def spans(self, num_blocks: int) -> list[Span]:
+        """Ranges of blocks to find maps for."""
+        wanted = set() if self.recovery == "none" else set(self.criterion.spans(num_blocks, self.bounds))
+        if self.compare is not None and self.tokens == "patch":
+            wanted |= {(depth, num_blocks) for depth in range(1, num_blocks)}
+        return sorted(wanted)
 
 
 def find_backbone(module: nn.Module) -> SimplerBackbone:
@@ -133,6 +141,8 @@ def select(
     if not how.needs_tiles:
         return _cut(backbone, _plan(backbone, how, None, None))
     source = _open_source(getattr(trainer, "datamodule", None), tiles, how.seed, processes)
+    if how.compare is not None:
+        cache = None  # a plan does not hold what is compared
     labelled: list[Labelled] = []  # in the first process, which decides
     if how.criterion.needs_labels:
         cache = None  # a plan is not found again by labels
@@ -149,9 +159,11 @@ def select(
             rank_zero_info(f"Took the plan of an earlier run with the same encoder, tiles and settings from {kept_at}.")
             return _cut(backbone, replace(plan, width=how.width))
         # The sums for maps are too large to be written every minute.
-        resumable = kept_at is not None and how.recovery == "none"
+        resumable = kept_at is not None and not how.spans(backbone.full_num_blocks)
         unfinished = Unfinished(kept_at.with_suffix(".unfinished.pt")) if kept_at is not None and resumable else None
         found = _stream(trainer, pl_module, backbone, source, how, processes, unfinished)
+        if how.compare is not None:
+            how.compare(found)
         if labelled:
             found = replace(found, statistics=replace(found.statistics, labelled=labelled[0]))
         skipped = dict(found.skips.counts)
@@ -189,8 +201,8 @@ def _plan(
         macs=None if macs is None else {"before": macs, "after": macs},
         data=data,
         versions=_versions(),
-        overview=None if found is None else overview(backbone, how.criterion, how.bounds, choice, found),
-        maps=None if repairs is None else repairs.maps(spans_between(choice.kept_blocks, blocks)),
+        overview=None if found is None else overview(backbone, how.criterion, how.bounds, choice, found, how.recovery),
+        maps=None if repairs is None or how.recovery == "none" else repairs.maps(spans_between(choice.kept_blocks, blocks)),
     )
 
 
@@ -311,7 +323,7 @@ def _stream(
             progress=progress,
             processes=processes,
             unfinished=unfinished,
-            spans=() if how.recovery == "none" else how.criterion.spans(backbone.full_num_blocks, how.bounds),
+            spans=how.spans(backbone.full_num_blocks),
         )
     peak = "" if found.peak_bytes is None else f"; at most {found.peak_bytes / 2**30:.2f} GiB of memory were in use"
     limit = "" if found.batch_limit is None else f"; memory ran out, so {found.batch_limit} tiles were sent at once"

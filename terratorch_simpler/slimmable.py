@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.callback import refuse_copies
 from terratorch_simpler.encoders import Narrowing
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.plan import resolve_width
@@ -48,32 +50,51 @@ class SlimmableTraining(Callback):
         self.seed = seed
         self._narrow: dict[float, Narrowing] = {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the task's steps run at several widths; by now the encoder is cut and on its device."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have checkpoints say at which widths their weights were trained."""
+        if stage != "fit":
+            return
         backbone = find_backbone(pl_module)
-        if backbone.width != self.widths[-1]:
-            msg = (
-                f"Found widths up to {self.widths[-1]:g} for an encoder of width {backbone.width:g}, expected its own as "
-                "the largest: change the widths, or remove width from SimplerCallback and backbone_width."
-            )
-            raise ConfigurationError(msg)
+        refuse_copies(self, trainer, backbone)
+        self._check_width(backbone)
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             msg = (
                 f"Found strategy {type(trainer.strategy).__name__}, expected one that keeps weights whole in every process, "
                 "since narrower ones are slices of them: use ddp or a single device."
             )
             raise ConfigurationError(msg)
-        self._narrow = {width: backbone.at_width(width) for width in self.widths[:-1]}
         backbone.mark_trained_widths(self.widths)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the task's steps run at several widths; by now the encoder is cut and on its device."""
+        backbone = find_backbone(pl_module)
+        self._check_width(backbone)
+        backbone.mark_trained_widths(self.widths)  # a checkpoint that was resumed from may have said otherwise
+        self._narrow = {width: backbone.at_width(width) for width in self.widths[:-1]}
         training, validation = pl_module.training_step, pl_module.validation_step
         pl_module.training_step = self._several(trainer, pl_module, training)  # type: ignore[method-assign]
         pl_module.validation_step = self._each(pl_module, validation)  # type: ignore[method-assign]
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Give the task its steps back."""
+        self._release(pl_module)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Give the task its steps back."""
+        self._release(pl_module)
+
+    def _release(self, pl_module: LightningModule) -> None:
         for name in ("training_step", "validation_step"):
             vars(pl_module).pop(name, None)
         self._narrow = {}
+
+    def _check_width(self, backbone: SimplerBackbone) -> None:
+        if backbone.width != self.widths[-1]:
+            msg = (
+                f"Found widths up to {self.widths[-1]:g} for an encoder of width {backbone.width:g}, expected its own as "
+                "the largest: change the widths, or remove width from SimplerCallback and backbone_width."
+            )
+            raise ConfigurationError(msg)
 
     def _several(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> Step:
         """A training step at the largest width, the smallest and one in between; the losses are added."""

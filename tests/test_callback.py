@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from terratorch.models import EncoderDecoderFactory
 from terratorch.tasks import SemanticSegmentationTask
@@ -64,7 +65,7 @@ def test_fit_cuts_before_the_optimizer_exists(trainer, task, datamodule, tmp_pat
     assert "5,634,050" in out
     with (tmp_path / "simpler" / "report.png").open("rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
-    assert {path.name for path in (tmp_path / "simpler").iterdir()} == {"plan.json", "report.png"}
+    assert {path.name for path in (tmp_path / "simpler").iterdir()} == {"plan.json", "report.html", "report.png"}
 
 
 def test_training_is_that_of_an_encoder_built_with_that_depth(trainer, task, datamodule):
@@ -111,6 +112,67 @@ def test_figure_goes_to_tensorboard_and_files_to_the_log_dir(trainer, task, data
     assert plan_of(tmp_path / "lightning_logs" / "version_0" / "simpler").full_num_blocks == 12
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 1}).Reload()
     assert "simpler/report" in events.Tags()["images"]
+
+    (text,) = events.Tensors("simpler/report/text_summary")
+    told = text.tensor_proto.string_val[0].decode()
+    assert "of 12 blocks kept**" in told
+    assert "| parameters | 5,634,050 |" in told
+
+
+class Remembers(Logger):
+    """Stands in for a logger that is not installed here: remembers what it was given."""
+
+    name, version = "stand-in", 0
+
+    def __init__(self):
+        self.given = []
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, *args, **kwargs):
+        pass
+
+
+class LikeWandb(Remembers):
+    def log_image(self, key, images, step=None):
+        self.given.append((key, [Path(image).name for image in images]))
+
+    def log_table(self, key, columns=None, data=None, dataframe=None, step=None):
+        self.given.append((key, columns, data))
+
+
+class LikeMLflow(Remembers, MLFlowLogger):
+    run_id = "7"
+
+    @property
+    def experiment(self):
+        return self
+
+    def log_figure(self, run_id, figure, path):
+        self.given.append((run_id, "figure", path))
+
+    def log_artifact(self, run_id, local_path, artifact_path=None):
+        self.given.append((run_id, Path(local_path).name, artifact_path))
+        assert Path(local_path).read_text().startswith("<!DOCTYPE html>")
+
+    def finalize(self, status):
+        pass
+
+
+def test_report_goes_to_loggers_in_the_form_they_take(trainer, task, datamodule, tmp_path):
+    wandb, mlflow, plain = LikeWandb(), LikeMLflow(), Remembers()
+    trainer(SimplerCallback(output_dir=str(tmp_path / "out")), logger=[wandb, mlflow, plain]).fit(
+        task(), datamodule=datamodule()
+    )
+    plan = plan_of(tmp_path / "out")
+    (table, columns, rows), picture = wandb.given
+    assert (table, columns) == ("simpler/plan", ["encoder", "before", "after", "kept"])
+    assert rows[0][:3] == ["blocks", "12", str(len(plan.kept_blocks))]
+    assert [row[0] for row in rows] == ["blocks", "parameters", "MACs per tile"]
+    assert picture == ("simpler/report", ["report.png"])
+    assert mlflow.given == [("7", "report.html", "simpler"), ("7", "figure", "simpler/report.png")]
+    assert plain.given == []
 
 
 def test_loggers_without_pictures_and_an_output_dir(trainer, task, datamodule, tmp_path):
@@ -181,7 +243,7 @@ def test_geotiff_tiles_instead_of_the_datamodule(trainer, task, datamodule, scen
 def test_index_of_the_files_is_kept_next_to_the_plan_in_a_folder_of_the_user(trainer, task, datamodule, scenes, tmp_path):
     tiles = GeoTiffTiles(str(scenes / "images"), tile_size=64)
     trainer(SimplerCallback(tiles=tiles, output_dir=str(tmp_path / "out"))).fit(task(), datamodule=datamodule())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "report.png", "tiles.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "report.html", "report.png", "tiles.json"}
     assert len(json.loads((tmp_path / "out" / "tiles.json").read_text())["files"]) == 56
     again = GeoTiffTiles(str(scenes / "images"), tile_size=64, index_cache=str(tmp_path / "out" / "tiles.json"))
     assert len(again) == len(tiles)
@@ -256,6 +318,7 @@ def test_given_plan_is_applied_without_streaming(trainer, task, datamodule, tmp_
     module = task()
     trainer(SimplerCallback(plan=str(path))).fit(module, datamodule=datamodule())
     assert module.model.encoder.plan == plan == plan_of(tmp_path / "simpler")
+    assert {path.name for path in (tmp_path / "simpler").iterdir()} == {"plan.json", "report.html"}  # no similarity to draw
 
 
 @pytest.mark.parametrize(

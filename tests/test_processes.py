@@ -225,7 +225,7 @@ def test_fit_in_one_two_and_four_processes_makes_the_same_plan(tiles_for_many, t
         said = [command.output(rank) for rank in range(ranks)]
         assert "blocks kept" in said[0]
         assert not any("blocks kept" in text or "Compared the blocks" in text for text in said[1:])
-        assert {path.name for path in (folder / "simpler").iterdir()} == {"plan.json", "report.png"}
+        assert {path.name for path in (folder / "simpler").iterdir()} == {"plan.json", "report.html", "report.png"}
     assert plans[1].tiles_seen == 144
     assert plans[1].data["skipped"] == {"nodata": 6}
     for plan in (plans[2], plans[4]):

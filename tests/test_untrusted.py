@@ -3,17 +3,20 @@
 import json
 import pickle
 import zipfile
+from io import StringIO
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from terratorch_simpler import SlimmingPlan
 from terratorch_simpler import plan as plan_module
 from terratorch_simpler.backbone import Shape, SimplerBackbone
 from terratorch_simpler.checkpoint import read_checkpoint, read_shape
 from terratorch_simpler.errors import CheckpointError, DepthError, PlanError
+from terratorch_simpler.report import full_table, report_page
 
 BLOCKS = 4
 PLAN = SlimmingPlan(
@@ -124,6 +127,8 @@ def test_plan_with_anything_anywhere(files, small, data):
         return
     assert sound(plan)
     assert SlimmingPlan.load(plan.save(files / "again.json")) == plan
+    assert report_page(plan).encode("utf-8")
+    Console(file=StringIO()).print(full_table(plan))
     backbone = _once(small)
     try:
         plan.check_encoder(backbone.name, backbone.full_num_blocks)
@@ -196,7 +201,7 @@ def test_blocks_that_a_plan_keeps_are_the_blocks_that_are_kept(small, data):
         assert kept != sorted(set(kept)) or not kept or not set(kept) <= set(range(BLOCKS))
         return
     try:
-        backbone.match_checkpoint(range(BLOCKS), BLOCKS)
+        backbone.match_checkpoint(Shape(tuple(range(BLOCKS)), BLOCKS))
         backbone.slim(plan)
     except DepthError:
         pytest.fail("a plan that was read did not fit")

@@ -51,7 +51,7 @@ def run(folder: Path, official_weights: bool = False) -> None:
     report = f"""
 The config:      {config}
 The plan:        {logs / "simpler" / "plan.json"}
-The report:      {logs / "simpler" / "report.png"}
+The report:      {logs / "simpler" / "report.html"}
 The checkpoint:  {checkpoint}
 The predictions: {predictions}, {len(list(predictions.glob("*.tif")))} GeoTIFF files"""
     console.print(report, soft_wrap=True)  # paths stay whole, to be copied

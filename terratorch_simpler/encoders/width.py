@@ -316,7 +316,11 @@ def _kind(part: nn.Module) -> object:
 def _check_parts(part: nn.Module, known: Sequence[Any], untouched: tuple[str, ...], number: int) -> None:
     """Refuse norms over units, gates, and whatever else would not be cut with the rest."""
     fine = {name for name in known if isinstance(name, str)} | set(untouched)
-    held = {id(value) for layer in known if isinstance(layer, nn.Module) for value in layer.parameters()}
+    layers = [layer for layer in known if isinstance(layer, nn.Module)]
+    for layer in layers:
+        if not isinstance(layer, QKVSep):
+            _with_adapters(layer, number)
+    held = {id(value) for layer in layers for value in layer.parameters()}
     for name, value in part.named_parameters():
         if id(value) not in held and not any(name == other or name.startswith(f"{other}.") for other in fine):
             raise _refusal(f"'{name}' in {type(part).__name__}", number)

@@ -1,12 +1,22 @@
-"""A plan as one table for the terminal."""
+"""A plan in the terminal, and as Markdown for loggers that take text."""
 
 from __future__ import annotations
 
-from rich.console import Group
+import html
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.report import facts
+from terratorch_simpler.report.svg import lowest_shown, viridis
+
+CELL = 3
+"""Columns of a cell of the heat map: a per cent number and a space."""
+BAR = 8
 
 
 def plan_table(plan: SlimmingPlan) -> Group:
@@ -18,42 +28,127 @@ def plan_table(plan: SlimmingPlan) -> Group:
     Returns:
         What a rich console prints: a heading, a table and a line below it.
     """
+    head, *rows = plan_rows(plan)
     table = Table()
-    table.add_column("encoder")
-    for column in ("before", "after", "kept"):
-        table.add_column(column, justify="right")
-    table.add_row("blocks", *_row(plan.full_num_blocks, len(plan.kept_blocks)))
+    for number, column in enumerate(head):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return Group(Text(_heading(plan), style="bold"), table, Text(facts.printable("; ".join(facts.reasons(plan)))))
+
+
+def full_table(plan: SlimmingPlan) -> Group:
+    """The same, what every depth costs and what every rule would keep, and the similarity if there is room for it.
+
+    Args:
+        plan: A plan.
+    """
+    parts = [plan_table(plan), Text(), *([_depth_table(plan)] if facts.depths(plan) else [])]
+    if plan.overview is not None:
+        parts.append(_rule_table(plan))
+    return Group(*parts, *([_HeatMap(plan.similarity)] if plan.similarity is not None else []))
+
+
+def plan_markdown(plan: SlimmingPlan) -> str:
+    """The table of :func:`plan_table` in Markdown; text of the plan is escaped."""
+    head, *rows = plan_rows(plan)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---", "---:", "---:", "---:"], *rows))
+    heading, why = (_no_markup(text) for text in (_heading(plan), "; ".join(facts.reasons(plan))))
+    return f"**{heading}**\n\n{table}\n\n{why}\n"
+
+
+def _no_markup(text: str) -> str:
+    """Text that neither Markdown nor HTML takes for anything else."""
+    return "".join(
+        f"&#{ord(letter)};" if letter in "\\`*_{}[]()#|!" else html.escape(letter) for letter in facts.printable(text)
+    )
+
+
+def _heading(plan: SlimmingPlan) -> str:
+    return f"{facts.printable(plan.backbone)}: {facts.kept_words(plan)}"
+
+
+def plan_rows(plan: SlimmingPlan) -> list[list[str]]:
+    """What was there before and is there after, with its names as the first row."""
+    rows = [["encoder", "before", "after", "kept"]]
+    blocks = {"before": plan.full_num_blocks, "after": len(plan.kept_blocks)}
+    for name, pair in (("blocks", blocks), ("parameters", plan.parameters), ("MACs per tile", plan.macs)):
+        if pair is not None:
+            before, after = pair["before"], pair["after"]
+            rows.append([name, f"{before:,}", f"{after:,}", facts.share(after, before)])
     if plan.width != 1:
-        table.add_row("width", "1", f"{plan.width:g}", f"{plan.width:.1%}")
-    if plan.parameters is not None:
-        table.add_row("parameters", *_row(plan.parameters["before"], plan.parameters["after"]))
-    if plan.macs is not None:
-        table.add_row("MACs per tile", *_row(plan.macs["before"], plan.macs["after"]))
-    return Group(Text(f"{plan.backbone}: {_kept(plan)}", style="bold"), table, Text(_reasons(plan)))
+        rows.insert(2, ["width", "1", f"{plan.width:g}", f"{plan.width:.1%}"])
+    return rows
 
 
-def _row(before: int, after: int) -> tuple[str, str, str]:
-    return f"{before:,}", f"{after:,}", f"{after / before:.1%}"
+def _depth_table(plan: SlimmingPlan) -> Table:
+    """A row for every depth; columns of which nothing is known are left out."""
+    found = facts.depths(plan)
+    whole = (plan.parameters or {}).get("before") or found[-1].parameters
+    columns = {
+        "score": ("score", lambda depth: facts.score(depth.score)),
+        "votes": ("votes", lambda depth: facts.MISSING if depth.votes is None else f"{depth.votes:.1%}"),
+        "parameters": ("parameters", lambda depth: f"{facts.short(depth.parameters)} {_bar(depth.parameters, whole)}"),
+        "macs": ("MACs", lambda depth: facts.short(depth.macs)),
+        "similarity": ("similarity", lambda depth: facts.MISSING if depth.similarity is None else f"{depth.similarity:.3f}"),
+        "recovery_r2": ("R²", lambda depth: facts.MISSING if depth.recovery_r2 is None else f"{depth.recovery_r2:.3f}"),
+    }
+    shown = {key: column for key, column in columns.items() if any(getattr(depth, key) is not None for depth in found)}
+    table = Table(
+        box=box.SIMPLE_HEAD, title="First blocks kept", title_justify="left", pad_edge=False, collapse_padding=True
+    )
+    table.add_column("keep", justify="right")
+    for name, _ in shown.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for depth in found:
+        cells = [cell(depth) for _, cell in shown.values()]
+        style = "bold" if depth.chosen else None
+        table.add_row(str(depth.depth), *cells, "chosen" if depth.chosen else "", style=style)
+    return table
 
 
-def _kept(plan: SlimmingPlan) -> str:
-    kept = plan.kept_blocks
-    blocks = f"first {len(kept)}" if kept == tuple(range(len(kept))) else f"blocks {', '.join(map(str, kept))}"
-    width = "" if plan.width == 1 else f" at width {plan.width:g}"
-    return f"{blocks} of {plan.full_num_blocks} blocks kept{width}"
+def _bar(part: int | None, whole: int | None) -> str:
+    filled = round(BAR * min(part / whole, 1.0)) if part and whole else 0
+    return "█" * filled + "░" * (BAR - filled)
 
 
-def _reasons(plan: SlimmingPlan) -> str:
-    depth = len(plan.kept_blocks)
-    parts = [f"criterion {plan.criterion['name']}"]
-    if plan.scores is not None and depth in plan.scores:
-        runner_up = max((s for d, s in plan.scores.items() if d != depth), default=None)
-        beside = "" if runner_up is None else f", next best {runner_up:.3f}"
-        parts.append(f"score {plan.scores[depth]:.3f}{beside}")
-    if plan.votes is not None:
-        parts.append(f"won {plan.votes.get(depth, 0.0):.0%} of resamples")
-    elif plan.tiles_seen:
-        parts.append("too few tiles for votes")
-    if plan.tiles_seen:
-        parts.append(f"{plan.tiles_seen:,} tiles, {plan.rows_seen:,} tokens")
-    return "; ".join(parts)
+def _rule_table(plan: SlimmingPlan) -> Table:
+    """What each criterion would keep of the same encoder, on the same tiles."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="What each criterion would keep",
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("criterion")
+    table.add_column("blocks", justify="right")
+    table.add_column("which", overflow="fold")
+    for rule in facts.rules(plan):
+        which = facts.block_ranges(rule.kept)
+        table.add_row(Text(facts.printable(rule.name)), str(len(rule.kept)), which, style="bold" if rule.chosen else None)
+    return table
+
+
+class _HeatMap:
+    """Similarity of all pairs of blocks in per cent; colours where there are any. Nothing if the terminal is too narrow."""
+
+    def __init__(self, similarity: Sequence[Sequence[float]]) -> None:
+        self.similarity = similarity
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        blocks = len(self.similarity)
+        if options.max_width < CELL * (blocks + 1) + 1:
+            return
+        low = lowest_shown(value for row in self.similarity for value in row)
+        yield Text("Similarity of block outputs (CKA in per cent, ** is 99.5 or more)", style="italic")
+        yield Text(" " * (CELL + 1) + "".join(f"{number:{CELL}d}" for number in range(blocks)), style="dim")
+        for number, row in enumerate(self.similarity):
+            line = Text(f"{number:{CELL}d} ", style="dim", no_wrap=True)
+            for value in row:
+                shown = min(max(value, 0.0), 1.0)
+                ink = "#000000" if (shown - low) / (1 - low) > 0.6 else "#ffffff"
+                number_shown = f"{100 * shown:.0f}" if shown < 0.995 else "**"
+                line.append(f"{number_shown:>{CELL}}", style=f"not dim {ink} on {viridis((value - low) / (1 - low))}")
+            yield line

@@ -11,18 +11,21 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
+from torch import Tensor
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import ConfigurationError
+from terratorch_simpler.measure import Measurement, Repairs
 from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.recovery import TokenMap
 from terratorch_simpler.report import save_figure
 from terratorch_simpler.selection import check_split, find_backbone, on_device, precision_of
 from terratorch_simpler.sweep.controls import build_controls
 from terratorch_simpler.sweep.cost import measure_costs
 from terratorch_simpler.sweep.diagnostics import BLOCK_COLUMNS, diagnose_blocks
 from terratorch_simpler.sweep.figure import sweep_figure
-from terratorch_simpler.sweep.judge import judge
+from terratorch_simpler.sweep.judge import Recover, judge
 from terratorch_simpler.sweep.rows import COLUMNS, Row, row_of_control, row_of_variant, write_csv
 from terratorch_simpler.sweep.table import sweep_table
 from terratorch_simpler.sweep.variants import list_variants, slimmed
@@ -72,6 +75,7 @@ class Sweep:
     def __init__(self, task: LightningModule, settings: SweepSettings) -> None:
         self._intact = copy.deepcopy(find_backbone(task))
         self._settings = settings
+        self._repairs: Repairs | None = None
 
     def check(self, trainer: Trainer, task: LightningModule) -> None:
         """Refuse to probe without labels, before anything is computed.
@@ -82,6 +86,10 @@ class Sweep:
         if self._settings.probe:
             check_split(trainer, task, "train", SEED)
             check_split(trainer, task, "val", SEED)
+
+    def take(self, found: Measurement) -> None:
+        """Take over what the selection has measured."""
+        self._repairs = found.repairs
 
     def run(self, trainer: Trainer, task: LightningModule, tiles: GeoTiffTiles | None, folder: Path) -> None:
         """Measure, and write ``sweep.csv``, ``blocks.csv`` and ``sweep.png`` beside the plan.
@@ -110,7 +118,9 @@ class Sweep:
         with on_device(torch.nn.ModuleList([intact, *controls]), trainer.strategy.root_device):
             encoders = [*slimmed(intact, variants), *controls]
             costs = measure_costs(encoders, shape, self._settings.repeats, lambda: precision_of(trainer), SEED)
-        probed = judge(trainer, task, intact, variants, SEED) if self._settings.probe else [{}] * len(variants)
+        probed = (
+            judge(trainer, task, intact, variants, SEED, self._recover()) if self._settings.probe else [{}] * len(variants)
+        )
         slim = [
             row_of_variant(plan, variant, cost, columns)
             for variant, cost, columns in zip(variants, costs, probed, strict=False)
@@ -120,6 +130,18 @@ class Sweep:
             for control, cost in zip(controls, costs[len(variants) :], strict=True)
         ]
         return [*slim, *others]
+
+    def _recover(self) -> Recover | None:
+        """What the last block would have answered, by the linear maps of the selection."""
+        if self._repairs is None or not self._repairs.patch.enough:
+            return None
+        total, prefix = self._intact.full_num_blocks, self._intact.prefix_tokens
+        maps = {before: TokenMap(one, prefix) for before, one in self._repairs.maps(self._repairs.patch.spans).items()}
+
+        def recover(depth: int, output: Tensor) -> Tensor:
+            return output if depth == total else maps[depth].to(output.device)(output)  # type: ignore[no-any-return]
+
+        return recover
 
 
 def _input_shape(plan: SlimmingPlan, backbone: SimplerBackbone) -> InputShape:

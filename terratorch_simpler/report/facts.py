@@ -1,0 +1,185 @@
+"""What a report says of a plan, in words and numbers: the terminal, the figure and the page all tell this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from terratorch_simpler.plan import SlimmingPlan
+
+LONGEST = 200
+"""Characters that are shown of a text from a plan or a table, which may come from anywhere."""
+FEWEST_FOR_VOTES = 128
+"""Tiles; votes need four groups of 32 (docs/method.md)."""
+MISSING = "–"  # noqa: RUF001  an en dash reads as "nothing" where a hyphen reads as a minus
+
+
+class Rule(NamedTuple):
+    """What one criterion would keep.
+
+    Attributes:
+        name: Its name in YAML.
+        kept: Block numbers, 0-based.
+        scores: Score of each depth it judged, or None.
+        chosen: Whether this is the criterion of the plan.
+    """
+
+    name: str
+    kept: tuple[int, ...]
+    scores: dict[int, float] | None
+    chosen: bool
+
+
+class Depth(NamedTuple):
+    """What the first ``depth`` blocks cost and give; None where it was not measured.
+
+    Attributes:
+        depth: Number of first blocks kept.
+        score: Score by the criterion of the plan.
+        votes: Share of resamples won.
+        parameters: Parameters of the encoder.
+        macs: Multiply-accumulate operations for one tile.
+        similarity: CKA of the last kept block with the last block.
+        recovery_r2: Share of the last block's variance that a linear map restores.
+        chosen: Whether the plan keeps that many blocks.
+    """
+
+    depth: int
+    score: float | None
+    votes: float | None
+    parameters: int | None
+    macs: int | None
+    similarity: float | None
+    recovery_r2: float | None
+    chosen: bool
+
+
+def rules(plan: SlimmingPlan) -> list[Rule]:
+    """Every criterion that was asked: the one of the plan first, those that do not score depths last."""
+    own = str(plan.criterion["name"])
+    found = [Rule(own, tuple(plan.kept_blocks), dict(plan.scores) if plan.scores else None, True)]
+    others = (plan.overview or {"criteria": {}})["criteria"]
+    found += [
+        Rule(name, tuple(rule["kept_blocks"]), rule["scores"] or None, False)
+        for name, rule in sorted(others.items(), key=lambda item: (not item[1]["scores"], item[0]))
+        if name != own
+    ]
+    return found
+
+
+def depths(plan: SlimmingPlan) -> list[Depth]:
+    """Every depth that something is known of, in order."""
+    scores, votes = plan.scores or {}, plan.votes or {}
+    costs = (plan.overview or {"depths": {}})["depths"]
+    measured = range(1, plan.full_num_blocks + 1) if plan.similarity is not None else ()
+    found = []
+    for depth in sorted({*scores, *votes, *costs, *measured}):
+        cost = costs.get(depth, {})
+        own = None if plan.similarity is None else plan.similarity[depth - 1][-1]
+        found.append(
+            Depth(
+                depth,
+                scores.get(depth),
+                votes.get(depth),
+                cost.get("parameters"),
+                cost.get("macs"),
+                cost.get("similarity", own),
+                cost.get("recovery_r2"),
+                depth == len(plan.kept_blocks),
+            )
+        )
+    return found
+
+
+def is_prefix(kept: Sequence[int]) -> bool:
+    """Whether the kept blocks are the first ones, without a gap."""
+    return tuple(kept) == tuple(range(len(kept)))
+
+
+def runs(kept: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last block of every stretch without a gap.
+
+    Example:
+        >>> runs([0, 1, 2, 5])
+        [(0, 2), (5, 5)]
+    """
+    held = set(kept)
+    starts = [i for i in kept if i - 1 not in held]
+    ends = [i for i in kept if i + 1 not in held]
+    return list(zip(starts, ends, strict=True))
+
+
+def block_ranges(kept: Sequence[int]) -> str:
+    """Block numbers as short as they go.
+
+    Example:
+        >>> block_ranges([0, 1, 2, 5])
+        '0-2, 5'
+    """
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs(kept))
+
+
+def kept_words(plan: SlimmingPlan) -> str:
+    """What is kept, in a few words."""
+    kept = plan.kept_blocks
+    which = f"first {len(kept)}" if is_prefix(kept) else f"blocks {block_ranges(kept)}"
+    width = "" if plan.width == 1.0 else f" at {plan.width:.0%} of their width"
+    repaired = "" if plan.recovery == "none" else f", {plan.recovery} recovery"
+    return f"{which} of {plan.full_num_blocks} blocks kept{width}{repaired}"
+
+
+def reasons(plan: SlimmingPlan) -> list[str]:
+    """What the choice rests on, a few words each."""
+    depth = len(plan.kept_blocks)
+    parts = [f"criterion {plan.criterion['name']}"]
+    if plan.scores is not None and depth in plan.scores:
+        runner_up = max((s for d, s in plan.scores.items() if d != depth), default=None)
+        beside = "" if runner_up is None else f", next best {score(runner_up)}"
+        parts.append(f"score {score(plan.scores[depth])}{beside}")
+    if plan.votes is not None:
+        parts.append(f"won {plan.votes.get(depth, 0.0):.0%} of resamples")
+    elif plan.tiles_seen:
+        parts.append("too few tiles for votes" if plan.tiles_seen < FEWEST_FOR_VOTES else "no votes")
+    for before, after, explained in (plan.overview or {}).get("repaired", []):
+        parts.append(f"the map for blocks {before}-{after - 1} explains {explained:.0%} of the variance on held-out tiles")
+    if plan.tiles_seen:
+        parts.append(f"{plan.tiles_seen:,} tiles, {plan.rows_seen:,} tokens")
+    return parts
+
+
+def score(value: float | None) -> str:
+    """A score with three digits that count: those of one rule differ by 0.001, of another by 1."""
+    return MISSING if value is None else f"{value:.3g}"
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """Per cent of the whole.
+
+    Example:
+        >>> share(4_744_322, 5_634_050)
+        '84.2%'
+    """
+    return MISSING if part is None or not whole else f"{part / whole:.1%}"
+
+
+def short(number: float | None) -> str:
+    """A large number with three digits and its unit.
+
+    Example:
+        >>> short(64_558_080), short(322_637_568), short(950)
+        ('64.6 M', '323 M', '950')
+    """
+    if number is None:
+        return MISSING
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            value = number / size
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def printable(text: object, longest: int = LONGEST) -> str:
+    """A text that was read from somewhere, without what steers a terminal or breaks an encoding, and not too long."""
+    shown = str(text)
+    shown = shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
+    return "".join(letter if letter.isprintable() or letter == " " else "\N{REPLACEMENT CHARACTER}" for letter in shown)

@@ -1,0 +1,153 @@
+"""The page of a plan in a real browser: it shows its numbers, asks no network for anything, and says nothing wrong.
+
+Without a Chromium these tests are skipped, unless NEEDS_BROWSER is set, as in CI.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from terratorch_simpler.report import report_page, save_page
+from tests.browser import Chromium, find_chromium
+from tests.test_report import BLOCKS, HOSTILE, KINDS, PLAN, SIMILARITY, sweep_rows
+
+LIGHT, DARK = "rgb(255, 255, 255)", "rgb(18, 23, 28)"
+BACKGROUND = "getComputedStyle(document.body).backgroundColor"
+TIP = "document.getElementById('tip').textContent"
+ORANGE = (194, 55, 31)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    path = find_chromium()
+    if path is None:
+        reason = "found no Chromium (on Debian: apt-get install chromium)"
+        (pytest.fail if os.environ.get("NEEDS_BROWSER") else pytest.skip)(reason)
+    chromium = Chromium(path, tmp_path_factory.mktemp("browser") / "profile")
+    yield chromium
+    chromium.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    files = {kind: save_page(report_page(plan), folder / f"{kind}.html") for kind, plan in KINDS.items()}
+    sweep = {f"{kind}, sweep": save_page(report_page(KINDS[kind], sweep_rows(KINDS[kind])), folder / f"{kind}-sweep.html")
+             for kind in ("whole", "hostile")}  # fmt: skip
+    return files | sweep
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "whole, sweep", "hostile, sweep"])
+def test_page_opens_without_a_word_and_without_a_network(browser, pages, kind):
+    browser.open(pages[kind])
+    assert browser.said == []
+    assert browser.requested == [pages[kind].resolve().as_uri()]
+    assert browser.ask("typeof window.hacked") == "undefined"
+    plan = KINDS[kind.removesuffix(", sweep")]
+    text = browser.ask("document.body.innerText")
+    assert f"{len(plan.kept_blocks)} of {plan.full_num_blocks}" in text
+    assert browser.ask("document.compatMode") == "CSS1Compat"  # no quirks: the page is HTML as it should be
+    assert not browser.ask("[...document.images].length")
+
+
+def test_key_numbers_are_shown(browser, pages):
+    browser.open(pages["whole, sweep"])
+    text = browser.ask("document.body.innerText")
+    numbers = [
+        "3 of 6",
+        "50.0%",
+        "50.2%",
+        "75%",
+        "3,000,600 (50.0%)",
+        "388,500,000 (50.0%)",
+        "0.949",
+        "0.453",
+        "384",
+        "6,144",
+    ]
+    numbers += ["2 unreadable, 14 nodata", "0.650 (0.620 to 0.690)"]
+    assert [number for number in numbers if number not in text] == []
+    assert browser.ask("document.querySelectorAll('svg .cell.tip').length") == BLOCKS**2
+    assert browser.ask("document.title") == "prithvi_eo_v2_tiny_tl: first 3 of 6 blocks kept"
+
+
+def colours(path: Path) -> dict[tuple, int]:
+    with Image.open(path) as image:
+        return {colour: count for count, colour in image.convert("RGB").getcolors(1 << 24)}
+
+
+def test_light_dark_and_print(browser, pages, tmp_path):
+    found = {}
+    for name, dark, kind in (("light", False, ""), ("dark", True, ""), ("print", True, "print")):
+        browser.open(pages["whole, sweep"], dark=dark)
+        browser.media(dark=dark, kind=kind)
+        assert browser.ask(BACKGROUND) == {"light": LIGHT, "dark": DARK, "print": LIGHT}[name]
+        found[name] = colours(browser.picture(tmp_path / f"{name}.png"))
+        assert found[name].get((253, 231, 37), 0) > 3000  # the diagonal of the heat map
+        assert browser.said == []
+    assert found["light"][ORANGE] > 500
+    assert found["dark"][(255, 138, 101)] > 500
+    assert found["dark"].get((255, 255, 255), 0) < found["dark"][(18, 23, 28)] / 20
+    pdf = browser.pdf(tmp_path / "page.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF-")
+    assert 2 <= pdf.count(b"/Type /Page\n") <= 12
+    assert browser.ask("getComputedStyle(document.getElementById('tip')).display") == "none"
+
+
+@pytest.mark.parametrize("kind", ["whole, sweep", "inner cut", "hostile"])
+def test_nothing_sticks_out_on_a_phone(browser, pages, kind):
+    browser.open(pages[kind], width=360, height=740)
+    assert browser.ask("document.documentElement.scrollWidth") == 360
+    smallest = browser.ask(
+        "Math.min(...[...document.querySelectorAll('svg.chart text')].map(t => t.getBoundingClientRect().height))"
+    )
+    assert smallest >= 9  # pixels: small, but to be read
+
+
+def test_values_are_told_when_pointed_at(browser, pages):
+    browser.open(pages["whole"])
+    assert browser.ask("document.querySelectorAll('svg title').length") == 0  # or the browser would show them as well
+    browser.point("svg .cell.tip")
+    assert browser.ask(TIP) == f"blocks 0 and 0: {SIMILARITY[0][0]:.3f}"
+    browser.point("svg .votes.tip")
+    assert browser.ask(TIP) == "2 blocks kept: 12.5% of resamples"
+    inside = (
+        "(() => { const r = document.getElementById('tip').getBoundingClientRect(); return [r.width, r.left, r.top]; })()"
+    )
+    width, left, top = browser.ask(inside)
+    assert width > 50
+    assert left >= 0
+    assert top >= 0
+    browser.point("h2")
+    assert browser.ask(TIP) == ""
+    assert browser.said == []
+
+
+def test_values_are_told_with_the_arrow_keys(browser, pages):
+    browser.open(pages["whole"])
+    browser.ask("document.querySelector('svg.chart').focus()")
+    told = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "ArrowUp"):
+        browser.press(key)
+        told.append(browser.ask(TIP))
+    places = [(0, 0), (0, 1), (1, 1), (1, 0), (0, 0), (0, 0)]  # at the edge it stays
+    assert told == [f"blocks {i} and {j}: {SIMILARITY[i][j]:.3f}" for i, j in places]
+    browser.press("Escape")
+    assert browser.ask(TIP) == ""
+    assert browser.ask("document.querySelectorAll('svg.chart:not([aria-label])').length") == 0
+
+
+def test_script_from_elsewhere_does_not_run_even_if_it_gets_in(browser, tmp_path):
+    page = report_page(PLAN).replace("</main>", "<script>window.hacked = 1</script></main>")
+    browser.open(save_page(page, tmp_path / "changed.html"))
+    assert browser.ask("typeof window.hacked") == "undefined"
+    assert "Content Security Policy" in " ".join(browser.said)
+
+
+def test_hostile_text_is_shown_as_it_is(browser, pages):
+    browser.open(pages["hostile, sweep"])
+    assert browser.ask("document.querySelector('h1').innerText").startswith(HOSTILE[:70])
+    browser.point("svg .votes.tip")
+    assert browser.ask("document.querySelectorAll('script').length") == 1
