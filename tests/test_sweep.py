@@ -55,13 +55,13 @@ def test_every_depth_and_the_blocks_that_criteria_pick_are_compared_once_a_width
     found = list_variants(plan_of(6, overview=overview), 2, [1.0, 0.5, 1.0])
     depths = [tuple(range(depth)) for depth in (2, 3, 4, 5, 6)]
     assert [(variant.kept, variant.width) for variant in found] == [
-        (kept, width) for width in (0.5, 1.0) for kept in [*depths, (0, 2, 5)]
+        (kept, width) for width in (1.0, 0.5) for kept in [*depths, (0, 2, 5)]
     ]
     assert [variant.chosen_by for variant in found if variant.width == 0.5] == [()] * 6
     assert [variant.chosen_by for variant in found if variant.width == 1.0] == [
         (), ("knee", "simpler"), (), (), (), ("block_influence",),
     ]  # fmt: skip
-    assert [variant.first_blocks for variant in found[-2:]] == [True, False]
+    assert [variant.first_blocks for variant in found[4:6]] == [True, False]
 
 
 def test_without_an_overview_the_plan_itself_says_what_was_chosen():
@@ -255,9 +255,13 @@ def swept(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("swept")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("terratorch_simpler.sweep.cost.LARGEST_BATCH", 2)
-        args = ["--repeats", "2", "--data.init_args.batch_size", "4"]
+        args = ["--repeats", "2", "--widths", "0.5", "1.0", "--data.init_args.batch_size", "4"]
         assert main(["sweep", "-c", str(config), "-o", str(folder), *args]) == 0
     return folder
+
+
+def diagnosed_of(folder):
+    return read(folder / "blocks.csv")[1]
 
 
 def test_the_command_writes_a_line_for_every_depth_and_the_controls(swept, build):
@@ -265,11 +269,18 @@ def test_the_command_writes_a_line_for_every_depth_and_the_controls(swept, build
     columns, rows = read(swept / "sweep.csv")
     assert columns == COLUMNS
     assert (swept / "sweep.png").stat().st_size > 10_000
+    page = (swept / "report.html").read_text()
+    assert "prithvi_eo_v2_100_tl" in page
+    assert f"{float(diagnosed_of(swept)[4]['effective_dimension']):.1f}" in page
     blocks, diagnosed = read(swept / "blocks.csv")
     assert blocks == ("block", "explained_variance", "effective_dimension", "feature_correlation")
     assert [int(row["block"]) for row in diagnosed] == list(range(1, 13))
     assert all(1 <= float(row["effective_dimension"]) <= 192 for row in diagnosed)
-    slim = [row for row in rows if row["kind"] == "slimmed"]
+    narrow = [row for row in rows if row["width"] == "0.5"]
+    assert [int(row["depth"]) for row in narrow][:12] == list(range(1, 13))
+    assert all(row["chosen_by"] == row["similarity"] == row["recovery_r2"] == "" for row in narrow)
+    assert int(narrow[3]["parameters"]) == build(keep=4, width=0.5).num_parameters()
+    slim = [row for row in rows if row["kind"] == "slimmed" and row["width"] == "1.0"]
     prefixes = [row for row in slim if row["kept"] == " ".join(map(str, range(int(row["depth"]))))]
     assert [int(row["depth"]) for row in prefixes] == list(range(1, 13))
     assert [row["name"] for row in rows if row["kind"] == "control"] == ["prithvi_eo_v2_100_tl"]
@@ -289,7 +300,7 @@ def test_the_command_writes_a_line_for_every_depth_and_the_controls(swept, build
 
 def test_the_table_has_a_line_for_every_row_and_no_empty_columns(swept):
     _, rows = read(swept / "sweep.csv")
-    numbers = {*NUMBERS, "depth", "width", "similarity"}
+    numbers = {*NUMBERS, "depth", "width", "similarity", "recovery_r2"}
     parsed = [
         {
             key: (float(value) if key in numbers else value) if value or key == "chosen_by" else None
@@ -297,7 +308,7 @@ def test_the_table_has_a_line_for_every_row_and_no_empty_columns(swept):
         }
         for row in rows
     ]
-    console = Console(width=90, record=True, file=io.StringIO())
+    console = Console(width=110, record=True, file=io.StringIO())
     console.print(sweep_table([{**row, "depth": int(row["depth"])} for row in parsed]))
     text = console.export_text()
     assert all(f"first {depth} " in text for depth in range(1, 13))

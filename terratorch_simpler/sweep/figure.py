@@ -14,6 +14,7 @@ from terratorch_simpler.sweep.rows import Row
 
 CONTROL = "#8d99ae"
 MARKERS = "os^Dv"
+COLOURS = (CURVE, "#2a9d8f", "#e09f3e", "#7b5ea7", "#6c757d")
 QUALITIES = {
     "linear": "accuracy of a linear probe",
     "knn": "accuracy of 5 nearest neighbours",
@@ -22,7 +23,9 @@ QUALITIES = {
 
 
 def sweep_figure(rows: Sequence[Row]) -> Figure:
-    """Quality over latency and over MACs, a curve for every width; small official models are lines, their cost alone.
+    """Quality over latency and over MACs, a curve for every width, with the depths that nothing cheaper equals.
+
+    Small official models are upright lines: their cost alone is known.
 
     Args:
         rows: Lines of a sweep.
@@ -47,22 +50,23 @@ def _draw(ax: Axes, rows: Sequence[Row], cost: str, quality: str) -> None:
     shown = [row for row in rows if row["kind"] == "slimmed" and row[quality] is not None]
     for number, width in enumerate(sorted({row["width"] for row in shown}, reverse=True)):
         of_width = sorted((row for row in shown if row["width"] == width), key=lambda row: row[cost])
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "zorder": 3}
         x, y = [row[cost] for row in of_width], [row[quality] for row in of_width]
-        marker: Any = MARKERS[number % len(MARKERS)]
-        ax.plot(x, y, marker, color=CURVE, ms=4, alpha=0.8, label=f"width {width:g}")
+        ax.plot(x, y, MARKERS[number % len(MARKERS)], ms=4, label=f"width {width:g}", **style)
         front = _pareto(of_width, quality)
-        ax.plot([row[cost] for row in front], [row[quality] for row in front], "-", color=CURVE, lw=1, alpha=0.6)
-        for row in of_width:
-            ax.annotate(str(row["depth"]), (row[cost], row[quality]), (0, 4), textcoords="offset points", fontsize=7)
-        if f"{quality}_low" in rows[0]:
+        ax.plot([row[cost] for row in front], [row[quality] for row in front], "-", lw=1.2, **style)
+        for row in front:
+            ax.annotate(str(row["depth"]), (row[cost], row[quality]), (0, 5), textcoords="offset points", fontsize=8)
+        if number == 0 and f"{quality}_low" in rows[0]:  # those of other widths are about as wide
             low, high = ([row[f"{quality}_{end}"] for row in of_width] for end in ("low", "high"))
-            ax.vlines(x, low, high, color=CURVE, lw=0.8, alpha=0.4)
+            ax.fill_between(x, low, high, color=style["color"], alpha=0.1, lw=0, label="95 % interval")
     chosen = [row for row in shown if row["chosen_by"]]
     if chosen:
         x, y = [row[cost] for row in chosen], [row[quality] for row in chosen]
-        ax.plot(x, y, "o", mfc="none", color=CHOSEN, ms=10, label="chosen by a criterion")
+        ax.plot(x, y, "o", mfc="none", color=CHOSEN, ms=10, zorder=4, label="chosen by a criterion")
     for number, row in enumerate(row for row in rows if row["kind"] == "control"):
         ax.axvline(row[cost], color=CONTROL, lw=1, ls=("--", ":")[number % 2], label=row["name"])
+    ax.set_xscale("log")
 
 
 def _pareto(by_cost: Sequence[Row], quality: str) -> list[Row]:

@@ -14,12 +14,13 @@ from rich.console import Console
 from torch import Tensor
 
 from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.callback import PAGE_FILE
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.measure import Measurement, Repairs
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.recovery import TokenMap
-from terratorch_simpler.report import save_figure
+from terratorch_simpler.report import report_page, save_figure, save_page
 from terratorch_simpler.selection import check_split, find_backbone, on_device, precision_of
 from terratorch_simpler.sweep.controls import build_controls
 from terratorch_simpler.sweep.cost import measure_costs
@@ -35,6 +36,8 @@ CSV_FILE = "sweep.csv"
 BLOCKS_FILE = "blocks.csv"
 FIGURE_FILE = "sweep.png"
 SEED = 0
+NARROWEST = 110
+"""Columns of the terminal that the table needs; in a narrower one its lines are folded, but whole."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Sweep:
         self._repairs = found.repairs
 
     def run(self, trainer: Trainer, task: LightningModule, tiles: GeoTiffTiles | None, folder: Path) -> None:
-        """Measure, and write ``sweep.csv``, ``blocks.csv`` and ``sweep.png`` beside the plan.
+        """Measure, and write ``sweep.csv``, ``blocks.csv`` and ``sweep.png`` beside the plan, and its page anew.
 
         Args:
             trainer: Gives device and precision.
@@ -103,10 +106,12 @@ class Sweep:
         plan = find_backbone(task).plan
         assert plan is not None  # a plan was made, or this would not run
         rows = self._rows(trainer, task, plan)
-        Console().print(sweep_table(rows))
+        blocks = diagnose_blocks(trainer, task, self._intact, tiles, SEED)
+        Console(width=max(Console().width, NARROWEST)).print(sweep_table(rows))
         path = write_csv(rows, COLUMNS, folder / CSV_FILE)
-        write_csv(diagnose_blocks(trainer, task, self._intact, tiles, SEED), BLOCK_COLUMNS, folder / BLOCKS_FILE)
+        write_csv(blocks, BLOCK_COLUMNS, folder / BLOCKS_FILE)
         save_figure(sweep_figure(rows), folder / FIGURE_FILE)
+        save_page(report_page(plan, rows, blocks), folder / PAGE_FILE)
         rank_zero_info(f"The comparison is in {path}.")
 
     def _rows(self, trainer: Trainer, task: LightningModule, plan: SlimmingPlan) -> list[Row]:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from terratorch_simpler.report.facts import block_ranges, is_prefix
 from terratorch_simpler.sweep.rows import Row
 
 SHOWN = {
+    "width": ("width", 1, "{:g}"),
     "parameters": ("M par.", 1e6, "{:.2f}"),
     "macs": ("GMACs", 1e9, "{:.3f}"),
     "latency_ms": ("ms", 1, "{:.2f}"),
@@ -29,7 +31,7 @@ def sweep_table(rows: Sequence[Row]) -> Table:
     Args:
         rows: Lines of a sweep.
     """
-    shown = [key for key in SHOWN if any(row[key] is not None for row in rows)]
+    shown = [key for key in SHOWN if any(row[key] not in (None, 1.0 if key == "width" else None) for row in rows)]
     table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=True)
     table.add_column("encoder", no_wrap=True)
     for key in shown:
@@ -49,5 +51,5 @@ def _cell(value: float | None, unit: float, shape: str) -> str:
 def _name(row: Row) -> str:
     if row["kind"] == "control":
         return str(row["name"])
-    blocks = f"blocks {row['kept']}" if row["kept"] != " ".join(map(str, range(row["depth"]))) else f"first {row['depth']}"
-    return blocks if row["width"] == 1.0 else f"{blocks}, width {row['width']:g}"
+    kept = [int(block) for block in row["kept"].split()]
+    return f"first {len(kept)}" if is_prefix(kept) else f"blocks {block_ranges(kept)}"

@@ -38,7 +38,7 @@ class Variant:
 
 
 def list_variants(plan: SlimmingPlan, fewest_blocks: int, widths: Sequence[float]) -> list[Variant]:
-    """Every depth and every other set of blocks that a criterion picks, at every width; widest and deepest last.
+    """Every depth and every other set of blocks that a criterion picks, at every width, the widest first.
 
     Args:
         plan: The plan of the intact encoder; its overview says what each criterion picks.
@@ -51,7 +51,7 @@ def list_variants(plan: SlimmingPlan, fewest_blocks: int, widths: Sequence[float
     others = sorted({kept for kept in picked.values() if len(kept) >= fewest_blocks} - set(depths))
     return [
         Variant(kept, width, tuple(sorted(name for name in picked if picked[name] == kept and width == plan.width)))
-        for width in sorted(set(widths))
+        for width in sorted(set(widths), reverse=True)
         for kept in [*depths, *others]
     ]
 
