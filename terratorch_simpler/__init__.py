@@ -12,12 +12,19 @@ if TYPE_CHECKING:
     from terratorch_simpler.backbone import SimplerBackbone
     from terratorch_simpler.callback import SimplerCallback
     from terratorch_simpler.plan import SlimmingPlan
+    from terratorch_simpler.slimmable import SlimmableTraining
     from terratorch_simpler.tiles import GeoTiffTiles
 
 __version__ = "0.1.0"
-__all__ = ["GeoTiffTiles", "SimplerBackbone", "SimplerCallback", "SlimmingPlan", "__version__"]
+__all__ = ["GeoTiffTiles", "SimplerBackbone", "SimplerCallback", "SlimmableTraining", "SlimmingPlan", "__version__"]
 
-_HOMES = {"GeoTiffTiles": "tiles", "SimplerBackbone": "backbone", "SimplerCallback": "callback", "SlimmingPlan": "plan"}
+_HOMES = {
+    "GeoTiffTiles": "tiles",
+    "SimplerBackbone": "backbone",
+    "SimplerCallback": "callback",
+    "SlimmableTraining": "slimmable",
+    "SlimmingPlan": "plan",
+}
 
 register_source()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
-from terratorch_simpler.backbone import DEPTH_KEY, KEPT_KEY, SimplerBackbone
+from terratorch_simpler.backbone import SHAPE_KEYS, SimplerBackbone
 from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.files import whole_file
-from terratorch_simpler.measure import Tokens
-from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.measure import Measurement, Tokens
+from terratorch_simpler.plan import RECOVERIES, SlimmingPlan, resolve_width
 from terratorch_simpler.plan_cache import PlanCache
 from terratorch_simpler.processes import Processes
 from terratorch_simpler.report import (
@@ -57,10 +58,12 @@ class SimplerCallback(Callback):
 
     Args:
         tiles: Unlabeled tiles to stream; by default the datamodule's training images, without labels or augmentation.
-        criterion: Name of a rule ("simpler", "fixed"), or a rule.
+        criterion: Name of a rule ("simpler", "knee", "block_influence", "angular", "cka_intervals", "fixed"), or a rule.
         drop_blocks: Number of blocks to drop, for rules that need a budget.
         min_depth: Least number of blocks to keep.
         max_depth: Largest number of blocks to keep.
+        width: Share of the units of every attention head and MLP to keep, in (0, 1], whatever depth is chosen.
+        recovery: "linear" puts a linear map in the place of what is dropped, found in the same pass; "none" does not.
         tokens: Rows used for similarity: "patch", "cls", "mean" (of the patch tokens) or "all".
         min_tiles: Tiles before the stream may stop early because one depth has won.
         max_tiles: Tiles after which it ends.
@@ -86,6 +89,8 @@ class SimplerCallback(Callback):
         drop_blocks: int | None = None,
         min_depth: int | None = None,
         max_depth: int | None = None,
+        width: float | str = 1.0,
+        recovery: str = "none",
         tokens: Tokens = "patch",
         min_tiles: int = 256,
         max_tiles: int = 4096,
@@ -104,6 +109,22 @@ class SimplerCallback(Callback):
         if min_depth is not None and max_depth is not None and min_depth > max_depth:
             msg = f"Found min_depth {min_depth} above max_depth {max_depth}, expected at most that: change one of them."
             raise ConfigurationError(msg)
+        if recovery not in RECOVERIES:
+            msg = f"Found recovery {recovery!r}, expected one of {', '.join(RECOVERIES)}: change it."
+            raise ConfigurationError(msg)
+        if recovery != "none" and tokens != "patch":
+            msg = f"Found recovery {recovery} with tokens {tokens!r}, expected 'patch', which maps are for: change one."
+            raise ConfigurationError(msg)
+        width = resolve_width(width)
+        if recovery != "none" and width != 1:
+            msg = (
+                f"Found recovery {recovery} with width {width:g}, expected one of them, since a map is found in the encoder "
+                "at full width: remove one."
+            )
+            raise ConfigurationError(msg)
+        if plan is not None and width != 1:
+            msg = f"Found both width {width:g} and a plan, expected one of them, since a plan has its own: remove width."
+            raise ConfigurationError(msg)
         self.tiles = tiles
         self.plan = plan
         self.plan_cache = plan_cache
@@ -115,11 +136,21 @@ class SimplerCallback(Callback):
         self._how = Selection(
             criterion=build_criterion(criterion, drop_blocks),
             bounds=Bounds(min_depth, max_depth),
+            width=width,
             tokens=tokens,
             min_tiles=min_tiles,
             max_tiles=max_tiles,
             seed=seed,
+            recovery=recovery,
         )
+
+    def compare(self, seen: Callable[[Measurement], None]) -> None:
+        """Measure whatever the choice would be, and what tells every depth apart as well.
+
+        Args:
+            seen: Told what was measured.
+        """
+        self._how = replace(self._how, compare=seen)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose and cut, or take the shape of the checkpoint to resume from."""
@@ -128,24 +159,30 @@ class SimplerCallback(Callback):
         self._signals = StopSignals(trainer)
         self._signals.catch()
         backbone = find_backbone(pl_module)
-        self._refuse_copies(trainer, backbone)
+        refuse_copies(self, trainer, backbone)
         if self.export and not trainer.fast_dev_run:
-            _check_export(trainer, backbone)  # before hours of training
+            _check_export(trainer, backbone, min(self._how.width, backbone.width))  # before hours of training
         checkpoint = _checkpoint_to_resume(trainer)
         if checkpoint is not None:
-            backbone.match_checkpoint(*read_shape(checkpoint, trainer.strategy.checkpoint_io))
-            rank_zero_info(f"Resuming with {_depth(backbone)} as in {checkpoint}; nothing is selected again.")
-        elif backbone.num_blocks < backbone.full_num_blocks:
-            rank_zero_info(f"{backbone.name} is cut already to {_depth(backbone)}; nothing is selected.")
+            backbone.match_checkpoint(read_shape(checkpoint, trainer.strategy.checkpoint_io))
+            rank_zero_info(f"Resuming with {_held(backbone)} as in {checkpoint}; nothing is selected again.")
+        elif backbone.num_blocks < backbone.full_num_blocks or backbone.width < 1:
+            backbone.set_width(min(self._how.width, backbone.width))
+            rank_zero_info(f"{backbone.name} is cut already to {_held(backbone)}; nothing is selected.")
         else:
+            if self._how.width != 1:
+                backbone.at_width(self._how.width)  # refuses layers that cannot be narrowed, before anything is streamed
             self._cut(trainer, pl_module, backbone)
+        if self.export and not trainer.fast_dev_run:
+            _check_export(trainer, backbone, backbone.width)  # a plan or a checkpoint has brought a width
         self._backbone = backbone
 
     def state_dict(self) -> dict[str, Any]:
         """The shape, for strategies whose checkpoints hold the weights elsewhere; other checkpoints need it not."""
         if self._backbone is None:
             return {}
-        return {KEPT_KEY: list(self._backbone.kept), DEPTH_KEY: self._backbone.full_num_blocks}
+        buffers = dict(self._backbone.named_buffers(recurse=False))
+        return {key: buffers[key].tolist() for key in SHAPE_KEYS if key in buffers}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Keep the deployment file loadable: TerraTorch drops all callbacks there, and with them our import."""
@@ -229,20 +266,32 @@ class SimplerCallback(Callback):
         self.written = output
         rank_zero_info(f"The plan is in {output / PLAN_FILE}, what led to it in {page}.")
 
-    def _refuse_copies(self, trainer: Trainer, backbone: SimplerBackbone) -> None:
-        """Refuse callbacks that have copied the uncut model in their own setup (weight averaging)."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks[: callbacks.index(self)]:
-            held = [part for value in vars(callback).values() if isinstance(value, nn.Module) for part in value.modules()]
-            if any(isinstance(part, SimplerBackbone) and part is not backbone for part in held):
-                msg = (
-                    f"Found {type(callback).__name__}, which has copied the uncut model, before SimplerCallback, expected "
-                    "it after: list SimplerCallback first."
-                )
-                raise ConfigurationError(msg)
+
+def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) -> None:
+    """Refuse callbacks that have copied the model in their own setup (weight averaging), before it is changed in ours.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    name = type(own).__name__
+    for callback in callbacks[: callbacks.index(own)]:
+        held = [part for value in vars(callback).values() if isinstance(value, nn.Module) for part in value.modules()]
+        if any(isinstance(part, SimplerBackbone) and part is not backbone for part in held):
+            msg = (
+                f"Found {type(callback).__name__}, which has copied the uncut model, before {name}, expected it after: list "
+                f"{name} first."
+            )
+            raise ConfigurationError(msg)
 
 
-def _check_export(trainer: Trainer, backbone: SimplerBackbone) -> None:
+def _check_export(trainer: Trainer, backbone: SimplerBackbone, width: float) -> None:
+    if width != 1:
+        msg = (
+            "Found export: true with a width below 1.0, expected 1.0, since TerraTorch has no setting for the width of "
+            "attention heads: remove export, and use terratorch-simpler export --formats onnx or pt2 afterwards."
+        )
+        raise ConfigurationError(msg)
     if backbone.host_settings() is None:
         msg = (
             f"Found export: true for '{backbone.name}', expected an encoder whose depth TerraTorch can set, which "
@@ -263,8 +312,9 @@ def _config_of_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, An
     return {"model": {"class_path": f"{task.__module__}.{task.__qualname__}"}}
 
 
-def _depth(backbone: SimplerBackbone) -> str:
-    return f"{backbone.num_blocks} of {backbone.full_num_blocks} blocks"
+def _held(backbone: SimplerBackbone) -> str:
+    width = "" if backbone.width == 1 else f" at width {backbone.width:g}"
+    return f"{backbone.num_blocks} of {backbone.full_num_blocks} blocks{width}"
 
 
 def _checkpoint_to_resume(trainer: Trainer) -> str | os.PathLike[str] | None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
-from terratorch_simpler.backbone import shape_in_checkpoint
+from terratorch_simpler.backbone import DEPTH_KEY, KEPT_KEY, SHAPE_KEYS, Shape, shape_in_checkpoint
 from terratorch_simpler.errors import CheckpointError
-
-Shape = tuple[tuple[int, ...], int]
-"""Kept blocks, and the number of blocks of the intact encoder."""
+from terratorch_simpler.files import load_tensors
 
 FILES_IN_FOLDERS = (
     "meta.pt",  # FSDP with sharded state
@@ -24,9 +21,6 @@ FILES_IN_FOLDERS = (
     "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt",  # DeepSpeed, stage 3
 )
 """Where strategies that write folders keep what is not a sharded tensor."""
-
-CHUNK = 1 << 20
-"""Bytes of a checkpoint whose sum is taken at once."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -39,8 +33,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: If it is damaged, or holds anything but tensors and plain values.
     """
     try:
-        _check_sums(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except Exception as err:  # a damaged file raises anything: RuntimeError, EOFError, UnpicklingError, ...
         raise _unreadable(path, err) from err
     if not isinstance(content, dict):
@@ -74,16 +67,48 @@ def read_shape(path: str | os.PathLike[str], checkpoint_io: CheckpointIO) -> Sha
     return shape_in_checkpoint(_weights(content, path), str(path))
 
 
-def _check_sums(path: str | os.PathLike[str]) -> None:
-    """PyTorch writes a checksum beside every tensor but compares none: a flipped bit would be another block or weight."""
-    if not zipfile.is_zipfile(path):  # what PyTorch before 1.6 wrote holds no sums
-        return
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.CRC:  # zeros where torch.serialization.set_crc32_options(False) has left them out
-                with archive.open(entry) as record:
-                    while record.read(CHUNK):
-                        pass
+def load_weights(task: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
+    """Load the weights of a task, all of them.
+
+    Args:
+        task: The task.
+        weights: What its checkpoint holds.
+        source: Where they came from, for messages.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    try:
+        task.load_state_dict(weights, strict=True)
+    except RuntimeError as err:
+        if isinstance(err, CheckpointError):
+            raise
+        msg = (
+            f"Found weights in checkpoint {source} that do not fit the model ({' '.join(str(err).split())[:200]}), expected "
+            "those of a terratorch fit of the same model: check the path."
+        )
+        raise CheckpointError(msg) from err
+
+
+def load_at_full_depth(task: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load the weights of a fit in which nothing was cut, such as one that tuned adapters, to choose a cut after it.
+
+    Args:
+        task: The same task, with its intact encoder.
+        path: A checkpoint file.
+
+    Raises:
+        CheckpointError: If it is damaged, of another model, or of one that was cut.
+    """
+    weights = _weights(read_checkpoint(path), path)
+    shape = shape_in_checkpoint(weights, str(path))
+    if shape != Shape(tuple(range(shape.total)), shape.total):
+        msg = (
+            f"Found a checkpoint of {len(shape.kept)} of {shape.total} blocks and width {shape.width:g} at {path}, expected "
+            "one in which nothing was cut: give that of the fit at full depth."
+        )
+        raise CheckpointError(msg)
+    load_weights(task, weights, path)
 
 
 def _shape_in_folder(folder: Path) -> Shape:
@@ -92,8 +117,8 @@ def _shape_in_folder(folder: Path) -> Shape:
             callbacks = read_checkpoint(folder / name).get("callbacks")
             states = callbacks.values() if isinstance(callbacks, Mapping) else ()
             for state in states:
-                if isinstance(state, Mapping) and {"kept_blocks", "total_blocks"} <= state.keys():
-                    as_weights = {name: torch.as_tensor(state[name]) for name in ("kept_blocks", "total_blocks")}
+                if isinstance(state, Mapping) and {KEPT_KEY, DEPTH_KEY} <= state.keys():
+                    as_weights = {key: torch.as_tensor(state[key]) for key in SHAPE_KEYS if key in state}
                     return shape_in_checkpoint(as_weights, str(folder))
     msg = (
         f"Found nothing in {folder} that tells which blocks were kept, expected a folder that FSDP or DeepSpeed has written "

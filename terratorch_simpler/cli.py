@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -20,6 +20,9 @@ from terratorch_simpler.errors import ConfigurationError, PlanError, SimplerErro
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import full_table
 
+if TYPE_CHECKING:
+    from terratorch_simpler.sweep import Sweep
+
 FAILED, BAD_CONFIG = 1, 2
 LONGEST = 500
 """Characters of an error that is not ours: the parser's repeat the whole config."""
@@ -29,36 +32,82 @@ class _Planned(Exception):
     """Ends a fit once the plan is made."""
 
 
-class _StopBeforeTraining(Callback):
+class _InSetup(Callback):
+    """Does something in setup, where SimplerCallback works as well."""
+
+    def __init__(self, work: Callable[[Trainer, LightningModule], None]) -> None:
+        self._work = work
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        raise _Planned
+        self._work(trainer, pl_module)
 
 
 def run_plan(arguments: Namespace, overrides: Sequence[str]) -> None:
     """Choose a cut with the set-up that ``terratorch fit`` would use, and stop before training.
 
     Args:
-        arguments: ``config``, ``output_dir`` and ``debug``.
+        arguments: ``config``, ``output_dir``, ``ckpt_path`` and ``debug``.
         overrides: Settings such as ``--data.init_args.batch_size 4``, as ``terratorch fit`` takes them.
     """
-    from terratorch_simpler.callback import PLAN_FILE, SimplerCallback
+    from terratorch_simpler.callback import PLAN_FILE
+    from terratorch_simpler.checkpoint import load_at_full_depth
+    from terratorch_simpler.selection import find_backbone
 
     cli = _build_terratorch(arguments, overrides)
+    if arguments.ckpt_path:
+        load_at_full_depth(cli.model, arguments.ckpt_path)
+        find_backbone(cli.model).pretrained = None  # whatever it was built with
+    print(_choose(cli, arguments.output_dir) / PLAN_FILE)
+
+
+def run_sweep(arguments: Namespace, overrides: Sequence[str]) -> None:
+    """Choose a cut as ``plan`` does, and compare what every other one would cost and keep.
+
+    Args:
+        arguments: ``config``, ``output_dir``, ``widths``, ``probe``, ``repeats`` and ``debug``.
+        overrides: Settings, as for ``plan``.
+    """
+    from terratorch_simpler.sweep import Sweep, SweepSettings
+
+    try:
+        settings = SweepSettings(tuple(arguments.widths), arguments.probe, arguments.repeats)
+    except ConfigurationError as err:
+        raise _ConfigError(str(err)) from err
+    cli = _build_terratorch(arguments, overrides)
+    _choose(cli, arguments.output_dir, Sweep(cli.model, settings))
+
+
+def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Path:
+    """Fit up to the point where the cut is chosen; returns the folder of the plan."""
+    from terratorch_simpler.callback import SimplerCallback
+
     callbacks: list[Callback] = cli.trainer.callbacks
     ours = next((callback for callback in callbacks if isinstance(callback, SimplerCallback)), None)
     if ours is None:
         ours = SimplerCallback()
         callbacks.insert(0, ours)
-    ours.output_dir = arguments.output_dir or ours.output_dir
-    callbacks.insert(callbacks.index(ours) + 1, _StopBeforeTraining())
+    ours.output_dir = output_dir or ours.output_dir
+
+    def stop(trainer: Trainer, task: LightningModule) -> None:
+        if sweep is not None and ours.written is not None and trainer.is_global_zero:
+            sweep.run(trainer, task, ours.tiles, ours.written)
+        raise _Planned
+
+    callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
+    if sweep is not None:
+        ours.compare(sweep.take)
+        callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
     if not is_overridden("training_step", cli.model):  # tasks that only predict can be cut as well
         cli.model.training_step = lambda *_args: None
     with contextlib.suppress(_Planned):
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     if ours.written is None:
-        msg = "Found an encoder that is cut already, expected an intact one: remove backbone_keep and backbone_plan."
+        msg = (
+            "Found an encoder that is cut already, expected an intact one: remove backbone_keep, backbone_plan and "
+            "backbone_width."
+        )
         raise ConfigurationError(msg)
-    print(ours.written / PLAN_FILE)
+    return ours.written
 
 
 def _build_terratorch(arguments: Namespace, overrides: Sequence[str]) -> Any:
@@ -123,7 +172,7 @@ def run_export(arguments: Namespace, _overrides: Sequence[str]) -> None:
 
     config = _read_config(arguments)
     import_custom_modules(config.get("custom_modules_path"))
-    trained = load_trained(config, arguments.ckpt_path)
+    trained = load_trained(config, arguments.ckpt_path, arguments.width)
     if "plain" in arguments.formats:
         check_expressible(trained.backbone)  # before anything is written
     for format_ in (name for name in GRAPH_FORMATS if name in arguments.formats):
@@ -137,6 +186,7 @@ def run_export(arguments: Namespace, _overrides: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Namespace, Sequence[str]], None]] = {
     "plan": run_plan,
     "show": run_show,
+    "sweep": run_sweep,
     "export": run_export,
     "demo": run_demo,
 }
@@ -150,6 +200,16 @@ def build_parser() -> ArgumentParser:
                           "config can be overridden as in terratorch fit, e.g. --data.init_args.batch_size 4.")  # fmt: skip
     plan.add_argument("-c", "--config", required=True, help="the YAML that terratorch fit takes")
     plan.add_argument("-o", "--output_dir", help="folder for plan.json and the report; default <log_dir>/simpler")
+    plan.add_argument("--ckpt_path", help="checkpoint of a fit at full depth, to choose from what it has tuned")
+    sweep = ArgumentParser(
+        description="Compare what every cut would cost and keep, without training: sweep.csv, sweep.png, a table, and what "
+        "plan writes. Settings of the config can be overridden as for plan."
+    )
+    sweep.add_argument("-c", "--config", required=True, help="the YAML that terratorch fit takes")
+    sweep.add_argument("-o", "--output_dir", help="folder for what is written; default <log_dir>/simpler")
+    sweep.add_argument("--widths", type=float, nargs="+", default=[1.0], help="kept shares of width, each with every depth")
+    sweep.add_argument("--probe", action="store_true", help="judge frozen features by the labels: k-NN and a linear probe")
+    sweep.add_argument("--repeats", type=int, default=20, help="timed passes of a single tile")
     show = ArgumentParser(description="Show a plan in the terminal.")
     show.add_argument("plan", help="path of a plan.json")
     export = ArgumentParser(description="Write a slimmed model so that it runs where this package is not installed.")
@@ -164,12 +224,13 @@ def build_parser() -> ArgumentParser:
         help="plain: config and checkpoint for TerraTorch; onnx and pt2 (torch.export): the whole model as one graph",
     )
     export.add_argument("--image_size", type=int, help="rows and columns in a graph, in pixels; default the encoder's own")
+    export.add_argument("--width", type=float, help="one of the widths that SlimmableTraining trained; default the largest")
     demo = ArgumentParser(description=run_demo.__doc__)
     demo.add_argument("-o", "--output_dir", default="demo", help="folder for everything the demo makes")
     demo.add_argument(
         "--official_weights", action="store_true", help="use Prithvi-EO-2.0-tiny-TL from the Hugging Face Hub instead"
     )
-    for name, command in (("plan", plan), ("show", show), ("export", export), ("demo", demo)):
+    for name, command in (("plan", plan), ("sweep", sweep), ("show", show), ("export", export), ("demo", demo)):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         commands.add_subcommand(name, command)
     return parser
@@ -197,7 +258,7 @@ def main(args: Sequence[str] | None = None) -> int:
         0 on success, 1 if the run failed, 2 if arguments or configuration are wrong.
     """
     args = list(sys.argv[1:] if args is None else args)
-    own, overrides = _split_overrides(args) if args[:1] == ["plan"] else (args, [])
+    own, overrides = _split_overrides(args) if args[:1] in (["plan"], ["sweep"]) else (args, [])
     parsed = build_parser().parse_args(own)  # exits with 2 by itself
     options = parsed[parsed.command]
     try:

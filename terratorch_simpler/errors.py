@@ -35,6 +35,10 @@ class DegenerateFeaturesError(SimplerError, ValueError):
     """A block's output cannot be compared: constant, not finite, or too few rows."""
 
 
+class RecoveryError(SimplerError, ValueError):
+    """A cut cannot be repaired by a linear map: too few tokens, or an encoder where none fits."""
+
+
 class OutOfMemoryError(SimplerError, RuntimeError):
     """Not even one tile fits into the memory of the device."""
 
@@ -45,6 +49,10 @@ class ProcessError(SimplerError, RuntimeError):
 
 class TilesError(SimplerError, ValueError):
     """There are too few usable tiles, or they do not fit the encoder."""
+
+
+class LabelsError(SimplerError, ValueError):
+    """There are no labels to judge features by, or none of a kind that can be used."""
 
 
 class SimplerWarning(UserWarning):

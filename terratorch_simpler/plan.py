@@ -1,16 +1,18 @@
-"""What is kept of an encoder and why: :class:`SlimmingPlan`, its file format, and the numbering of blocks."""
+"""What is kept of an encoder and why: :class:`SlimmingPlan`, its file format, what block numbers and widths mean."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
-from terratorch_simpler.errors import DepthError, PlanError
+from terratorch_simpler.errors import ConfigurationError, DepthError, PlanError
 from terratorch_simpler.files import whole_file
+from terratorch_simpler.recovery import SpanMap, load_maps, save_maps, spans_between
 
 FORMAT = "terratorch-simpler/plan"
 VERSION = 1
@@ -22,6 +24,7 @@ LARGEST_NUMBER = 1e300
 LARGEST_INTEGER = 2**63 - 1
 MOST_RULES = 64
 LONGEST_NAME = 100
+RECOVERIES = ("none", "linear")
 
 
 def resolve_keep(keep: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
@@ -88,6 +91,41 @@ def feature_position(index: int, num_kept: int, num_blocks: int) -> int:
     return -(-(index % num_blocks + 1) * num_kept // num_blocks) - 1  # ceil in integers
 
 
+def resolve_width(width: object) -> float:
+    """Check a width: the share of the units of every attention head and MLP that is kept.
+
+    Args:
+        width: What was given.
+
+    Raises:
+        ConfigurationError: If it is no number above 0 and at most 1.
+    """
+    if is_width(width):
+        return float(width)
+    why = " (no rule that needs no labels is known to choose one: look at the widths of a sweep)" if width == "auto" else ""
+    msg = f"Found width {width!r}, expected a number above 0 and at most 1{why}: change the width."
+    raise ConfigurationError(msg)
+
+
+def is_width(width: object) -> TypeGuard[float]:
+    """Whether it is a number above 0 and at most 1."""
+    return isinstance(width, int | float) and not isinstance(width, bool) and 0 < width <= 1
+
+
+def units(size: int, width: float) -> int:
+    """Units that a layer of another width holds: max(1, floor(width * size)).
+
+    Args:
+        size: Hidden units of an MLP, or dimensions of an attention head, when intact.
+        width: Kept share of them.
+
+    Example:
+        >>> units(768, 0.5), units(64, 0.01), units(10, 0.3)
+        (384, 1, 3)
+    """
+    return max(1, math.floor(width * size + 1e-9))  # a product a rounding error below an integer is that integer
+
+
 @dataclass(frozen=True)
 class SlimmingPlan:
     """What to keep of an encoder, and everything the choice was made from.
@@ -97,7 +135,7 @@ class SlimmingPlan:
         full_num_blocks: Blocks L of the intact encoder.
         kept_blocks: Kept blocks, 0-based, ascending.
         criterion: ``name`` and ``args`` of the rule.
-        width: Kept share of attention and MLP width; 1.0 is all of it.
+        width: Kept share of the units of every attention head and MLP; 1.0 is all of them.
         recovery: How the cut was repaired; "none" or "linear".
         scores: Score of every judged depth.
         similarity: Similarity S of the intact encoder's blocks, L x L.
@@ -110,7 +148,10 @@ class SlimmingPlan:
         versions: Package versions.
         overview: What was not chosen. ``criteria``: by name of rule its ``kept_blocks`` and ``scores`` (by depth, or
             None) on the same statistics. ``depths``: by number of first blocks kept the ``parameters``, ``macs`` (or None),
-            ``similarity`` of the last kept block with the last one, and ``recovery_r2`` (or None).
+            ``similarity`` of the last kept block with the last one, and ``recovery_r2`` (or None). ``repaired``, where
+            recovery is linear: [state before, state after, share of variance explained] of each dropped range.
+        maps: The linear maps by the state before the range they stand for (0 is the input of the first block, l the output
+            of block l), where recovery is linear; in a file of their own beside plan.json.
     """
 
     backbone: str
@@ -129,6 +170,7 @@ class SlimmingPlan:
     data: Mapping[str, Any] | None = None
     versions: Mapping[str, str] | None = None
     overview: Mapping[str, Any] | None = None
+    maps: Mapping[int, SpanMap] | None = field(default=None, repr=False, compare=False)
 
     def check_encoder(self, backbone: str, num_blocks: int) -> None:
         """Raise unless the plan was made for this encoder.
@@ -148,7 +190,7 @@ class SlimmingPlan:
             raise PlanError(msg)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as JSON, whole or not at all.
+        """Write the plan as JSON, whole or not at all, and the maps of a linear recovery beside it.
 
         Args:
             path: File to write; missing folders are made.
@@ -156,17 +198,20 @@ class SlimmingPlan:
         Returns:
             The path.
         """
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        content = {"format": FORMAT, "version": VERSION, **{field.name: getattr(self, field.name) for field in fields(self)}}
+        del content["maps"]
         if self.overview is None:
             del content["overview"]  # as in plans made before there was one
-        text = json.dumps(content, indent=1, allow_nan=False)
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        if self.maps is not None:  # first, since they are looked for when there is a plan
+            save_maps(self.maps, _maps_file(path), text)
         with whole_file(path) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
         return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SlimmingPlan:
-        """Read a plan and check every key.
+        """Read a plan and check every key, and the maps of a linear recovery beside it.
 
         Args:
             path: A plan.json.
@@ -183,7 +228,11 @@ class SlimmingPlan:
         except (OSError, ValueError, RecursionError) as err:
             msg = f"Found no readable plan at {path} ({err}), expected the plan.json of an earlier run: check the path."
             raise PlanError(msg) from err
-        return cls.from_dict(raw, source=str(path))
+        plan = cls.from_dict(raw, source=str(path))
+        if plan.recovery == "none":
+            return plan
+        befores = [before for before, _ in spans_between(plan.kept_blocks, plan.full_num_blocks)]
+        return replace(plan, maps=load_maps(_maps_file(path), content.decode("utf-8"), befores))
 
     @classmethod
     def from_dict(cls, raw: object, source: str = "plan") -> SlimmingPlan:
@@ -204,12 +253,16 @@ class SlimmingPlan:
             raise check.error("format", raw.get("format"), f"'{FORMAT}'")
         if (version := values.pop("version", None)) != VERSION or isinstance(version, bool):
             raise check.error("version", version, f"{VERSION}, the version this package reads")
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} - {"maps"}
         if unknown := sorted(map(str, values.keys() - known)):
             raise check.error(unknown[0], values[unknown[0]], "no such key")
         if missing := sorted(known - values.keys()):
             raise check.error(missing[0], None, "a value")
         return cls(**check.values(values))
+
+
+def _maps_file(plan: str | os.PathLike[str]) -> Path:
+    return Path(plan).with_suffix(".recovery.pt")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -237,8 +290,8 @@ class _Check:
             "full_num_blocks": blocks,
             "kept_blocks": self.kept_blocks(raw, blocks),
             "criterion": self.criterion(raw),
-            "width": self.one_of(raw, "width", 1.0),
-            "recovery": self.one_of(raw, "recovery", "none"),
+            "width": self.width(raw),
+            "recovery": self.recovery(raw),
             "scores": self.by_depth(raw["scores"], "scores", blocks),
             "similarity": self.similarity(raw, blocks),
             "votes": self.by_depth(raw["votes"], "votes", blocks),
@@ -262,10 +315,16 @@ class _Check:
             raise self.error(key, value, f"an integer of at least {minimum}")
         return value  # type: ignore[no-any-return]
 
-    def one_of(self, raw: dict[str, Any], key: str, supported: Any) -> Any:
-        if isinstance(raw[key], bool) or raw[key] != supported:
-            raise self.error(key, raw[key], f"{supported!r}, all that this version of the package can apply")
-        return supported
+    def recovery(self, raw: dict[str, Any]) -> str:
+        value = raw["recovery"]
+        if value not in RECOVERIES:
+            raise self.error("recovery", value, f"one of {', '.join(RECOVERIES)}")
+        return str(value)
+
+    def width(self, raw: dict[str, Any]) -> float:
+        if not is_width(raw["width"]):
+            raise self.error("width", raw["width"], "a number above 0 and at most 1")
+        return float(raw["width"])
 
     def kept_blocks(self, raw: dict[str, Any], num_blocks: int, key: str = "kept_blocks") -> tuple[int, ...]:
         value = raw["kept_blocks"]
@@ -319,7 +378,7 @@ class _Check:
         if value is None:
             return None
         expected = "an object with 'criteria' and 'depths'"
-        if not isinstance(value, dict) or set(value) != {"criteria", "depths"}:
+        if not isinstance(value, dict) or set(value) - {"repaired"} != {"criteria", "depths"}:
             raise self.error("overview", value, expected)
         criteria, depths = value["criteria"], value["depths"]
         if not isinstance(criteria, dict) or not isinstance(depths, dict):
@@ -330,7 +389,16 @@ class _Check:
         return {
             "criteria": {name: self.judged(rule, num_blocks) for name, rule in criteria.items()},
             "depths": self.costs(depths, num_blocks),
+            **({"repaired": self.repaired(value["repaired"], num_blocks)} if "repaired" in value else {}),
         }
+
+    def repaired(self, ranges: Any, num_blocks: int) -> list[list[Any]]:
+        right = isinstance(ranges, list) and all(
+            isinstance(one, list) and len(one) == 3 and all(map(_is_count, one[:2])) and _is_number(one[2]) for one in ranges
+        )
+        if not right or not all(0 <= before < after <= num_blocks for before, after, _ in ranges):
+            raise self.error("overview", ranges, "lists of state before, state after and a number as 'repaired'")
+        return [list(one) for one in ranges]
 
     def judged(self, rule: Any, num_blocks: int) -> dict[str, Any]:
         if not isinstance(rule, dict) or set(rule) != {"kept_blocks", "scores"}:

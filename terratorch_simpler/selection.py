@@ -19,24 +19,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import nn
 
 from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.criteria import Bounds, Criterion
+from terratorch_simpler.criteria import Bounds, Criterion, Labelled
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
     ConfigurationError,
     FewTilesWarning,
+    LabelsError,
     SimplerWarning,
     SkippedTilesWarning,
     TilesError,
     UntrainedEncoderWarning,
 )
-from terratorch_simpler.measure import Measurement, Tokens, Unfinished, borrowed, count_macs, measure
+from terratorch_simpler.measure import (
+    Feeder,
+    LabelledRows,
+    Measurement,
+    Readout,
+    Tap,
+    Tokens,
+    Unfinished,
+    as_pretrained,
+    borrowed,
+    check_labels,
+    collect_labelled,
+    count_macs,
+    measure,
+)
+from terratorch_simpler.overview import overview
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.plan_cache import PlanCache, hash_of_tensors, hash_of_weights, keep
 from terratorch_simpler.processes import Processes
-from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, TileSource
+from terratorch_simpler.recovery import Span, spans_between
+from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, Split, TileSource
 
 DESCRIBES = frozenset({"index", "position", "path", "window"})
-NOT_INPUT = DESCRIBES | {"valid"}
+NOT_INPUT = DESCRIBES | {"valid", "target"}
 """Keys of a batch that describe the tiles and do not go to the encoder."""
 TILES_TO_KNOW = 8
 """How many tiles are looked at to tell whether an earlier run has seen the same."""
@@ -48,10 +65,25 @@ class Selection:
 
     criterion: Criterion
     bounds: Bounds
+    width: float  # not chosen, only applied
     tokens: Tokens
     min_tiles: int
     max_tiles: int
     seed: int
+    recovery: str = "none"
+    compare: Callable[[Measurement], None] | None = None  # told what was measured, for every depth
+
+    @property
+    def needs_tiles(self) -> bool:
+        """Whether anything has to be measured."""
+        return self.criterion.needs_similarity or self.recovery != "none" or self.compare is not None
+
+    def spans(self, num_blocks: int) -> list[Span]:
+        """Ranges of blocks to find maps for."""
+        wanted = set() if self.recovery == "none" else set(self.criterion.spans(num_blocks, self.bounds))
+        if self.compare is not None and self.tokens == "patch":
+            wanted |= {(depth, num_blocks) for depth in range(1, num_blocks)}
+        return sorted(wanted)
 
 
 def find_backbone(module: nn.Module) -> SimplerBackbone:
@@ -101,13 +133,20 @@ def select(
 
     Raises:
         ConfigurationError: If the rule needs tiles and there are none.
+        LabelsError: If the rule needs labels and there are none.
     """
     if backbone.fewest_blocks > 1:
         least = max(how.bounds.min_depth or 1, backbone.fewest_blocks)
         how = replace(how, bounds=replace(how.bounds, min_depth=least))
-    if not how.criterion.needs_similarity:
+    if not how.needs_tiles:
         return _cut(backbone, _plan(backbone, how, None, None))
     source = _open_source(getattr(trainer, "datamodule", None), tiles, how.seed, processes)
+    if how.compare is not None:
+        cache = None  # a plan does not hold what is compared
+    labelled: list[Labelled] = []  # in the first process, which decides
+    if how.criterion.needs_labels:
+        cache = None  # a plan is not found again by labels
+        processes.once(lambda: labelled.append(_labelled(trainer, pl_module, how.seed)))
     with ExitStack() as held:
 
         def look_up() -> tuple[Path | None, SlimmingPlan | None]:
@@ -118,10 +157,15 @@ def select(
         kept_at, plan = processes.once(look_up)
         if plan is not None:
             rank_zero_info(f"Took the plan of an earlier run with the same encoder, tiles and settings from {kept_at}.")
-            backbone.slim(plan)
-            return plan
-        unfinished = None if kept_at is None else Unfinished(kept_at.with_suffix(".unfinished.pt"))
+            return _cut(backbone, replace(plan, width=how.width))
+        # The sums for maps are too large to be written every minute.
+        resumable = kept_at is not None and not how.spans(backbone.full_num_blocks)
+        unfinished = Unfinished(kept_at.with_suffix(".unfinished.pt")) if kept_at is not None and resumable else None
         found = _stream(trainer, pl_module, backbone, source, how, processes, unfinished)
+        if how.compare is not None:
+            how.compare(found)
+        if labelled:
+            found = replace(found, statistics=replace(found.statistics, labelled=labelled[0]))
         skipped = dict(found.skips.counts)
         data = {**source.describe(), "input_shape": _plain(found.input_shape), "skipped": skipped}
         # Should rounding differ between machines, the first process decides.
@@ -136,7 +180,8 @@ def _plan(
 ) -> SlimmingPlan:
     """Choose; parameters and MACs are those of the intact encoder."""
     blocks = backbone.full_num_blocks
-    choice = how.criterion.choose(None if found is None else found.similarity, blocks, how.bounds)
+    choice = how.criterion.choose(None if found is None else found.statistics, blocks, how.bounds)
+    repairs = None if found is None else found.repairs
     parameters = backbone.num_parameters()
     shape = backbone.input_shape if found is None else found.input_shape
     macs = None if shape is None else count_macs(backbone, shape)
@@ -144,7 +189,9 @@ def _plan(
         backbone=backbone.name,
         full_num_blocks=blocks,
         kept_blocks=choice.kept_blocks,
+        width=how.width,
         criterion={"name": how.criterion.name, "args": how.criterion.args},
+        recovery=how.recovery,
         scores=choice.scores,
         similarity=None if found is None else found.similarity.tolist(),
         votes=None if found is None else found.votes,
@@ -154,18 +201,20 @@ def _plan(
         macs=None if macs is None else {"before": macs, "after": macs},
         data=data,
         versions=_versions(),
+        overview=None if found is None else overview(backbone, how.criterion, how.bounds, choice, found, how.recovery),
+        maps=None if repairs is None or how.recovery == "none" else repairs.maps(spans_between(choice.kept_blocks, blocks)),
     )
 
 
 def _cut(backbone: SimplerBackbone, plan: SlimmingPlan) -> SlimmingPlan:
     """Cut, and complete the plan by what is left."""
-    backbone.keep_blocks(plan.kept_blocks)
+    backbone.slim(plan)
     assert plan.parameters is not None
     plan = replace(plan, parameters={**plan.parameters, "after": backbone.num_parameters()})
     shape = (plan.data or {}).get("input_shape", backbone.input_shape)
     if plan.macs is not None and shape is not None:
         plan = replace(plan, macs={**plan.macs, "after": count_macs(backbone, shape)})
-    backbone.slim(plan)
+    backbone.slim(plan)  # is that already; from now on it knows the whole plan
     return plan
 
 
@@ -180,7 +229,7 @@ def _made_from(
         "seen": _first_tiles(trainer, backbone, source),
         "criterion": [type(how.criterion).__module__, how.criterion.name, repr(how.criterion.args)],
         "bounds": repr(how.bounds),
-        "pass": [how.tokens, how.min_tiles, how.max_tiles, how.seed],
+        "pass": [how.tokens, how.min_tiles, how.max_tiles, how.seed, how.recovery],
         "precision": trainer.precision,
         "task": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
         "versions": _versions(),
@@ -257,7 +306,7 @@ def _stream(
     source.pin_memory = source.pin_memory or trainer.strategy.root_device.type == "cuda"
     with (
         borrowed(pl_module, how.seed),  # all of it: detection models ask for boxes while they train
-        _on_device(encoder, trainer.strategy.root_device),
+        on_device(encoder, trainer.strategy.root_device),
         _progress_bar(trainer, planned, backbone) as progress,
     ):
         found = measure(
@@ -274,6 +323,7 @@ def _stream(
             progress=progress,
             processes=processes,
             unfinished=unfinished,
+            spans=how.spans(backbone.full_num_blocks),
         )
     peak = "" if found.peak_bytes is None else f"; at most {found.peak_bytes / 2**30:.2f} GiB of memory were in use"
     limit = "" if found.batch_limit is None else f"; memory ran out, so {found.batch_limit} tiles were sent at once"
@@ -285,6 +335,120 @@ def _stream(
     if found.skips.counts and processes.first:
         warnings.warn(f"Skipped tiles: {found.skips}.", SkippedTilesWarning, stacklevel=2)
     return found
+
+
+def stream_rows(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    tiles: GeoTiffTiles | None,
+    seed: int,
+    images: int,
+    use: Callable[[torch.Tensor], None],
+) -> None:
+    """Hand out patch tokens after every block of a task's encoder, as pretrained, from the tiles a selection streams.
+
+    Args:
+        trainer: Gives device and precision, and the datamodule.
+        pl_module: The task, on the CPU.
+        tiles: Tiles given by the user; None for the datamodule's training images.
+        seed: Seed of their order and of the drawn patches.
+        images: Tiles after which to stop.
+        use: Called with rows of a batch of tiles, (L, R, D), on the device.
+    """
+    backbone = find_backbone(pl_module)
+    source = _open_source(getattr(trainer, "datamodule", None), tiles, seed, Processes())
+    encoder = _outermost_encoder(pl_module, backbone)
+    seen = 0
+    with (
+        torch.compiler.set_stance("force_eager"),
+        borrowed(pl_module, seed),
+        on_device(encoder, trainer.strategy.root_device),
+        as_pretrained(encoder, backbone),
+        Tap(backbone, encoder, "patch", seed) as tap,
+    ):
+        feeder = Feeder(tap, _forward(trainer, pl_module, backbone, source))
+        for batch in source:
+            rows = [of_tile for _, _, of_tile in feeder.run(batch)][: images - seen]
+            use(torch.cat(rows, dim=1)[1:])  # the first state is what enters the first block
+            seen += len(rows)
+            if seen >= images:
+                return
+
+
+def check_split(trainer: Trainer, pl_module: LightningModule, split: Split, seed: int) -> None:
+    """Raise unless the images of the datamodule have labels of two classes at least, before anything is computed.
+
+    Raises:
+        LabelsError: If they have not.
+    """
+    check_labels(_labelled_source(trainer, split, seed), _ignore_index(pl_module), _called(split))
+
+
+def labelled_rows(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    split: Split,
+    seed: int,
+    *,
+    tuned: bool = False,
+    readout: Readout | None = None,
+    class_token: bool = False,
+) -> LabelledRows:
+    """Rows with labels after every block that the encoder of a task holds, by the way a batch takes in a training step.
+
+    Args:
+        trainer: Gives device and precision, and the datamodule.
+        pl_module: The task, on the CPU.
+        split: Which images of the datamodule; they are read without augmentation.
+        seed: Seed of the order of the images and of the drawn patches.
+        tuned: With adapters (LoRA) and prompts, instead of as pretrained.
+        readout: What is taken for the features of a block; by default its raw output.
+        class_token: With labels by image, take the class token, if there is one, instead of the mean of the patches.
+
+    Raises:
+        LabelsError: If there are no labels, or of one class only.
+    """
+    backbone = find_backbone(pl_module)
+    source = _labelled_source(trainer, split, seed)
+    encoder = _outermost_encoder(pl_module, backbone)
+    with (
+        borrowed(pl_module, seed),
+        on_device(encoder, trainer.strategy.root_device),
+        nullcontext() if tuned else as_pretrained(encoder, backbone),
+    ):
+        return collect_labelled(
+            _forward(trainer, pl_module, backbone, source),
+            backbone,
+            source,
+            encoder,
+            what=_called(split),
+            ignore_index=_ignore_index(pl_module),
+            readout=readout,
+            class_token=class_token,
+            seed=seed,
+        )
+
+
+def _labelled(trainer: Trainer, pl_module: LightningModule, seed: int) -> Labelled:
+    """Labelled features of the encoder as it was tuned, for rules that need some; outputs of blocks before any norm."""
+    rows = labelled_rows(trainer, pl_module, "train", seed, tuned=True, class_token=True)
+    return Labelled(rows.features, rows.labels)
+
+
+def _labelled_source(trainer: Trainer, split: Split, seed: int) -> DatamoduleTiles:
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        msg = "Found no datamodule, expected one with labels: only the images of a datamodule have labels."
+        raise LabelsError(msg)
+    return DatamoduleTiles(datamodule, seed, split, labels=True)
+
+
+def _called(split: Split) -> str:
+    return {"train": "training images", "val": "validation images"}[split]
+
+
+def _ignore_index(pl_module: LightningModule) -> int | None:
+    return getattr(pl_module, "hparams", {}).get("ignore_index")  # type: ignore[no-any-return]
 
 
 def _outermost_encoder(pl_module: LightningModule, backbone: SimplerBackbone) -> nn.Module:
@@ -320,7 +484,7 @@ def _forward(
 
     def forward(batch: Batch) -> object:
         inputs = normalised(transfer({key: value for key, value in batch.items() if key not in NOT_INPUT}))
-        with _precision(trainer):
+        with precision_of(trainer):
             return pl_module(inputs.pop("image"), **inputs)
 
     return forward
@@ -378,7 +542,7 @@ def _normalisation(trainer: Trainer, source: TileSource) -> Callable[[Batch], Ba
     return None
 
 
-def _precision(trainer: Trainer) -> AbstractContextManager[object]:
+def precision_of(trainer: Trainer) -> AbstractContextManager[object]:
     """The trainer's precision for one forward pass.
 
     True half and double precision convert the weights only after setup; casting them here and back would round them, so
@@ -392,7 +556,7 @@ def _precision(trainer: Trainer) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Borrow a device: Lightning moves the model there only after setup."""
     home = next(module.parameters()).device
     module.to(device)

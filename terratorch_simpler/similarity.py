@@ -18,7 +18,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from terratorch_simpler.errors import DegenerateFeaturesError
 
@@ -127,27 +126,58 @@ def linear_cka(features: Tensor) -> Tensor:
         tensor([[1., 1.],
                 [1., 1.]], dtype=torch.float64)
     """
-    metric = GroupedCKA(num_blocks=features.shape[0], max_groups=1).to(features.device)
-    metric.update(features, tiles=1, group=0)
-    return metric.similarity()
+    hsic = hsic_matrix(features)
+    check_features(*moments(features))
+    return normalise_hsic(hsic)
 
 
-def resample(numerators: Tensor, resamples: int, seed: int) -> Tensor:
-    """Bootstrap over groups: draw groups with replacement and add up their numerators.
+def draw_groups(groups: int, resamples: int, seed: int) -> Tensor:
+    """Bootstrap over groups: draw as many as there are, with replacement.
 
     Args:
-        numerators: Numerators of shape (G, L, L), one per group.
+        groups: Number of groups G.
         resamples: Number of draws R.
         seed: Seed of the draws.
 
     Returns:
-        Sums of shape (R, L, L), float64.
+        How often each group was drawn, (R, G), float64.
     """
-    groups = len(numerators)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(groups, (resamples, groups), generator=generator)
-    counts = torch.zeros(resamples, groups, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
-    return torch.einsum("rg,gij->rij", counts, numerators.double().cpu())
+    drawn = torch.randint(groups, (resamples, groups), generator=torch.Generator().manual_seed(seed))
+    ones = torch.ones(drawn.shape, dtype=torch.float64)
+    return torch.zeros_like(ones).scatter_add_(1, drawn, ones)
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What tells features that cannot be compared.
+
+    Args:
+        features: Block outputs of shape (L, m, D).
+
+    Returns:
+        Number of values that are not finite, mean square, and variance of each block; (L,) each.
+    """
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    mean_square = wide.square().mean(dim=(1, 2), dtype=torch.float64)
+    variance = _centred(wide).square().mean(dim=(1, 2), dtype=torch.float64)
+    return (~torch.isfinite(wide)).sum(dim=(1, 2)), mean_square, variance
+
+
+def check_features(not_finite: Tensor, mean_square: Tensor, variance: Tensor) -> None:
+    """Refuse blocks whose outputs cannot be compared.
+
+    Args:
+        not_finite: Number of values that are not finite, (L,).
+        mean_square: Mean square, (L,), or its sum over groups.
+        variance: Variance, (L,), or its sum over groups.
+
+    Raises:
+        DegenerateFeaturesError: If a block is not finite or does not vary; it is named.
+    """
+    if (not_finite > 0).any():
+        raise _degenerate(not_finite > 0, "NaN or Inf")
+    constant = variance <= CONSTANT_RATIO * mean_square
+    if constant.any():
+        raise _degenerate(constant, "an output that is constant over all tokens")
 
 
 def _degenerate(blocks: Tensor, what: str) -> DegenerateFeaturesError:
@@ -157,89 +187,3 @@ def _degenerate(blocks: Tensor, what: str) -> DegenerateFeaturesError:
         f"Found {what} after encoder block {names} (0-based), expected finite features that vary: check the pretrained "
         "weights, the means and stds of the data, and the precision."
     )
-
-
-class GroupedCKA(Metric):
-    """Additive state of the streamed similarity: the HSIC numerators of every group, each in a slot of its own.
-
-    All states are sums. A process that did not see a group leaves zeros in its slot, so summing over processes gives
-    the same bits however groups were spread over them, and the bootstrap finds the groups in stream order.
-
-    Args:
-        num_blocks: Number of blocks L.
-        max_groups: Number of slots G; memory is G * L * L * 8 bytes, whatever the number of tiles.
-    """
-
-    full_state_update = False
-    numerators: Tensor
-    rows: Tensor
-    tiles: Tensor
-    mean_square: Tensor
-    variance: Tensor
-    not_finite: Tensor
-
-    def __init__(self, num_blocks: int, max_groups: int, **kwargs: object) -> None:
-        """Declare the states; keyword arguments go to :class:`torchmetrics.Metric`."""
-        super().__init__(**kwargs)
-        self.add_state("numerators", torch.zeros(max_groups, num_blocks, num_blocks, dtype=torch.float64), "sum")
-        self.add_state("rows", torch.zeros(max_groups, dtype=torch.int64), "sum")
-        self.add_state("tiles", torch.zeros(max_groups, dtype=torch.int64), "sum")
-        self.add_state("mean_square", torch.zeros(max_groups, num_blocks, dtype=torch.float64), "sum")
-        self.add_state("variance", torch.zeros(max_groups, num_blocks, dtype=torch.float64), "sum")
-        self.add_state("not_finite", torch.zeros(max_groups, num_blocks, dtype=torch.int64), "sum")
-        self.persistent(True)  # a long pass that was ended goes on from its state_dict
-
-    def update(self, features: Tensor, tiles: int, group: int) -> None:
-        """Add one group. Waits for the device of the features only if the states lie on another one.
-
-        Args:
-            features: Rows of the group after every block, shape (L, m, D).
-            tiles: How many tiles the rows came from.
-            group: Slot of the group: its number in stream order.
-        """
-        wide = features.to(torch.promote_types(features.dtype, torch.float32))
-        # All of them before the first is added: memory may run out on the way, and the group be added again.
-        found = {
-            "not_finite": (~torch.isfinite(wide)).sum(dim=(1, 2)),
-            "mean_square": wide.square().mean(dim=(1, 2), dtype=torch.float64),
-            "variance": _centred(wide).square().mean(dim=(1, 2), dtype=torch.float64),
-            "numerators": hsic_matrix(wide),
-        }
-        ready = {name: value.to(self.numerators.device) for name, value in found.items()}
-        for name, value in ready.items():
-            getattr(self, name)[group] += value
-        self.rows[group] += features.shape[1]
-        self.tiles[group] += tiles
-
-    def compute(self) -> Tensor:
-        """Similarity S of shape (L, L) over all groups seen by all processes, float64.
-
-        Raises:
-            DegenerateFeaturesError: If a block's output is constant or not finite, or nothing was added yet.
-        """
-        return self.similarity()
-
-    def similarity(self, groups: int | None = None) -> Tensor:
-        """Like :meth:`compute`, over the groups of this process only.
-
-        Args:
-            groups: Number of groups from the first; by default all.
-        """
-        self.check(groups)
-        return normalise_hsic(self.numerators[:groups].sum(dim=0))
-
-    def check(self, groups: int | None = None) -> None:
-        """Raise if the features of the groups cannot be compared (see :meth:`similarity`)."""
-        if not self.tiles[:groups].any():
-            msg = "Found no rows of tokens to compare, expected at least one group of tiles: give more tiles."
-            raise DegenerateFeaturesError(msg)
-        not_finite = self.not_finite[:groups].sum(dim=0) > 0
-        if not_finite.any():
-            raise _degenerate(not_finite, "NaN or Inf")
-        constant = self.variance[:groups].sum(dim=0) <= CONSTANT_RATIO * self.mean_square[:groups].sum(dim=0)
-        if constant.any():
-            raise _degenerate(constant, "an output that is constant over all tokens")
-
-    def filled(self, groups: int | None = None) -> Tensor:
-        """Numerators of the groups that were added, in stream order, shape (G, L, L)."""
-        return self.numerators[:groups][self.tiles[:groups] > 0]

@@ -279,7 +279,7 @@ def readme_table() -> str:
             *([f"`fit` on {first.fit}"] if first.fit else []),
             *([first.tested] if first.tested else []),
         ]
-        lines.append(f"| {title} | {first.names} | {kept} | no | {', '.join(formats) or 'no'} | {'; '.join(how)} |")
+        lines.append(f"| {title} | {first.names} | {kept} | yes | {', '.join(formats) or 'no'} | {'; '.join(how)} |")
     return "\n".join(lines)
 
 

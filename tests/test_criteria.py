@@ -5,10 +5,20 @@ from typing import ClassVar
 import pytest
 import torch
 
-from terratorch_simpler.criteria import Bounds, Criterion, Fixed, Simpler, build_criterion, register, vote
+from terratorch_simpler.criteria import (
+    Bounds,
+    Criterion,
+    Fixed,
+    GroupSums,
+    Simpler,
+    Statistics,
+    build_criterion,
+    register,
+    vote,
+)
 from terratorch_simpler.criteria.simpler import score_curve
 from terratorch_simpler.errors import ConfigurationError, DepthError
-from terratorch_simpler.similarity import hsic_matrix
+from terratorch_simpler.measure.grouped import GroupedStatistics
 
 
 def reference_score(s: torch.Tensor, c: int) -> float:
@@ -17,6 +27,20 @@ def reference_score(s: torch.Tensor, c: int) -> float:
         return sum(rows) / len(rows)
 
     return delta(s[:c, :c]) - delta(s[c:, c:])
+
+
+def statistics(similarity: torch.Tensor) -> Statistics:
+    """Statistics of an encoder whose blocks are as similar as this; nothing is known of what enters the first one."""
+    hsic = torch.nn.functional.pad(similarity, (1, 0, 1, 0))
+    hsic[..., 0, 0] = 1
+    return Statistics(hsic, hsic, 1 - hsic)
+
+
+def sums(groups: list[torch.Tensor]) -> GroupSums:
+    metric = GroupedStatistics(len(groups[0]), len(groups))
+    for number, group in enumerate(groups):
+        metric.update(torch.cat([torch.randn_like(group[:1]), group]), tiles=4, group=number)
+    return metric.sums()
 
 
 def settled_after(c: int, blocks: int) -> torch.Tensor:
@@ -48,7 +72,7 @@ def test_score_is_batched():
 
 @pytest.mark.parametrize("c", [2, 3, 5, 8])
 def test_planted_depth_is_found(c):
-    choice = Simpler().choose(settled_after(c, 12), 12, Bounds())
+    choice = Simpler().choose(statistics(settled_after(c, 12)), 12, Bounds())
     assert len(choice.kept_blocks) == c
     assert set(choice.scores) == set(range(2, 11))
 
@@ -56,13 +80,13 @@ def test_planted_depth_is_found(c):
 def test_drift_at_a_constant_pace_is_a_tie_between_the_last_moving_block_and_the_one_before():
     # The step from row c to row c + 1 belongs to neither part, so cutting one block earlier scores the same.
     place = torch.arange(12).clamp(max=6).double()
-    scores = Simpler().choose(1 - (place[:, None] - place[None, :]).abs() / 12, 12, Bounds()).scores
+    scores = Simpler().choose(statistics(1 - (place[:, None] - place[None, :]).abs() / 12), 12, Bounds()).scores
     assert scores[6] == pytest.approx(scores[7]) == pytest.approx(1 / 12)
     assert max(score for depth, score in scores.items() if depth not in (6, 7)) < 1 / 12
 
 
 def test_all_alike_is_a_tie_and_goes_to_the_smallest_depth():
-    choice = Simpler().choose(torch.ones(8, 8).double(), 8, Bounds())
+    choice = Simpler().choose(statistics(torch.ones(8, 8).double()), 8, Bounds())
     assert choice.kept_blocks == (0, 1)
     assert set(choice.scores.values()) == {0.0}
 
@@ -70,45 +94,45 @@ def test_all_alike_is_a_tie_and_goes_to_the_smallest_depth():
 def test_tie_up_to_rounding_goes_to_the_smaller_depth():
     s = torch.ones(8, 8).double()
     s[7, 7] += 1e-12
-    assert Simpler().choose(s, 8, Bounds()).kept_blocks == (0, 1)
+    assert Simpler().choose(statistics(s), 8, Bounds()).kept_blocks == (0, 1)
 
 
 def test_bounds_move_the_choice():
     s = settled_after(5, 12)
-    assert len(Simpler().choose(s, 12, Bounds(min_depth=7)).kept_blocks) == 7
-    assert len(Simpler().choose(s, 12, Bounds(max_depth=4)).kept_blocks) == 4
-    assert list(Simpler().choose(s, 12, Bounds(4, 6)).scores) == [4, 5, 6]
+    assert len(Simpler().choose(statistics(s), 12, Bounds(min_depth=7)).kept_blocks) == 7
+    assert len(Simpler().choose(statistics(s), 12, Bounds(max_depth=4)).kept_blocks) == 4
+    assert list(Simpler().choose(statistics(s), 12, Bounds(4, 6)).scores) == [4, 5, 6]
 
 
 def test_bounds_that_leave_nothing_are_refused():
     with pytest.raises(DepthError, match="Found min_depth 11 and max_depth None for an encoder of 12 blocks"):
-        Simpler().choose(settled_after(5, 12), 12, Bounds(min_depth=11))
+        Simpler().choose(statistics(settled_after(5, 12)), 12, Bounds(min_depth=11))
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_shallow_encoders_are_refused(blocks):
     with pytest.raises(DepthError, match=f"Found an encoder of {blocks} blocks, expected at least 5 .* backbone_keep"):
-        Simpler().choose(torch.ones(blocks, blocks), blocks, Bounds())
+        Simpler().choose(statistics(torch.ones(blocks, blocks)), blocks, Bounds())
 
 
 def drifting_group(c: int, seed: int) -> torch.Tensor:
-    """HSIC of 8 blocks of which those after c add nothing to the residual stream."""
+    """8 blocks of which those after c add nothing to the residual stream."""
     generator = torch.Generator().manual_seed(seed)
     outputs = [torch.randn(200, 16, generator=generator)]
     for block in range(1, 8):
         fresh = torch.randn(200, 16, generator=generator)
         outputs.append(outputs[-1] + (0.2 * 2**block * fresh if block < c else 0))
-    return hsic_matrix(torch.stack(outputs))
+    return torch.stack(outputs)
 
 
 def test_votes_are_unanimous_when_groups_agree():
-    votes = vote(Simpler(), torch.stack([drifting_group(4, seed) for seed in range(6)]), Bounds(), seed=0)
+    votes = vote(Simpler(), sums([drifting_group(4, seed) for seed in range(6)]), Bounds(), seed=0)
     assert votes == {2: 0.0, 3: 0.0, 4: 1.0, 5: 0.0, 6: 0.0}
 
 
 def test_votes_are_split_when_groups_disagree():
-    groups = [drifting_group(4, seed) for seed in range(3)] + [1e-6 * drifting_group(3, seed) for seed in range(3)]
-    votes = vote(Simpler(), torch.stack(groups), Bounds(), seed=0)
+    groups = [drifting_group(4, seed) for seed in range(3)] + [1e-2 * drifting_group(3, seed) for seed in range(3)]
+    votes = vote(Simpler(), sums(groups), Bounds(), seed=0)
     assert sum(votes.values()) == pytest.approx(1.0)
     assert 0 < votes[3] < 0.1  # wins only where no group of the first kind was drawn: (1/2) ** 6
     assert votes[4] > 0.5
@@ -131,7 +155,10 @@ def test_fixed_needs_exactly_one_setting():
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ConfigurationError, match="Found criterion 'simplr', expected one of fixed, simpler"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"Found criterion 'simplr', expected one of angular, .*, simpler, sls, or a class_path",
+    ):
         build_criterion("simplr")
 
 

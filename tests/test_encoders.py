@@ -47,7 +47,7 @@ def raw_outputs(backbone, inputs):
     features = run(backbone, inputs)
     for handle in handles:
         handle.remove()
-    return features, seen
+    return features, seen[1:]
 
 
 def number(cut, family, total):

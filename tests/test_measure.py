@@ -12,6 +12,7 @@ from terratorch_simpler.errors import DegenerateFeaturesError, SimplerWarning, T
 from terratorch_simpler.measure import count_macs, measure
 from terratorch_simpler.similarity import linear_cka
 from tests.memory import Tiles, land
+from tests.planted import make_identity
 
 
 def run(backbone, tiles, **kwargs):
@@ -58,14 +59,6 @@ def test_early_stop_is_tile_exact_whatever_the_batch_size(build):
     assert max(found[0].votes.values()) >= 0.95
 
 
-def make_identity(block):
-    """A block whose residual branches add nothing."""
-    with torch.no_grad():
-        for layer in (block.attn.proj, block.mlp.fc2):
-            layer.weight.zero_()
-            layer.bias.zero_()
-
-
 @pytest.mark.parametrize("settled", [4, 6, 8])
 def test_planted_stabilisation_is_found(build, settled):
     backbone = build()
@@ -77,7 +70,7 @@ def test_planted_stabilisation_is_found(build, settled):
                 block.mlp.fc2.weight.mul_(0.2 * 1.5**number)
                 block.attn.proj.weight.mul_(0.2 * 1.5**number)
     found = run(backbone, Tiles(land(96)))
-    choice = Simpler().choose(found.similarity, 12, Bounds())
+    choice = Simpler().choose(found.statistics, 12, Bounds())
     assert len(choice.kept_blocks) == settled
     torch.testing.assert_close(found.similarity[settled - 1, settled:], torch.ones(12 - settled).double(), rtol=0, atol=1e-6)
 
@@ -302,7 +295,7 @@ def raw_outputs(backbone, inputs):
         backbone(inputs)
     for handle in handles:
         handle.remove()
-    return outputs
+    return outputs[1:]
 
 
 def terramind(build, **kwargs):

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from terratorch_simpler import similarity
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.errors import OutOfMemoryError
-from terratorch_simpler.measure import measure
+from terratorch_simpler.measure import grouped, measure
 from terratorch_simpler.measure.memory import Feeder
 from tests.memory import Tiles, land
 
@@ -92,11 +91,11 @@ def test_modalities_are_split_alike(build):
 
 
 @pytest.mark.parametrize("which", [{1, 8}, {2, 9}, {3, 9}])
-@pytest.mark.parametrize("fails", ["hsic_matrix", "_centred"])
+@pytest.mark.parametrize("fails", ["hsic_matrix", "moments", "angle_sums"])
 def test_groups_are_compared_on_the_cpu_if_the_device_is_full(build, monkeypatch, fails, which):
     backbone, images, calls = build(), land(200), []
     expected = run(backbone, Tiles(images))
-    original = getattr(similarity, fails)
+    original = getattr(grouped, fails)
 
     def out_of_memory_now_and_then(features):
         calls.append(features.shape)
@@ -104,7 +103,7 @@ def test_groups_are_compared_on_the_cpu_if_the_device_is_full(build, monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(features)
 
-    monkeypatch.setattr(similarity, fails, out_of_memory_now_and_then)
+    monkeypatch.setattr(grouped, fails, out_of_memory_now_and_then)
     found = run(backbone, Tiles(images))
     assert (found.tiles_seen, found.rows_seen) == (200, 3200)
     assert torch.equal(found.similarity, expected.similarity)  # no half of a group was added twice

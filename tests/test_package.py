@@ -13,17 +13,18 @@ PACKAGE = ROOT / "terratorch_simpler"
 # From the bottom up: a module may import from its own layer and those below.
 LAYERS = [
     {"errors", "files"},
-    {"similarity", "plan", "processes", "stopping"},
+    {"angles", "recovery", "similarity", "plan", "processes", "stopping"},
     {"criteria"},
     {"encoders", "tiles"},
     {"backbone"},
     {"registry", "report", "checkpoint", "plan_cache"},
     {"measure", "export"},
+    {"overview"},
     {"selection"},
-    {"callback"},
+    {"callback", "slimmable", "sweep"},
     {"demo", "cli"},
 ]
-PURE = ("errors", "files", "similarity", "plan", "criteria")
+PURE = ("angles", "errors", "files", "recovery", "similarity", "plan", "criteria")
 HEAVY = {"lightning", "terratorch", "rasterio", "torchgeo", "pytorch_lightning"}
 
 

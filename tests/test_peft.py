@@ -236,11 +236,6 @@ def test_a_cut_that_drops_every_adapter_is_refused():
     assert backbone_of(built).num_blocks == 12
 
 
-def test_adapters_plus_width_are_refused():
-    with pytest.raises(ConfigurationError, match=r"Found backbone_width 0\.5, expected 1\.0"):
-        model(backbone_width=0.5)
-
-
 def test_fit_trains_adapters_and_decoder_only(trainer, tmp_path, datamodule, task):
     made = task(peft_config=QV_MLP)
     callback = SimplerCallback(output_dir=str(tmp_path / "simpler"))

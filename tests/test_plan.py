@@ -135,8 +135,11 @@ def test_a_failed_save_leaves_the_old_plan_and_nothing_else(tmp_path):
         ("kept_blocks", [0, 1.5], "expected distinct block numbers"),
         ("kept_blocks", [True], "expected distinct block numbers"),
         ("kept_blocks", 2, "expected a list"),
-        ("width", 0.5, "expected 1.0, all that this version"),
-        ("recovery", "linear", "expected 'none', all that this version"),
+        *(
+            ("width", width, "expected a number above 0 and at most 1")
+            for width in (0, -0.5, 1.5, True, "0.5", None, [0.5], 1e999)
+        ),
+        ("recovery", "quadratic", "expected one of none, linear"),
         ("criterion", "simpler", "expected a dict"),
         ("criterion", {"name": "simpler"}, "expected an object with 'name' and 'args'"),
         ("scores", {"2": "high"}, "expected numbers by depth from 1 to 4"),

@@ -56,7 +56,7 @@ def test_scene_with_nodata_gives_the_plan_of_its_clean_part(shared_data):
             **kwargs,
         )
         found = measure(lambda batch: encoder(batch["image"]), encoder, tiles, Simpler(), Bounds(), min_tiles=9999)
-        return found, len(Simpler().choose(found.similarity, 12, Bounds()).kept_blocks)
+        return found, len(Simpler().choose(found.statistics, 12, Bounds()).kept_blocks)
 
     clean, depth = choose(max_nodata_fraction=0)
     assert clean.rows_seen == 16 * clean.tiles_seen

@@ -1,12 +1,16 @@
 """The streamed similarity against an independent float64 reference, and its invariances."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from terratorch_simpler.angles import angle_sums
 from terratorch_simpler.errors import DegenerateFeaturesError
-from terratorch_simpler.similarity import GroupedCKA, hsic_matrix, linear_cka, resample
+from terratorch_simpler.measure.grouped import GroupedStatistics
+from terratorch_simpler.similarity import draw_groups, hsic_matrix, linear_cka
 
 
 def reference_hsic(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -46,8 +50,8 @@ def structured_features(rows: int = 64, seed: int = 0) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-def metric_over(groups: list[torch.Tensor]) -> GroupedCKA:
-    metric = GroupedCKA(groups[0].shape[0], len(groups))
+def metric_over(groups: list[torch.Tensor]) -> GroupedStatistics:
+    metric = GroupedStatistics(groups[0].shape[0] - 1, len(groups))
     for number, group in enumerate(groups):
         metric.update(group, tiles=4, group=number)
     return metric
@@ -70,12 +74,12 @@ def test_hsic_of_four_rows_by_hand():
 def test_cka_over_groups_matches_the_reference(dtype):
     groups = [structured_features(48, seed).to(dtype) for seed in range(3)]
     tolerance = 1e-7 if dtype == torch.float64 else 2e-5
-    torch.testing.assert_close(metric_over(groups).compute(), reference_cka(groups), rtol=0, atol=tolerance)
+    torch.testing.assert_close(metric_over(groups).statistics().spans, reference_cka(groups), rtol=0, atol=tolerance)
 
 
 def test_one_group_is_the_one_shot_value():
     features = structured_features(50)
-    torch.testing.assert_close(metric_over([features]).compute(), linear_cka(features))
+    torch.testing.assert_close(metric_over([features]).statistics().spans, linear_cka(features))
 
 
 def test_identical_blocks_are_alike_and_s_is_symmetric():
@@ -108,21 +112,20 @@ def test_invariant_to_rotation_scale_and_shift(rows, width, scale, shift, seed):
 def test_order_of_groups_and_split_over_processes_do_not_matter(order, split):
     groups = [structured_features(20, seed) for seed in range(5)]
     together = metric_over(groups)
-    parts = [GroupedCKA(6, 5), GroupedCKA(6, 5)]
+    parts = [GroupedStatistics(5, 5), GroupedStatistics(5, 5)]
     for position, number in enumerate(order):
         parts[position < split].update(groups[number], tiles=4, group=number)
-    merged = parts[0].numerators + parts[1].numerators  # what a sum over two processes does
-    assert torch.equal(merged, together.numerators)
-    assert torch.equal(parts[0].tiles + parts[1].tiles, together.tiles)
+    for name, whole in together.metric_state.items():
+        assert torch.equal(getattr(parts[0], name) + getattr(parts[1], name), whole)  # what a sum over two processes does
 
 
 def test_states_are_sums_so_that_torchmetrics_can_merge_processes():
-    reductions = GroupedCKA(3, 2)._reductions.values()
+    reductions = GroupedStatistics(2, 2)._reductions.values()
     assert {function.__name__ for function in reductions} == {"dim_zero_sum"}
 
 
 def test_memory_does_not_grow_with_groups_added_again():
-    metric = GroupedCKA(3, 2)
+    metric = GroupedStatistics(2, 2)
     before = sum(state.numel() for state in metric.metric_state.values())
     for _ in range(20):
         metric.update(random_features(3, 10, 4), tiles=4, group=1)
@@ -160,17 +163,61 @@ def test_fewer_than_four_rows_are_refused():
         linear_cka(random_features(2, 3, 4))
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric GroupedCKA was called before")
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric GroupedStatistics was called before")
 def test_nothing_seen_is_refused():
     with pytest.raises(DegenerateFeaturesError, match="Found no rows of tokens"):
-        GroupedCKA(3, 2).compute()
+        GroupedStatistics(2, 2).compute()
 
 
-def test_bootstrap_sums_draw_whole_groups_and_repeat_with_the_seed():
-    numerators = torch.stack([torch.full((2, 2), 10.0**group) for group in range(4)])
-    sums = resample(numerators, 200, seed=3)
-    counts = [[int(value) // 10**group % 10 for group in range(4)] for value in sums[:, 0, 0].tolist()]
-    assert all(sum(count) == 4 for count in counts)
-    assert len({tuple(count) for count in counts}) > 5
-    assert torch.equal(sums, resample(numerators, 200, seed=3))
-    assert not torch.equal(sums, resample(numerators, 200, seed=4))
+def test_bootstrap_draws_whole_groups_and_repeats_with_the_seed():
+    counts = draw_groups(4, 200, seed=3)
+    assert counts.shape == (200, 4)
+    assert torch.equal(counts, counts.round())
+    assert (counts.sum(dim=1) == 4).all()
+    assert len({tuple(count) for count in counts.tolist()}) > 5
+    assert torch.equal(counts, draw_groups(4, 200, seed=3))
+    assert not torch.equal(counts, draw_groups(4, 200, seed=4))
+
+
+def test_angles_and_cosines_match_a_loop_over_tokens():
+    groups = [structured_features(40, seed) for seed in range(3)]
+    found = metric_over(groups).statistics()
+    states = torch.cat(groups, dim=1).double()
+    for i in range(6):
+        for j in range(6):
+            cosines = [
+                float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(states[i], states[j], strict=True)
+            ]
+            assert float(found.cosine[i, j]) == pytest.approx(sum(cosines) / 120, abs=1e-12)
+            angles = [math.acos(min(1.0, cosine)) / math.pi for cosine in cosines]
+            assert float(found.angle[i, j]) == pytest.approx(sum(angles) / 120, abs=1e-7)
+
+
+def test_angles_by_hand():
+    right, opposite, same = torch.tensor([0.0, 2.0]), torch.tensor([-3.0, 0.0]), torch.tensor([5.0, 0.0])
+    x = torch.tensor([1.0, 0.0]).expand(300, 2)
+    for other, cosine, angle in ((right, 0, 0.5), (opposite, -1, 1), (same, 1, 0), (torch.zeros(2), 0, 0.5)):
+        cosines, angles = angle_sums(torch.stack([x, other.expand(300, 2)]))
+        assert cosines[0, 1] == pytest.approx(300 * cosine)
+        assert angles[0, 1] == pytest.approx(300 * angle)
+
+
+def test_resampled_statistics_are_those_of_the_drawn_groups():
+    groups = [structured_features(20 + seed, seed) for seed in range(4)]
+    sums = metric_over(groups).sums()
+    drawn = draw_groups(4, 5, seed=1)
+    found = sums.resampled(5, seed=1)
+    for number, counts in enumerate(drawn.int().tolist()):
+        again = [group for group, count in zip(groups, counts, strict=True) for _ in range(count)]
+        expected = metric_over(again).statistics()
+        for name in ("hsic", "cosine", "angle", "similarity"):
+            torch.testing.assert_close(getattr(found, name)[number], getattr(expected, name))
+
+
+def test_only_rules_that_look_at_a_constant_input_refuse_it():
+    features = structured_features()
+    features[0] = 7.0
+    found = metric_over([features]).statistics()
+    assert found.similarity.shape == (5, 5)
+    with pytest.raises(DegenerateFeaturesError, match="Found an input of the first encoder block that is constant"):
+        _ = found.spans

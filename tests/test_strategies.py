@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan
+from terratorch_simpler.backbone import Shape
 from terratorch_simpler.checkpoint import FILES_IN_FOLDERS, read_shape
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
 from tests.runs import Command, config
@@ -78,7 +79,7 @@ def test_shape_of_a_checkpoint_folder(tmp_path, trainer, task, datamodule, name)
     trainer(callback, limit_train_batches=0).fit(task(), datamodule=datamodule())
     (tmp_path / name).parent.mkdir(exist_ok=True)
     torch.save({"callbacks": {"Other": {"a": 1}, callback.state_key: callback.state_dict()}}, tmp_path / name)
-    assert read_shape(tmp_path, Reader()) == (tuple(range(7)), 12)
+    assert read_shape(tmp_path, Reader()) == Shape(tuple(range(7)), 12)
 
 
 @pytest.mark.parametrize("content", [{}, {"callbacks": {}}, {"callbacks": {"x": 3}}, {"callbacks": [1]}])

@@ -147,7 +147,13 @@ def test_a_damaged_file_starts_anew(small, tmp_path, data):
     like = torch.load(tmp_path / "whole.pt", weights_only=True)
     del like["format"], like["version"]
     found = Unfinished(path).load(like)
-    assert found is None or found.keys() == like.keys()  # a flipped bit in the padding of the file changes nothing
+    assert found is None or same_values(found, like)  # a flipped bit in the padding of the file changes nothing
+
+
+def same_values(found, like):
+    if isinstance(like, dict):
+        return found.keys() == like.keys() and all(same_values(found[key], like[key]) for key in like)
+    return torch.equal(found, like) if isinstance(like, torch.Tensor) else found == like
 
 
 def kept_once(small, path):
@@ -213,10 +219,10 @@ def test_only_groups_that_were_judged_are_kept():
     pool = Pool(3, 5, Processes())
     for number in range(3):
         tiles = [Held(64 * number + at, 0, 2) for at in range(64)]
-        pool.add(Group(number, tiles, 0, 64 * (number + 1)), torch.randn(3, 128, 4))
+        pool.add(Group(number, tiles, 0, 64 * (number + 1)), torch.randn(4, 128, 4))
     state = pool.state(1)
     assert state["large"]["tiles"].tolist() == [64, 0, 0, 0, 0]
     assert state["small"]["tiles"].tolist() == [32, 32] + [0] * 12
-    assert not state["large"]["numerators"][1:].any()
+    assert not state["large"]["hsic"][1:].any()
     assert Pool.consistent({**state, "groups": 1, "tiles": 64})
     assert not Pool.consistent({**pool.state(3), "groups": 1, "tiles": 64})

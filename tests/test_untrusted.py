@@ -13,7 +13,7 @@ from rich.console import Console
 
 from terratorch_simpler import SlimmingPlan
 from terratorch_simpler import plan as plan_module
-from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.backbone import Shape, SimplerBackbone
 from terratorch_simpler.checkpoint import read_checkpoint, read_shape
 from terratorch_simpler.errors import CheckpointError, DepthError, PlanError
 from terratorch_simpler.report import full_table, report_page
@@ -111,6 +111,7 @@ def sound(plan: SlimmingPlan) -> bool:
         and set(kept) <= set(range(blocks))
         and all(rule["kept_blocks"] and set(rule["kept_blocks"]) <= set(range(blocks)) for rule in rules)
         and set(overview["depths"]) <= set(range(1, blocks + 1))
+        and 0 < plan.width <= 1
         and all(isinstance(number, float) and abs(number) < float("inf") for number in numbers)
     )
 
@@ -200,7 +201,7 @@ def test_blocks_that_a_plan_keeps_are_the_blocks_that_are_kept(small, data):
         assert kept != sorted(set(kept)) or not kept or not set(kept) <= set(range(BLOCKS))
         return
     try:
-        backbone.match_checkpoint(range(BLOCKS), BLOCKS)
+        backbone.match_checkpoint(Shape(tuple(range(BLOCKS)), BLOCKS))
         backbone.slim(plan)
     except DepthError:
         pytest.fail("a plan that was read did not fit")
@@ -248,7 +249,7 @@ def test_checkpoint_with_other_bytes(files, checkpoint, data):
     start, end = pickled.header_offset, pickled.header_offset + pickled.file_size + 200
     at = data.draw(st.integers(start, end) | st.integers(0, len(whole) - 1))
     (files / "other.ckpt").write_bytes(flip(whole, at, data.draw(st.integers(1, 255))))
-    assert shape_of(files / "other.ckpt") in (None, ((0, 2), BLOCKS))
+    assert shape_of(files / "other.ckpt") in (None, Shape((0, 2), BLOCKS))
 
 
 def test_every_bit_of_the_kept_blocks_counts(files, checkpoint):
@@ -270,7 +271,29 @@ def test_checkpoint_without_sums(files, checkpoint):
         torch.save(torch.load(checkpoint, weights_only=True), files / "sumless.ckpt")
     finally:
         torch.serialization.set_crc32_options(compute_crc32=True)
-    assert shape_of(files / "sumless.ckpt") == ((0, 2), BLOCKS)
+    assert shape_of(files / "sumless.ckpt") == Shape((0, 2), BLOCKS)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    widths=st.lists(st.floats(0, 1) | st.floats(), min_size=1, max_size=3).map(
+        lambda numbers: torch.tensor(numbers, dtype=torch.float64).view(torch.int64)
+    )
+    | st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3).map(lambda bits: torch.tensor(bits, dtype=torch.int64))
+    | st.sampled_from([torch.tensor(0.5), torch.tensor([0.5]), torch.zeros(1000, dtype=torch.int64), torch.ones(1, 1)])
+)
+def test_checkpoint_that_says_any_width(files, widths):
+    state = {"kept_blocks": torch.tensor([0, 2]), "total_blocks": torch.tensor(BLOCKS), "kept_widths": widths}
+    torch.save({"state_dict": {f"e.{name}": value for name, value in state.items()}}, files / "wide.ckpt")
+    shape = shape_of(files / "wide.ckpt")
+    if shape is not None:
+        said = widths.view(torch.float64).tolist()
+        assert said == sorted(set(said))
+        assert shape == Shape((0, 2), BLOCKS, said[-1], tuple(said) if len(said) > 1 else ())
+        assert 0 < said[0] <= said[-1] <= 1
+    elif widths.dtype == torch.int64 and widths.ndim == 1 and 0 < len(widths) < 4:
+        said = widths.view(torch.float64).tolist()
+        assert said != sorted(set(said)) or not all(0 < width <= 1 for width in said)
 
 
 SHAPES = st.lists(st.integers(-2, 6), max_size=6) | st.lists(st.floats(allow_nan=True), max_size=3)
@@ -285,12 +308,12 @@ def test_checkpoint_that_says_any_shape(files, small, kept, total):
     shape = shape_of(files / "said.ckpt")
     if shape is None:
         return
-    assert shape == (tuple(kept), total)
+    assert shape == Shape(tuple(kept), total)
     assert list(shape[0]) == sorted(set(kept))
     assert 0 <= kept[0] <= kept[-1] < total <= 1024
     if total != BLOCKS:
         with pytest.raises(CheckpointError, match=f"Found a checkpoint of an encoder with {total} blocks"):
-            backbone.match_checkpoint(*shape)
+            backbone.match_checkpoint(shape)
 
 
 class Evil:

@@ -3,11 +3,37 @@
 A rule is a :class:`Criterion` with a name of its own, made known by one line, :func:`register`.
 """
 
-from terratorch_simpler.criteria.base import Bounds, Choice, Criterion, build_criterion, register, vote
+from terratorch_simpler.criteria.angular import Angular
+from terratorch_simpler.criteria.base import Bounds, Choice, Criterion, build_criterion, known_criteria, register, vote
+from terratorch_simpler.criteria.block_influence import BlockInfluence
+from terratorch_simpler.criteria.budget import BudgetCriterion
+from terratorch_simpler.criteria.cka_intervals import CkaIntervals
 from terratorch_simpler.criteria.fixed import Fixed
+from terratorch_simpler.criteria.knee import Knee
 from terratorch_simpler.criteria.simpler import Simpler
+from terratorch_simpler.criteria.sls import Sls
+from terratorch_simpler.criteria.statistics import GroupSums, Labelled, Statistics
 
-register(Simpler)
-register(Fixed)
+for _rule in (Simpler, Knee, BlockInfluence, Angular, CkaIntervals, Sls, Fixed):
+    register(_rule)
 
-__all__ = ["Bounds", "Choice", "Criterion", "Fixed", "Simpler", "build_criterion", "register", "vote"]
+__all__ = [
+    "Angular",
+    "BlockInfluence",
+    "Bounds",
+    "BudgetCriterion",
+    "Choice",
+    "CkaIntervals",
+    "Criterion",
+    "Fixed",
+    "GroupSums",
+    "Knee",
+    "Labelled",
+    "Simpler",
+    "Sls",
+    "Statistics",
+    "build_criterion",
+    "known_criteria",
+    "register",
+    "vote",
+]

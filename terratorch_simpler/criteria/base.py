@@ -11,8 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from terratorch_simpler.criteria.statistics import GroupSums, Statistics
 from terratorch_simpler.errors import ConfigurationError, DepthError
-from terratorch_simpler.similarity import normalise_hsic, resample
+from terratorch_simpler.recovery import Span
 
 TIE = 1e-9
 """Scores closer than this are a tie, which goes to the smaller depth; float64 sums differ by less (ours)."""
@@ -62,15 +63,22 @@ class Choice:
 
 
 class Criterion(ABC):
-    """A rule that turns block similarity into a choice of blocks to keep.
+    """A rule that turns the statistics of a pass into a choice of blocks to keep.
+
+    A rule of one's own says which depths it can judge and how good each is; one that keeps other blocks than the first c
+    says as well which.
 
     Attributes:
         name: Name in YAML and in plan.json.
         needs_similarity: False if no tile has to be streamed to decide.
+        needs_labels: Whether the tiles must have labels.
+        drop_blocks: Number of blocks to drop; None if the rule finds the depth itself.
     """
 
     name: ClassVar[str]
     needs_similarity: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    drop_blocks: int | None = None
 
     @property
     def args(self) -> dict[str, object]:
@@ -86,30 +94,79 @@ class Criterion(ABC):
         """
 
     @abstractmethod
-    def score(self, similarity: Tensor, depths: list[int]) -> Tensor:
+    def score(self, found: Statistics, depths: list[int]) -> Tensor:
         """Score of every depth, the larger the better.
 
         Args:
-            similarity: Similarity of shape (..., L, L).
+            found: Statistics of the intact encoder; leading dimensions are draws of a bootstrap.
             depths: C depths to judge.
 
         Returns:
             Scores of shape (..., C).
         """
 
-    def choose(self, similarity: Tensor | None, num_blocks: int, bounds: Bounds) -> Choice:
-        """Pick the depth with the highest score; ties go to the smaller one.
+    def kept(self, found: Statistics, depths: list[int]) -> Tensor:
+        """Which blocks to keep at every depth: the first ones, unless a rule says otherwise.
 
         Args:
-            similarity: Similarity S of shape (L, L); None only if the rule needs none.
+            found: As for :meth:`score`.
+            depths: C depths.
+
+        Returns:
+            Bools of shape (..., C, L).
+        """
+        first = torch.arange(found.num_blocks) < torch.tensor(depths)[:, None]
+        return first.expand(*found.hsic.shape[:-2], *first.shape)
+
+    def allowed(self, num_blocks: int, bounds: Bounds) -> list[int]:
+        """Depths that may be chosen: one if there is a budget.
+
+        Args:
+            num_blocks: Blocks L of the intact encoder.
+            bounds: Bounds on the kept depth.
+
+        Raises:
+            DepthError: If none is left.
+        """
+        depths = bounds.within(self.depths(num_blocks), num_blocks)
+        if self.drop_blocks is None:
+            return depths
+        depth = num_blocks - self.drop_blocks
+        if depth not in depths:
+            msg = (
+                f"Found drop_blocks {self.drop_blocks} of {num_blocks} blocks, expected {depths[0]} to {depths[-1]} blocks "
+                "to be kept: change drop_blocks, min_depth or max_depth."
+            )
+            raise DepthError(msg)
+        return [depth]
+
+    def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
+        """Ranges of blocks that may be dropped, to be repaired: what follows the first c, unless a rule says otherwise.
+
+        Args:
             num_blocks: Blocks L of the intact encoder.
             bounds: Bounds on the kept depth.
         """
-        assert similarity is not None  # a rule without similarity brings its own choose
+        return [(depth, num_blocks) for depth in self.allowed(num_blocks, bounds) if depth < num_blocks]
+
+    def choose(self, found: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:
+        """Pick the depth with the highest score; ties go to the smaller one.
+
+        Args:
+            found: Statistics over all tiles; None only if the rule needs none.
+            num_blocks: Blocks L of the intact encoder.
+            bounds: Bounds on the kept depth.
+
+        Raises:
+            DepthError: If no depth can be chosen.
+        """
+        assert found is not None  # a rule without statistics brings its own choose
         depths = bounds.within(self.depths(num_blocks), num_blocks)
-        scores = self.score(similarity, depths)
-        depth = depths[int(_first_best(scores))]
-        return Choice(tuple(range(depth)), dict(zip(depths, scores.tolist(), strict=True)))
+        scores = self.score(found, depths)
+        allowed = self.allowed(num_blocks, bounds)
+        best = allowed[int(_first_best(torch.stack([scores[depths.index(depth)] for depth in allowed])))]
+        kept = self.kept(found, [best])[0].nonzero().flatten().tolist()
+        return Choice(tuple(kept), dict(zip(depths, scores.tolist(), strict=True)))
 
 
 def _first_best(scores: Tensor) -> Tensor:
@@ -118,22 +175,26 @@ def _first_best(scores: Tensor) -> Tensor:
     return (scores >= best - TIE).int().argmax(dim=-1)
 
 
-def vote(criterion: Criterion, numerators: Tensor, bounds: Bounds, seed: int, resamples: int = 1000) -> dict[int, float]:
+def vote(criterion: Criterion, groups: GroupSums, bounds: Bounds, seed: int, resamples: int = 1000) -> dict[int, float]:
     """How often each depth wins when the groups of tiles are drawn again with replacement.
 
     Args:
         criterion: The rule.
-        numerators: HSIC numerators of each group, shape (G, L, L).
+        groups: Sums of each group.
         bounds: Bounds on the kept depth.
         seed: Seed of the draws.
         resamples: Number of draws.
 
     Returns:
-        Share of draws won by each judged depth, summing to 1.
+        Share of draws won by each depth that may be chosen. They sum to 1, except that a rule with a budget has only one:
+        there it is the share of draws in which the same blocks win as over all groups.
     """
-    num_blocks = numerators.shape[-1]
-    depths = bounds.within(criterion.depths(num_blocks), num_blocks)
-    winners = _first_best(criterion.score(normalise_hsic(resample(numerators, resamples, seed)), depths))
+    depths = criterion.allowed(groups.hsic.shape[-1] - 1, bounds)
+    drawn = groups.resampled(resamples, seed)
+    if criterion.drop_blocks is not None:
+        same = (criterion.kept(drawn, depths) == criterion.kept(groups.total(), depths)).all(dim=-1)
+        return {depths[0]: float(same.double().mean())}
+    winners = _first_best(criterion.score(drawn, depths))
     shares = torch.bincount(winners, minlength=len(depths)).double() / resamples
     return dict(zip(depths, shares.tolist(), strict=True))
 
@@ -154,6 +215,11 @@ def register(criterion: type[Criterion]) -> type[Criterion]:
     return criterion
 
 
+def known_criteria() -> dict[str, type[Criterion]]:
+    """All registered rules by name."""
+    return dict(_CRITERIA)
+
+
 def build_criterion(criterion: str | Criterion, drop_blocks: int | None = None) -> Criterion:
     """Turn a name into a rule; a rule is returned as it is.
 
@@ -162,7 +228,7 @@ def build_criterion(criterion: str | Criterion, drop_blocks: int | None = None) 
         drop_blocks: Budget, for rules that take one.
 
     Raises:
-        ConfigurationError: If the name is unknown, or a budget is given to a rule that takes none.
+        ConfigurationError: If the name is unknown, or a budget is missing, or given to a rule that takes none.
     """
     if isinstance(criterion, Criterion):
         if drop_blocks is not None:
@@ -176,9 +242,13 @@ def build_criterion(criterion: str | Criterion, drop_blocks: int | None = None) 
         msg = f"Found criterion '{criterion}', expected one of {', '.join(sorted(_CRITERIA))}, or a class_path."
         raise ConfigurationError(msg)
     rule = _CRITERIA[criterion]
+    budget = inspect.signature(rule).parameters.get("drop_blocks")
     if drop_blocks is None:
+        if budget is not None and budget.default is budget.empty:
+            msg = f"Found criterion '{criterion}' without drop_blocks, expected how many blocks to drop: set drop_blocks."
+            raise ConfigurationError(msg)
         return rule()
-    if "drop_blocks" not in inspect.signature(rule).parameters:
+    if budget is None:
         msg = f"Found drop_blocks {drop_blocks} for criterion '{criterion}', which needs no budget: remove drop_blocks."
         raise ConfigurationError(msg)
     return rule(drop_blocks=drop_blocks)  # type: ignore[call-arg]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from terratorch_simpler.criteria.base import Bounds, Choice, Criterion
+from terratorch_simpler.criteria.statistics import Statistics
 from terratorch_simpler.errors import ConfigurationError, DepthError
 from terratorch_simpler.plan import resolve_keep
+from terratorch_simpler.recovery import Span, spans_between
 
 
 class Fixed(Criterion):
@@ -40,11 +42,15 @@ class Fixed(Criterion):
         """Any depth."""
         return range(1, num_blocks + 1)
 
-    def score(self, similarity: Tensor, depths: list[int]) -> Tensor:
+    def score(self, found: Statistics, depths: list[int]) -> Tensor:
         """All depths alike: nothing is judged."""
-        return similarity.new_zeros(*similarity.shape[:-2], len(depths))
+        return found.hsic.new_zeros(*found.hsic.shape[:-2], len(depths))
 
-    def choose(self, similarity: Tensor | None, num_blocks: int, bounds: Bounds) -> Choice:  # noqa: ARG002
+    def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
+        """Exactly what is dropped."""
+        return spans_between(self.choose(None, num_blocks, bounds).kept_blocks, num_blocks)
+
+    def choose(self, found: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:  # noqa: ARG002
         """Return what was given, checked against the encoder.
 
         Raises:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from terratorch_simpler.criteria.base import Criterion
+from terratorch_simpler.criteria.statistics import Statistics
 from terratorch_simpler.errors import DepthError
 
 MIN_BLOCKS = 5
@@ -61,6 +62,6 @@ class Simpler(Criterion):
             raise DepthError(msg)
         return range(2, num_blocks - 1)
 
-    def score(self, similarity: Tensor, depths: list[int]) -> Tensor:
+    def score(self, found: Statistics, depths: list[int]) -> Tensor:
         """Score g(c) of every depth."""
-        return score_curve(similarity, depths)
+        return score_curve(found.similarity, depths)

@@ -18,6 +18,7 @@ from terratorch_simpler.encoders.dofa import DofaAdapter
 from terratorch_simpler.encoders.prithvi import PrithviAdapter, PrithviViTAdapterAdapter
 from terratorch_simpler.encoders.terramind import TerraMindAdapter
 from terratorch_simpler.encoders.timm_vit import TimmViTAdapter, TorchGeoViTAdapter
+from terratorch_simpler.encoders.width import Narrowing
 
 for _adapter in (
     PrithviAdapter(),
@@ -37,6 +38,7 @@ __all__ = [
     "HostSettings",
     "InputShape",
     "Layout",
+    "Narrowing",
     "PatchGrid",
     "families",
     "find_adapter",

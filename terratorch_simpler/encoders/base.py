@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from terratorch_simpler.errors import ConfigurationError, UnsupportedEncoderError
+from terratorch_simpler.recovery import TokenMap
 
 HIERARCHICAL = (
     *("swin", "hiera", "pvt", "maxvit", "mvitv2", "poolformer", "edgenext", "convnext", "resnet", "resnext", "regnet"),
@@ -133,6 +134,11 @@ class EncoderAdapter(ABC):
         features = encoder(*args, **kwargs)
         return [features[position] for position in positions]
 
+    def final_norm(self, encoder: nn.Module) -> nn.Module | None:
+        """The norm that follows the last block; None if the encoder hands its last block's output on as it is."""
+        del encoder
+        return None
+
     def without_prompts(self, encoder: nn.Module) -> AbstractContextManager[object]:
         """Run the encoder as it was pretrained, without the visual prompts that will be tuned."""
         del encoder
@@ -152,11 +158,12 @@ class EncoderAdapter(ABC):
         return None
 
     def watch(self, encoder: nn.Module, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
-        """Tell the raw output (B, N, D) of every block, before any final norm, each time the encoder runs.
+        """Tell what enters the first block, and the raw output of every block, before any final norm.
 
         Args:
             encoder: The encoder.
-            seen: Called once for every block, in order.
+            seen: Called with tokens (B, N, D), each time the encoder runs: once before the first block, then once for every
+                block, in order.
 
         Returns:
             Handles that end it.
@@ -165,7 +172,27 @@ class EncoderAdapter(ABC):
         def after_block(_block: nn.Module, _args: object, output: Tensor) -> None:
             seen(output)
 
-        return [block.register_forward_hook(after_block) for block in self.blocks(encoder)]
+        blocks = list(self.blocks(encoder))
+        return [watch_input(blocks[0], seen), *(block.register_forward_hook(after_block) for block in blocks)]
+
+    def insert(self, encoder: nn.Module, position: int, token_map: TokenMap) -> RemovableHandle:
+        """Map the tokens after a block, each time the encoder runs.
+
+        Args:
+            encoder: The encoder.
+            position: Position of a held block; -1 for what enters the first one.
+            token_map: The map.
+
+        Returns:
+            A handle that ends it.
+
+        Raises:
+            RecoveryError: If no map fits the encoder.
+        """
+        blocks = self.blocks(encoder)
+        if position < 0:
+            return blocks[0].register_forward_pre_hook(token_map.before, with_kwargs=True)
+        return blocks[position].register_forward_hook(token_map.after)
 
     def layout(self, encoder: nn.Module, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
         """What the tokens of a block's output stand for.
@@ -178,6 +205,15 @@ class EncoderAdapter(ABC):
         del length
         assert isinstance(inputs, Tensor)
         return [self.prefix_tokens(encoder), PatchGrid(image_size(inputs), self.patch_size(encoder))]
+
+
+def watch_input(part: nn.Module, seen: Callable[[Tensor], None]) -> RemovableHandle:
+    """Tell the first argument of a module each time it runs."""
+
+    def before(_part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        seen(args[0] if args else next(iter(kwargs.values())))
+
+    return part.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def image_size(images: Tensor) -> tuple[int, int, int]:

@@ -11,7 +11,8 @@ from terratorch.registry.timm_registry import TimmBackboneWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from terratorch_simpler.encoders.base import EncoderAdapter, pair, prompts_off, take, take_prompts
+from terratorch_simpler.encoders.base import EncoderAdapter, pair, prompts_off, take, take_prompts, watch_input
+from terratorch_simpler.recovery import TokenMap
 
 
 class ClayAdapter(EncoderAdapter):
@@ -38,6 +39,10 @@ class ClayAdapter(EncoderAdapter):
         take_prompts(transformer, positions)
         encoder._out_channels = encoder._out_channels[:1] * len(positions)
         self.prepare(encoder)
+
+    def final_norm(self, encoder: Any) -> nn.Module:
+        """``norm`` of the transformer."""
+        return encoder.clay_encoder.transformer.norm
 
     def out_channels(self, encoder: Any) -> list[int]:
         """Width."""
@@ -68,7 +73,14 @@ class ClayAdapter(EncoderAdapter):
             seen(output + args[0])
 
         layers: Any = self.blocks(encoder)
-        return [part.register_forward_hook(after_feed_forward) for _, part in layers]
+        return [watch_input(layers[0][0], seen), *(part.register_forward_hook(after_feed_forward) for _, part in layers)]
+
+    def insert(self, encoder: Any, position: int, token_map: TokenMap) -> RemovableHandle:
+        """As :meth:`watch`: the feed-forward part of a block answers for it, the stack for what enters the first one."""
+        if position < 0:
+            return encoder.clay_encoder.transformer.register_forward_pre_hook(token_map.before, with_kwargs=True)
+        _, feed_forward = encoder.clay_encoder.transformer.layers[position]
+        return feed_forward.register_forward_hook(token_map.after_branch)
 
 
 def _embedder(encoder: Any) -> Any:

@@ -38,6 +38,10 @@ class DinoV3Adapter(EncoderAdapter):
         encoder.out_channels = self.out_channels(encoder)
         self.prepare(encoder)
 
+    def final_norm(self, encoder: Any) -> nn.Module:
+        """``norm``, which follows every feature."""
+        return encoder.dinov3.norm
+
     def out_channels(self, encoder: Any) -> list[int]:
         """Width."""
         return [int(encoder.dinov3.embed_dim)] * len(self.blocks(encoder))

@@ -9,9 +9,11 @@ from typing import Any
 from terratorch.models.backbones import prithvi_vit_adapter
 from terratorch.models.backbones.prithvi_mae import PrithviViT
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from terratorch_simpler.encoders.base import EncoderAdapter, HostSettings, prompts_off, take, take_prompts
-from terratorch_simpler.errors import DepthError
+from terratorch_simpler.errors import DepthError, RecoveryError
+from terratorch_simpler.recovery import TokenMap
 
 
 def _with_vit_adapter(encoder: Any) -> bool:
@@ -44,6 +46,10 @@ class PrithviAdapter(EncoderAdapter):
         take_prompts(encoder, positions)
         encoder.out_channels = encoder.out_channels[:1] * len(positions)
         self._renumber(encoder)
+
+    def final_norm(self, encoder: Any) -> nn.Module | None:
+        """``norm``, which ViT-Adapter takes away."""
+        return getattr(encoder, "norm", None)
 
     def without_prompts(self, encoder: Any) -> AbstractContextManager[object]:
         """Skip VPT."""
@@ -126,6 +132,18 @@ class PrithviViTAdapterAdapter(PrithviAdapter):
         ranges = [list(indexes) for indexes in encoder.interaction_indexes]
         arguments = {"depth": len(self.blocks(encoder)), "interaction_indexes": ranges}
         return HostSettings(arguments, len(positions), list(range(len(positions))))
+
+    def insert(self, encoder: Any, position: int, token_map: TokenMap) -> RemovableHandle:  # noqa: ARG002
+        """Refused: between its ranges of blocks, ViT-Adapter changes the tokens by what it has learned so far.
+
+        Raises:
+            RecoveryError: Always.
+        """
+        msg = (
+            "Found recovery linear with vit_adapter: true, expected an encoder whose tokens are changed by its blocks only: "
+            "set recovery: none."
+        )
+        raise RecoveryError(msg)
 
     def out_channels(self, encoder: Any) -> list[int]:
         """The same for all maps."""

@@ -61,6 +61,10 @@ class TerraMindAdapter(EncoderAdapter):
                 shapes[name] = (int(embedding.num_channels), *size)
         return shapes or None
 
+    def final_norm(self, encoder: Any) -> nn.Module:
+        """``encoder_norm``, before modalities are merged."""
+        return encoder.encoder_norm
+
     def features(
         self,
         encoder: Any,

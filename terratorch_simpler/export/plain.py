@@ -35,8 +35,20 @@ def check_expressible(backbone: SimplerBackbone) -> None:
     """Refuse what TerraTorch cannot build without this package.
 
     Raises:
-        ExportError: If its family has no setting for the depth.
+        ExportError: If it is narrowed or repaired, or its family has no setting for the depth.
     """
+    if backbone.width != 1:
+        msg = (
+            f"Found '{backbone.name}' at width {backbone.width:g}, expected 1, since TerraTorch has no setting for the "
+            "width of attention heads: use --formats onnx or pt2, or keep terratorch_simpler installed where the model runs."
+        )
+        raise ExportError(msg)
+    if backbone.shape.repaired:
+        msg = (
+            f"Found '{backbone.name}' with a linear map in the place of dropped blocks, expected none, since TerraTorch has "
+            "no such layer: use --formats onnx or pt2, or keep terratorch_simpler installed where the model runs."
+        )
+        raise ExportError(msg)
     if backbone.num_blocks < backbone.full_num_blocks and backbone.host_settings() is None:
         msg = (
             f"Found '{backbone.name}' cut to {backbone.num_blocks} of {backbone.full_num_blocks} blocks, expected an "

@@ -19,7 +19,7 @@ from terratorch.models.utils import TemporalWrapper
 from torch import Tensor, nn
 
 from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.checkpoint import read_checkpoint
+from terratorch_simpler.checkpoint import load_weights, read_checkpoint
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
 from terratorch_simpler.similarity import full_float32
 
@@ -93,16 +93,17 @@ class Trained:
         return given or (sum(wrapper.subset_lengths) if wrapper.subset_lengths else 2)
 
 
-def load_trained(config: Mapping[str, Any], checkpoint: str | Path) -> Trained:
+def load_trained(config: Mapping[str, Any], checkpoint: str | Path, width: float | None = None) -> Trained:
     """Build the task of a checkpoint and load its weights.
 
     Args:
         config: TerraTorch config; its ``model.class_path`` says which task.
         checkpoint: Checkpoint of a fit; what the task was built with is read from it.
+        width: One of the widths that it was trained at; by default the largest.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read, or is not one of TerraTorch with a ``simpler_`` backbone.
-        ConfigurationError: If the config names no task.
+        ConfigurationError: If the config names no task, or the checkpoint was not trained at this width.
     """
     content = _read(checkpoint)
     task_class = _task_class(config)
@@ -121,23 +122,27 @@ def load_trained(config: Mapping[str, Any], checkpoint: str | Path) -> Trained:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using PEFT without a pretrained backbone")
         task = task_class(**arguments)
-    try:
-        task.load_state_dict(content["state_dict"], strict=True)
-    except RuntimeError as err:
-        if isinstance(err, CheckpointError):
-            raise
-        msg = (
-            f"Found weights in checkpoint {checkpoint} that do not fit the model it describes "
-            f"({' '.join(str(err).split())[:200]}), expected the checkpoint of a terratorch fit: check the path."
-        )
-        raise CheckpointError(msg) from err
+    load_weights(task, content["state_dict"], checkpoint)
     task.eval()
+    if width is not None:
+        _take_width(task, width)
     class_path = f"{task_class.__module__}.{task_class.__name__}"
     # Lightning's command line looks there for the class.
     how = {"_class_path": class_path, **{key: value for key, value in saved.items() if key.startswith("_")}}
     rest = {key: content[key] for key in ("epoch", "global_step", "pytorch-lightning_version") if key in content}
     trained = Trained(class_path, task, hparams, {**rest, "hyper_parameters": how})
     return _fold_adapters(trained) if any(hasattr(part, "merge_and_unload") for part in task.modules()) else trained
+
+
+def _take_width(task: nn.Module, width: float) -> None:
+    backbone = next(part for part in task.modules() if isinstance(part, SimplerBackbone))
+    if not backbone.trained_widths and width != backbone.width:
+        msg = (
+            f"Found width {width:g} for a checkpoint that was trained at width {backbone.width:g} only, expected that one: "
+            "leave the width out, or train with terratorch_simpler.SlimmableTraining."
+        )
+        raise ConfigurationError(msg)
+    backbone.set_width(width)
 
 
 def _fold_adapters(trained: Trained) -> Trained:

@@ -35,7 +35,7 @@ class Feeder:
         """Send a batch.
 
         Yields:
-            Position and number of every tile, and its rows after every block, (L, rows, D).
+            Position and number of every tile, and its rows before the first block and after every block, (L + 1, rows, D).
 
         Raises:
             OutOfMemoryError: If memory runs out with a single tile.

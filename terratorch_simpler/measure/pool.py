@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
 
-from terratorch_simpler.criteria import Bounds, Criterion, vote
+from terratorch_simpler.criteria import Bounds, Criterion, Statistics, vote
+from terratorch_simpler.measure.grouped import GroupedStatistics
 from terratorch_simpler.measure.groups import Group, halves
+from terratorch_simpler.measure.repairs import Repairs, drawn_only
 from terratorch_simpler.processes import Processes
-from terratorch_simpler.similarity import GroupedCKA
+from terratorch_simpler.recovery import Span
 
 GROUPS_TO_TRUST = 8
 """With fewer groups of 64 tiles than this, groups of 32 are used."""
@@ -30,13 +32,19 @@ class Pool:
         num_blocks: Blocks of the encoder.
         max_groups: Groups there can be.
         processes: Those that share the groups.
+        spans: Ranges of blocks to repair, should they be dropped.
+
+    Attributes:
+        special: How many rows of every tile, the last ones, show no patch; they serve the repairs only.
+        repairs: Sums for these; None if there is nothing to repair.
     """
 
-    def __init__(self, num_blocks: int, max_groups: int, processes: Processes) -> None:
-        self.count = 0
+    def __init__(self, num_blocks: int, max_groups: int, processes: Processes, spans: Sequence[Span] = ()) -> None:
+        self.special = 0
+        self.repairs = Repairs(spans, processes) if spans else None
         own = {"sync_on_compute": False, "distributed_available_fn": lambda: processes.count > 1}
-        self._large = GroupedCKA(num_blocks, max_groups, **own)
-        self._small = GroupedCKA(num_blocks, 2 * (GROUPS_TO_TRUST - 1), **own)
+        self._large = GroupedStatistics(num_blocks, max_groups, **own)
+        self._small = GroupedStatistics(num_blocks, 2 * (GROUPS_TO_TRUST - 1), **own)
         self._processes = processes
 
     def add(self, group: Group, features: Tensor) -> None:
@@ -44,32 +52,38 @@ class Pool:
 
         Args:
             group: The group.
-            features: Rows of all its tiles, (L, m, D).
+            features: Rows of all its tiles before the first block and after every block, (L + 1, m, D).
         """
+        drawn, rows = drawn_only(group, features, self.special)
         tiles = len(group.tiles)
         parts = [(self._large, group.number, 0, tiles)]
         if group.number < GROUPS_TO_TRUST - 1:
             for half, (start, end) in enumerate(pairwise(accumulate(halves(tiles), initial=0))):
                 parts.append((self._small, 2 * group.number + half, start, end))
-        rows = list(accumulate((tile.rows for tile in group.tiles), initial=0))
         for metric, slot, start, end in parts:
             if not metric.tiles[slot]:  # else memory ran out after this part had been added
-                metric.update(features[:, rows[start] : rows[end]], end - start, slot)
+                metric.update(drawn[:, rows[start] : rows[end]], end - start, slot)
+        if self.repairs is not None:
+            self.repairs.wait(group, features, self.special)
 
     def tiles(self, count: int) -> int:
         """Tiles in the first groups."""
         return int(self._large.tiles[:count].sum())
 
     def votes(self, count: int, criterion: Criterion, bounds: Bounds, seed: int) -> Mapping[int, float] | None:
-        """Bootstrap votes over the first groups, or None if these are too few."""
+        """Bootstrap votes over the first groups, or None if these are too few, or have no part in the choice."""
+        if criterion.needs_labels:
+            return None
         metric, slots = self._best(count)
-        numerators = metric.filled(slots)
-        return None if len(numerators) < GROUPS_TO_VOTE else vote(criterion, numerators, bounds, seed)
+        sums = metric.sums(slots)
+        if not criterion.needs_similarity or criterion.needs_labels:
+            return None
+        return None if len(sums) < GROUPS_TO_VOTE else vote(criterion, sums, bounds, seed)
 
-    def similarity(self, count: int) -> Tensor:
-        """Similarity of the blocks over the first groups, (L, L)."""
+    def statistics(self, count: int) -> Statistics:
+        """Statistics over the first groups."""
         metric, slots = self._best(count)
-        return metric.similarity(slots)
+        return metric.statistics(slots)
 
     def rows(self, count: int) -> int:
         """Rows of tokens in the first groups."""
@@ -107,12 +121,12 @@ class Pool:
         self._large.load_state_dict(state["large"])
         self._small.load_state_dict(state["small"])
 
-    def _best(self, count: int) -> tuple[GroupedCKA, int]:
+    def _best(self, count: int) -> tuple[GroupedStatistics, int]:
         """The statistics to believe for the first groups, and how many of their slots."""
         return (self._large, count) if count >= GROUPS_TO_TRUST else (self._small, 2 * count)
 
 
-def _first(metric: GroupedCKA, slots: int) -> dict[str, Tensor]:
+def _first(metric: GroupedStatistics, slots: int) -> dict[str, Tensor]:
     state = {name: value.clone() for name, value in metric.state_dict().items()}
     for value in state.values():
         value[slots:] = 0

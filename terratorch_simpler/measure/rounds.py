@@ -18,6 +18,7 @@ from terratorch_simpler.measure.memory import Feeder, on_spare_memory
 from terratorch_simpler.measure.pool import Pool
 from terratorch_simpler.measure.unfinished import Unfinished
 from terratorch_simpler.processes import Processes
+from terratorch_simpler.recovery import Span
 from terratorch_simpler.tiles import Batch, Share, Skip, TileSource
 
 
@@ -27,7 +28,8 @@ class _Report(NamedTuple):
     tiles: list[tuple[int, int]]  # position and rows of each
     reached: float
     skips: list[Skip]
-    rows_like: tuple[int, int, torch.dtype] | None  # L, D, type
+    rows_like: tuple[int, int, torch.dtype] | None  # L + 1, D, type
+    special: int  # rows of every tile that show no patch
     input_shape: InputShape
     batch_limit: int | None
 
@@ -59,6 +61,7 @@ class Rounds:
         unfinished: Where the first process keeps the pass, and goes on from.
         device: Where rows are compared.
         progress: Told the number of tiles so far.
+        spans: Ranges of blocks to repair, should they be dropped.
 
     Attributes:
         pool: The statistics.
@@ -78,8 +81,9 @@ class Rounds:
         unfinished: Unfinished | None,
         device: torch.device,
         progress: Callable[[int], None],
+        spans: Sequence[Span] = (),
     ) -> None:
-        self.pool = Pool(num_blocks, max_tiles // TILES_PER_GROUP + 1, processes)
+        self.pool = Pool(num_blocks, max_tiles // TILES_PER_GROUP + 1, processes, spans)
         self.skips = source.no_skips()
         self.compared = 0
         self.input_shape: InputShape = ()
@@ -110,6 +114,11 @@ class Rounds:
         return self._groups.over
 
     @property
+    def width(self) -> int:
+        """Width D of a token; 0 before the first one."""
+        return 0 if self._like is None else self._like[1]
+
+    @property
     def taken(self) -> int:
         """Usable tiles so far."""
         return self._groups.taken
@@ -132,6 +141,7 @@ class Rounds:
         groups = list(self._groups.complete())
         self._ends.update({group.number + 1: group.end for group in groups})
         self._like = next((report.rows_like for report in reports if report.rows_like), self._like)
+        self.pool.special = max(report.special for report in reports)
         owned = self._hand_over(groups)
         if groups:
             self._processes.each(lambda: self._compare(owned))
@@ -217,7 +227,8 @@ class Rounds:
                 self._progress(self.taken + len(tiles))
         skips = list(self._heard)
         self._heard.clear()
-        return _Report(tiles, self._reached, skips, like, self._feeder.tap.input_shape, self._feeder.limit)
+        tap = self._feeder.tap
+        return _Report(tiles, self._reached, skips, like, tap.special, tap.input_shape, self._feeder.limit)
 
     def _compare(self, owned: Sequence[tuple[Group, list[Tensor]]]) -> None:
         for group, rows in owned:

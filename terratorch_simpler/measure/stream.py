@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.criteria import Bounds, Criterion
+from terratorch_simpler.criteria import Bounds, Criterion, Statistics
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import TilesError
 from terratorch_simpler.measure.borrow import as_pretrained, borrowed
 from terratorch_simpler.measure.memory import Feeder
 from terratorch_simpler.measure.pool import SETTLED_SHARE
+from terratorch_simpler.measure.repairs import Repairs
 from terratorch_simpler.measure.rounds import Rounds
 from terratorch_simpler.measure.tap import Tap
 from terratorch_simpler.measure.tokens import Tokens
 from terratorch_simpler.measure.unfinished import Unfinished
 from terratorch_simpler.processes import Processes
+from terratorch_simpler.recovery import Span
 from terratorch_simpler.tiles import Batch, Skipped, TileSource
 
 FEWEST_TILES = 32
@@ -33,7 +35,7 @@ class Measurement:
     """What a pass over the tiles found.
 
     Attributes:
-        similarity: Similarity S of the blocks, (L, L), float64, on the CPU.
+        statistics: What rules choose by, on the CPU.
         votes: Share of bootstrap resamples won by each depth, or None with too few groups.
         tiles_seen: Tiles measured.
         rows_seen: Rows of tokens drawn from them.
@@ -43,10 +45,11 @@ class Measurement:
         seconds: How long the pass took.
         data_wait: How many of them the model of this process waited for tiles.
         batch_limit: Most tiles that fitted into memory at once, if it ran out with more.
+        repairs: Sums for maps in the place of dropped blocks; None unless asked for.
         peak_bytes: Most memory that tensors took on the device of this process, the encoder included; None on a CPU.
     """
 
-    similarity: Tensor
+    statistics: Statistics
     votes: Mapping[int, float] | None
     tiles_seen: int
     rows_seen: int
@@ -56,7 +59,13 @@ class Measurement:
     seconds: float
     data_wait: float
     batch_limit: int | None
+    repairs: Repairs | None
     peak_bytes: int | None
+
+    @property
+    def similarity(self) -> Tensor:
+        """Similarity S of the blocks, (L, L), float64, on the CPU."""
+        return self.statistics.similarity
 
 
 def measure(
@@ -74,6 +83,7 @@ def measure(
     progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
     unfinished: Unfinished | None = None,
+    spans: Sequence[Span] = (),
 ) -> Measurement:
     """Stream tiles through the encoder and compare the outputs of its blocks.
 
@@ -94,9 +104,11 @@ def measure(
         progress: Told the number of tiles measured so far.
         processes: Those that measure together; by default only this one.
         unfinished: Where to keep the pass if it is ended, and to go on from; used by the first process.
+        spans: Ranges of blocks that may be dropped and repaired; not together with ``unfinished``, which keeps no sums for
+            them, and only for patch tokens.
 
     Returns:
-        Similarity and votes, the same in every process.
+        Statistics and votes, the same in every process.
 
     Raises:
         TilesError: If fewer than 32 tiles could be measured, or they do not fit the encoder.
@@ -115,7 +127,7 @@ def measure(
         torch.compiler.set_stance("force_eager"),  # a graph of the uncut model, with hooks in it, would be for nothing
         borrowed(stop_after, seed),
         as_pretrained(stop_after, backbone),
-        Tap(backbone, stop_after, tokens, seed) as tap,
+        Tap(backbone, stop_after, tokens, seed, with_special=bool(spans)) as tap,
     ):
         rounds = Rounds(
             source,
@@ -126,6 +138,7 @@ def measure(
             unfinished,
             device,
             progress or (lambda _: None),
+            spans,
         )
         pool = rounds.pool
         count = max(0, rounds.compared - 1)  # of a pass that goes on, the last group may have settled it
@@ -140,6 +153,8 @@ def measure(
                 votes = pool.votes(count, criterion, bounds, seed) if pool.tiles(count) >= min_tiles else None
                 settled = votes is not None and max(votes.values()) >= SETTLED_SHARE
             rounds.keep(count)
+            if pool.repairs is not None:
+                pool.repairs.accept(count)
 
         with _saved_if_ended(rounds), _stream(rounds.source) as stream:
             batches = waiting.between(stream)
@@ -158,11 +173,13 @@ def measure(
                 "tiles."
             )
             raise TilesError(msg)
+        if pool.repairs is not None:
+            pool.repairs.merge(rounds.width)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # for the times below; a process that compared no group has not waited yet
         with pool:
             found = Measurement(
-                similarity=pool.similarity(count),
+                statistics=pool.statistics(count),
                 votes=pool.votes(count, criterion, bounds, seed),
                 tiles_seen=pool.tiles(count),
                 rows_seen=pool.rows(count),
@@ -172,6 +189,7 @@ def measure(
                 seconds=time.perf_counter() - started,
                 data_wait=waiting.seconds(),
                 batch_limit=rounds.batch_limit,
+                repairs=pool.repairs,
                 peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             )
     if unfinished is not None and processes.first:

@@ -1,4 +1,4 @@
-"""Reads rows off the raw output of every block while a batch passes through the model."""
+"""Reads rows off what enters the first block and every block's raw output while a batch passes through the model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ class _EncoderDone(Exception):
 
 
 class Tap:
-    """Draws rows from the raw output of every block while a batch passes.
+    """Draws rows from what enters the first block, and from the raw output of every block, while a batch passes.
 
     Hooks fire before any final norm, for whatever wraps the encoder (TemporalWrapper, PEFT, the task's padding).
     """
 
-    def __init__(self, backbone: SimplerBackbone, stop_after: nn.Module, tokens: Tokens, seed: int) -> None:
+    def __init__(
+        self, backbone: SimplerBackbone, stop_after: nn.Module, tokens: Tokens, seed: int, with_special: bool = False
+    ) -> None:
+        self.special = 0  # of the rows of a tile, how many show no patch: the last ones
+        self._with_special = with_special
         self.input_shape: InputShape = ()
         self._backbone = backbone
         self._stop_after = stop_after
@@ -40,7 +44,7 @@ class Tap:
 
     def __enter__(self) -> Tap:
         handles = [self._backbone.register_forward_pre_hook(self._before, with_kwargs=True)]
-        handles += self._backbone.watch(self._after_block)
+        handles += self._backbone.watch(self._state)
         handles += [self._stop_after.register_forward_hook(self._after_encoder)]
         for handle in handles:
             self._hooks.callback(handle.remove)
@@ -53,7 +57,7 @@ class Tap:
         """Send a batch through the model.
 
         Returns:
-            Rows after every block, (L, R, D), and how many of the R rows came from each tile.
+            Rows before the first block and after every block, (L + 1, R, D), and how many of the R rows came from each tile.
 
         Raises:
             TilesError: If the tiles have not the modalities or bands of the encoder.
@@ -74,12 +78,14 @@ class Tap:
         else:
             self.input_shape = tuple(inputs.shape[1:])
 
-    def _after_block(self, output: Tensor) -> None:
-        if self._drawn is None:  # only an output tells how many tokens there are
-            layout = self._backbone.layout(self._inputs, output.shape[-2])
-            valid, special = token_masks(self._batch["valid"], output.shape[0], layout)
-            self._drawn = draw(valid, special, self._batch["index"], self._tokens, self._seed, output.device)
-        self._rows.append(self._drawn.take(output))
+    def _state(self, tokens: Tensor) -> None:
+        if self._drawn is None:  # only tokens tell how many there are
+            layout = self._backbone.layout(self._inputs, tokens.shape[-2])
+            valid, special = token_masks(self._batch["valid"], tokens.shape[0], layout)
+            numbers = self._batch["index"]
+            self._drawn = draw(valid, special, numbers, self._tokens, self._seed, tokens.device, self._with_special)
+            self.special = self._drawn.special
+        self._rows.append(self._drawn.take(tokens))
 
     def _after_encoder(self, _module: nn.Module, _args: object, _output: object) -> None:
         raise _EncoderDone

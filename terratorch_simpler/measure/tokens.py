@@ -22,6 +22,7 @@ class Draw(NamedTuple):
     index: Tensor  # (R,) into the tokens of all tiles, laid out one tile after the other
     weights: Tensor | None  # (B, tokens) for the mean over patch tokens
     counts: list[int]  # rows of each tile
+    special: int = 0  # how many of them, the last ones, are class and register tokens
 
     def take(self, output: Tensor) -> Tensor:
         """Rows (R, D) of a block's output (B * T, N, D), where T > 1 if frames pass as separate images."""
@@ -87,7 +88,15 @@ def _valid_patches(valid: Tensor, images: int, grid: PatchGrid) -> Tensor:
     return nn.functional.max_pool3d(per_image, grid.patch).gt(0).reshape(tiles, images, -1)
 
 
-def draw(valid: Tensor, special: Tensor, numbers: list[int], tokens: Tokens, seed: int, device: torch.device) -> Draw:
+def draw(
+    valid: Tensor,
+    special: Tensor,
+    numbers: list[int],
+    tokens: Tokens,
+    seed: int,
+    device: torch.device,
+    with_special: bool = False,
+) -> Draw:
     """Draw rows for every tile from a seed of its own.
 
     Args:
@@ -97,6 +106,7 @@ def draw(valid: Tensor, special: Tensor, numbers: list[int], tokens: Tokens, see
         tokens: Which rows to draw.
         seed: Seed of the pass.
         device: Where the rows will be taken.
+        with_special: Whether to add, to every tile that has rows, the class and register tokens before its patches.
     """
     if tokens == "cls" and not special[0]:
         msg = "Found tokens 'cls' for an encoder without a class token, expected 'patch', 'mean' or 'all': change tokens."
@@ -114,10 +124,13 @@ def draw(valid: Tensor, special: Tensor, numbers: list[int], tokens: Tokens, see
         candidates = usable[:, None, None] & (only_class if tokens == "cls" else special)
         candidates = candidates.expand_as(valid) | (valid & (tokens == "all"))
     per_tile = candidates.flatten(1).numpy()
+    before_patches = special.cumprod(dim=0).bool() & with_special
+    extra = np.flatnonzero(before_patches.expand(valid.shape[1:]).flatten().numpy())
     chosen = []
     for tile, (number, row) in enumerate(zip(numbers, per_tile, strict=True)):
         allowed = np.flatnonzero(row)
         picked = np.random.default_rng([seed, number]).permutation(allowed)[:ROWS_PER_TILE]
-        chosen.append(np.sort(picked) + tile * per_tile.shape[1])
+        added = extra if len(picked) else extra[:0]
+        chosen.append(np.concatenate([np.sort(picked), added]) + tile * per_tile.shape[1])
     index = torch.from_numpy(np.concatenate(chosen))
-    return Draw(index.to(device, non_blocking=True), None, [len(rows) for rows in chosen])
+    return Draw(index.to(device, non_blocking=True), None, [len(rows) for rows in chosen], len(extra))

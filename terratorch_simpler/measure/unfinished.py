@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from terratorch_simpler.errors import SimplerWarning
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import load_tensors, whole_file
 
 FORMAT = "terratorch-simpler/unfinished"
 VERSION = 1
@@ -42,10 +42,10 @@ class Unfinished:
         if not self.path.exists():
             return None
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            content = load_tensors(self.path)
             if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION) or not _alike(content, like):
                 raise ValueError("other content")
-        except Exception as err:  # torch.load raises anything for a damaged file
+        except Exception as err:  # a damaged file raises anything
             self.complain(type(err).__name__)
             return None
         return content  # type: ignore[no-any-return]

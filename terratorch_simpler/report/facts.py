@@ -140,6 +140,8 @@ def reasons(plan: SlimmingPlan) -> list[str]:
         parts.append(f"won {plan.votes.get(depth, 0.0):.0%} of resamples")
     elif plan.tiles_seen:
         parts.append("too few tiles for votes" if plan.tiles_seen < FEWEST_FOR_VOTES else "no votes")
+    for before, after, explained in (plan.overview or {}).get("repaired", []):
+        parts.append(f"the map for blocks {before}-{after - 1} explains {explained:.0%} of the variance on held-out tiles")
     if plan.tiles_seen:
         parts.append(f"{plan.tiles_seen:,} tiles, {plan.rows_seen:,} tokens")
     return parts

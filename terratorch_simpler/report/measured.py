@@ -45,6 +45,14 @@ COLUMNS = {
 }
 
 
+BLOCK_COLUMNS = {
+    "block": ("block", "d"),
+    "explained_variance": ("variance in the first direction", ".3f"),
+    "effective_dimension": ("effective dimension", ".1f"),
+    "feature_correlation": ("mean correlation of features", ".3f"),
+}
+
+
 def measured_section(plan: SlimmingPlan, rows: Sequence[Row]) -> Element:
     """Charts of what was measured, as far as it was, and all rows.
 
@@ -65,6 +73,29 @@ def measured_section(plan: SlimmingPlan, rows: Sequence[Row]) -> Element:
         ),
         element("div", *(card for card in cards if card is not None), class_="cards"),
         _table(plan, rows),
+    )
+
+
+def blocks_section(blocks: Sequence[Row]) -> Element:
+    """How rich the output of every block is.
+
+    Args:
+        blocks: Rows of blocks.csv.
+    """
+    head = element("tr", *(element("th", name, scope="col") for name, _ in BLOCK_COLUMNS.values()))
+    body = [
+        element("tr", *(element("td", _cell(row, key, how)) for key, (_, how) in BLOCK_COLUMNS.items())) for row in blocks
+    ]
+    return element(
+        "section",
+        element("h2", "How rich the output of every block is"),
+        element(
+            "p",
+            "Over patches of the streamed tiles, as the intact encoder leaves them after a block. Little in few directions, "
+            "and features that are alike, say that a block's output is narrower than its number of features.",
+            class_="how",
+        ),
+        element("div", element("table", element("thead", head), element("tbody", *body)), class_="scroll"),
     )
 
 

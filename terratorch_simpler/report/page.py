@@ -16,7 +16,7 @@ from terratorch_simpler.files import whole_file
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import facts
 from terratorch_simpler.report.facts import Depth, Rule
-from terratorch_simpler.report.measured import measured_section
+from terratorch_simpler.report.measured import blocks_section, measured_section
 from terratorch_simpler.report.svg import (
     Chart,
     Point,
@@ -69,12 +69,17 @@ PAPERS = {
 }
 
 
-def report_page(plan: SlimmingPlan, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
+def report_page(
+    plan: SlimmingPlan,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    blocks: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """One page of HTML with everything inside: pictures, style and the few lines of script behind the values.
 
     Args:
         plan: Any plan; what it does not hold is left out.
         rows: What a sweep has measured, one mapping for each encoder.
+        blocks: What it has measured of every block of the intact encoder, one mapping for each.
 
     Returns:
         The page. Whatever text the plan holds is only text in it.
@@ -95,7 +100,7 @@ def report_page(plan: SlimmingPlan, rows: Sequence[Mapping[str, Any]] | None = N
         element("title", f"{facts.printable(plan.backbone)}: {facts.kept_words(plan)}"),
         _raw("style", style),
     )
-    main = element("main", *_sections(plan, rows))
+    main = element("main", *_sections(plan, rows, blocks))
     footer = element(
         "footer", "Written by terratorch-simpler. This file holds all that it shows and asks no network for anything."
     )
@@ -126,7 +131,9 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _sections(plan: SlimmingPlan, rows: Sequence[Mapping[str, Any]] | None) -> Iterator[Element]:
+def _sections(
+    plan: SlimmingPlan, rows: Sequence[Mapping[str, Any]] | None, blocks: Sequence[Mapping[str, Any]] | None
+) -> Iterator[Element]:
     yield _headline(plan)
     if plan.similarity is not None:
         yield _similarity(plan)
@@ -135,6 +142,8 @@ def _sections(plan: SlimmingPlan, rows: Sequence[Mapping[str, Any]] | None) -> I
         yield _costs(plan, found)
     if rows:
         yield measured_section(plan, rows)
+    if blocks:
+        yield blocks_section(blocks)
     if plan.tiles_seen or plan.data:
         yield _streamed(plan)
     yield _caveats(plan)

@@ -76,6 +76,8 @@ def plan_rows(plan: SlimmingPlan) -> list[list[str]]:
         if pair is not None:
             before, after = pair["before"], pair["after"]
             rows.append([name, f"{before:,}", f"{after:,}", facts.share(after, before)])
+    if plan.width != 1:
+        rows.insert(2, ["width", "1", f"{plan.width:g}", f"{plan.width:.1%}"])
     return rows
 
 

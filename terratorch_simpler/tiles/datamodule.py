@@ -1,4 +1,4 @@
-"""The datamodule's training images: without labels, without augmentation, normalised as the model is used to."""
+"""The datamodule's images: by default without labels, without augmentation, normalised as the model is used to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import copy
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from albumentations import BaseCompose
@@ -26,31 +26,35 @@ DEFAULT_BATCH_SIZE = 16
 MAX_BAD_FRACTION = 0.1
 
 
-class DatamoduleTiles:
-    """Streams a datamodule's training images in a seeded order.
+Split = Literal["train", "val"]
 
-    The dataset, the datamodule and its loaders stay untouched: copies of the dataset are read. Masks and labels are not
-    read from disk where the dataset can do without them (TerraTorch's generic datasets), and never used elsewhere.
+
+class DatamoduleTiles:
+    """Streams a datamodule's images in a seeded order.
+
+    The dataset, the datamodule and its loaders stay untouched: copies of the dataset are read. Without ``labels``, masks
+    and labels are not read from disk where the dataset can do without them (TerraTorch's generic datasets), and never
+    used elsewhere.
 
     Args:
         datamodule: A datamodule that has been set up for fit.
         seed: Seed of the order.
+        split: Training or validation images.
+        labels: Whether batches hold the masks or labels as well, under ``target``, if the dataset has any.
 
     Raises:
-        ConfigurationError: If the datamodule has no training dataset.
+        ConfigurationError: If the datamodule has no such dataset.
     """
 
-    def __init__(self, datamodule: LightningDataModule, seed: int = 0) -> None:
-        """Copy the training dataset and draw the order."""
-        dataset = _training_dataset(datamodule)
+    def __init__(self, datamodule: LightningDataModule, seed: int = 0, split: Split = "train", labels: bool = False) -> None:
+        """Copy the dataset and draw the order."""
+        dataset = _dataset_of(datamodule, split)
         if dataset is None:
-            msg = (
-                f"Found no train_dataset in {type(datamodule).__name__}, expected one after setup('fit'): give the callback "
-                "tiles of its own."
-            )
+            remedy = "set its roots in the datamodule" if labels else "give the callback tiles of its own"
+            msg = f"Found no {split}_dataset in {type(datamodule).__name__}, expected one after setup('fit'): {remedy}."
             raise ConfigurationError(msg)
         self._dataset = dataset
-        self._images = _Images(dataset, _plain_transform(datamodule))
+        self._images = _Images(dataset, _plain_transform(datamodule), labels)
         self._order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         self._batch_size = int(getattr(datamodule, "batch_size", None) or DEFAULT_BATCH_SIZE)
         self._num_workers = int(getattr(datamodule, "num_workers", 0) or 0)
@@ -122,19 +126,24 @@ class DatamoduleTiles:
             yield from batches
 
 
-def _training_dataset(datamodule: LightningDataModule) -> Any:
-    dataset: Any = getattr(datamodule, "train_dataset", None) or getattr(datamodule, "dataset", None)
-    if dataset is None and hasattr(datamodule, "train_dataloader"):
+def _dataset_of(datamodule: LightningDataModule, split: Split) -> Any:
+    dataset: Any = getattr(datamodule, f"{split}_dataset", None)
+    if dataset is None and split == "train":
+        dataset = getattr(datamodule, "dataset", None)
+    if dataset is None and hasattr(datamodule, f"{split}_dataloader"):
         with contextlib.suppress(Exception):  # its data may be missing, which is said in our own words
-            dataset = getattr(datamodule.train_dataloader(), "dataset", None)  # Sen4Map names its dataset otherwise
+            # Sen4Map names its datasets otherwise.
+            dataset = getattr(getattr(datamodule, f"{split}_dataloader")(), "dataset", None)
     return dataset
 
 
 class _Images(Dataset[dict[str, Any]]):
-    """Samples without labels, with a mask of valid pixels."""
+    """Samples with a mask of valid pixels; their labels, if wanted, under ``target``."""
 
-    def __init__(self, dataset: Dataset[Any], transform: Callable[..., Any] | None) -> None:
-        self._plain = _without_labels(dataset, transform)
+    def __init__(self, dataset: Dataset[Any], transform: Callable[..., Any] | None, labels: bool) -> None:
+        plain = _with(dataset, **({} if transform is None else {"transform": transform, "transforms": transform}))
+        self._plain = plain if labels and _has_labels(dataset) else _without_labels(plain)
+        self._labels = labels
         # TerraTorch fills nodata while reading, after which it cannot be told from data; a second copy leaves it NaN.
         self._gaps = _with(self._plain, no_data_replace=None)
 
@@ -158,7 +167,9 @@ class _Images(Dataset[dict[str, Any]]):
             # Without no_data_replace the NaN would spread to every token of the tile.
             return {"unusable": ("NaN without no_data_replace", _file(self._plain, index), False)}
         inputs = {key: value for key, value in sample.items() if key not in LABEL_KEYS}
-        return {**inputs, "valid": valid, "index": index}
+        found = [sample[key] for key in ("label", "mask") if self._labels and key in sample]
+        target = {"target": found[0]} if found else {}
+        return {**inputs, **target, "valid": valid, "index": index}
 
 
 class _InOrder(Dataset[dict[str, Any]]):
@@ -221,9 +232,16 @@ def _with(dataset: Dataset[Any], **attributes: object) -> Dataset[Any]:
     return changed
 
 
-def _without_labels(dataset: Dataset[Any], transform: Callable[..., Any] | None) -> Dataset[Any]:
-    transforms = {} if transform is None else {"transform": transform, "transforms": transform}
-    plain = _with(dataset, segmentation_mask_files=[], require_label=False, **transforms)
+def _has_labels(dataset: Dataset[Any]) -> bool:
+    """Whether the masks are not the images once more, which TerraTorch takes where it finds none."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    masks = getattr(dataset, "segmentation_mask_files", None)
+    return masks is None or masks != getattr(dataset, "image_files", None)
+
+
+def _without_labels(dataset: Dataset[Any]) -> Dataset[Any]:
+    plain = _with(dataset, segmentation_mask_files=[], require_label=False)
     if samples := _samples_by_modality(dataset):  # the mask is among them
         unlabeled = [{key: value for key, value in sample.items() if key != "mask"} for sample in samples]
         return _with(plain, samples=unlabeled, scalar_label=False)

@@ -1,0 +1,136 @@
+"""SLS: keep the blocks up to where labelled features first form the clusters that they form in the end."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+from torch import Tensor
+
+from terratorch_simpler.criteria.base import Bounds, Choice, Criterion
+from terratorch_simpler.criteria.statistics import Labelled, Statistics
+from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
+
+PERPLEXITY = 30
+"""scikit-learn's default; t-SNE needs more rows than that."""
+MOST_ROWS = 2000
+"""Rows that are embedded: t-SNE takes seconds for so many, and longer than in proportion for more (ours)."""
+
+
+def silhouettes(features: Tensor, labels: Tensor) -> list[float]:
+    """Silhouette score of the labels after every block, in a t-SNE embedding of its output.
+
+    The embedding has two dimensions, starts from the first principal components and is scaled to 0..1 in each (arXiv
+    2407.14330, and the code released with it).
+
+    Args:
+        features: Output of every block, (L, N, D).
+        labels: Class of every row, (N,).
+    """
+    found = []
+    for block in features.double().numpy():
+        embedded: NDArray[np.float32] = TSNE(2, perplexity=PERPLEXITY, init="pca", random_state=0).fit_transform(block)
+        low, high = embedded.min(axis=0), embedded.max(axis=0)
+        found.append(float(silhouette_score((embedded - low) / (high - low), labels.numpy())))
+    return found
+
+
+class Sls(Criterion):
+    """Keep the first l blocks, where walking down from the last block every silhouette SC_l is at least alpha * SC_L.
+
+    Made for encoders that were tuned at full depth with adapters (arXiv 2407.14330): needs labels.
+
+    Args:
+        alpha: Share of the last block's silhouette that a block must reach.
+
+    Raises:
+        ConfigurationError: If ``alpha`` is not above 0 and at most 1.
+    """
+
+    name = "sls"
+    needs_labels = True
+
+    def __init__(self, alpha: float = 0.3) -> None:
+        """Take the share."""
+        if not 0 < alpha <= 1:
+            msg = f"Found alpha {alpha} for criterion 'sls', expected a share above 0 and up to 1: change alpha."
+            raise ConfigurationError(msg)
+        self.alpha = alpha
+
+    @property
+    def args(self) -> dict[str, object]:
+        """The share."""
+        return {"alpha": self.alpha}
+
+    def depths(self, num_blocks: int) -> range:
+        """Any depth."""
+        return range(1, num_blocks + 1)
+
+    def score(self, found: Statistics, depths: list[int]) -> Tensor:
+        """Silhouette SC_l of every depth l.
+
+        Raises:
+            LabelsError: If there are no labels, of one class only, or too few rows.
+            DegenerateFeaturesError: If features are not finite, or the same in every row.
+        """
+        rows = _some_rows(found.labelled)
+        features = rows.features[[depth - 1 for depth in depths]]
+        varies = (features != features[:, :1]).any(dim=(1, 2))
+        usable = torch.isfinite(features).all(dim=(1, 2)) & varies
+        if not usable.all():
+            wrong = [depths[i] for i in (~usable).nonzero().flatten().tolist()]
+            msg = (
+                f"Found labelled features after blocks {wrong} that are not finite or all the same, expected some that "
+                "vary: train with a smaller learning rate, or in higher precision."
+            )
+            raise DegenerateFeaturesError(msg)
+        return torch.tensor(silhouettes(features, rows.labels), dtype=torch.float64)
+
+    def choose(self, found: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:
+        """Walk down from the last block; a depth outside the bounds becomes the nearest one within (ours).
+
+        Raises:
+            LabelsError: If labels are missing, or their classes form no clusters after the last block.
+        """
+        assert found is not None  # labels were asked for
+        allowed = bounds.within(self.depths(num_blocks), num_blocks)
+        scores = self.score(found, list(self.depths(num_blocks))).tolist()
+        if scores[-1] <= 0:
+            msg = (
+                f"Found a silhouette of {scores[-1]:.3f} after the last block, expected one above 0: the classes form no "
+                "clusters there, so use another criterion, or tune the encoder first and give its --ckpt_path."
+            )
+            raise LabelsError(msg)
+        depth = num_blocks
+        while depth > 1 and scores[depth - 2] >= self.alpha * scores[-1]:
+            depth -= 1
+        depth = min(max(depth, allowed[0]), allowed[-1])
+        return Choice(tuple(range(depth)), dict(enumerate(scores, start=1)))
+
+
+def _some_rows(labelled: Labelled | None) -> Labelled:
+    """At most so many rows as t-SNE takes, drawn from a seed.
+
+    Raises:
+        LabelsError: If there are no labels, of one class only, or too few rows.
+    """
+    if labelled is None:
+        msg = "Found no labels for criterion 'sls', expected some: choose another criterion, or give the data its labels."
+        raise LabelsError(msg)
+    order = torch.randperm(len(labelled.labels), generator=torch.Generator().manual_seed(0))[:MOST_ROWS].sort().values
+    rows = Labelled(labelled.features[:, order], labelled.labels[order])
+    if len(rows.labels) <= PERPLEXITY:
+        msg = (
+            f"Found {len(rows.labels)} rows with labels for criterion 'sls', expected more than {PERPLEXITY}, the "
+            "perplexity of t-SNE: give more labelled images."
+        )
+        raise LabelsError(msg)
+    if not 1 < (classes := len(set(rows.labels.tolist()))) < len(rows.labels):
+        msg = (
+            f"Found {classes} classes in {len(rows.labels)} rows for criterion 'sls', expected two at least "
+            "and fewer than rows: check the labels."
+        )
+        raise LabelsError(msg)
+    return rows

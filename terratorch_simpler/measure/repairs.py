@@ -1,0 +1,99 @@
+"""What a pass adds up for maps in the place of dropped blocks: patch tokens and others apart, some tiles held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from terratorch_simpler.measure.groups import Group
+from terratorch_simpler.processes import Processes
+from terratorch_simpler.recovery import Span, SpanMap, SpanSums
+
+HELD_OUT = 4
+"""One tile in so many is not fitted on but judged on."""
+
+
+class Repairs:
+    """Sums for the maps of some spans.
+
+    A group is added only once it has been judged: others, which came in the same round after the one that settled the
+    depth, must not count.
+
+    Args:
+        spans: Ranges that may be dropped.
+        processes: Those that share the groups.
+    """
+
+    def __init__(self, spans: Sequence[Span], processes: Processes) -> None:
+        """Nothing is added yet."""
+        self.patch = SpanSums(spans)
+        self.special = SpanSums(spans)
+        self._processes = processes
+        self._waiting: dict[int, tuple[Group, Tensor, int]] = {}
+
+    def wait(self, group: Group, features: Tensor, special: int) -> None:
+        """Hold the rows of a group until it is judged.
+
+        Args:
+            group: The group.
+            features: Rows of all its tiles in every state, (L + 1, m, D).
+            special: How many rows of each tile, the last ones, show no patch.
+        """
+        self._waiting[group.number] = group, features, special
+
+    def accept(self, count: int) -> None:
+        """Add the first groups."""
+        for number in sorted(number for number in self._waiting if number < count):
+            group, features, special = self._waiting.pop(number)
+            patch, held_out = [], []
+            for place, tile in enumerate(group.tiles):
+                patch += [True] * (tile.rows - special) + [False] * special
+                held_out += [place % HELD_OUT == HELD_OUT - 1] * tile.rows
+            patches, held = torch.tensor(patch), torch.tensor(held_out)
+            for sums, chosen in ((self.patch, patches), (self.special, ~patches)):
+                if chosen.any():
+                    sums.add(features[:, chosen.nonzero().flatten().to(features.device)], held[chosen])
+
+    def merge(self, width: int) -> None:
+        """See the sums of all processes; every process calls it once, at the end.
+
+        Args:
+            width: Width D of a token.
+        """
+        self._waiting.clear()
+        if self._processes.count > 1:
+            for sums in (self.patch, self.special):
+                sums.merge(lambda value: dist.all_reduce(value, group=self._processes.group), width)
+
+    def maps(self, spans: Sequence[Span]) -> dict[int, SpanMap]:
+        """The maps of some spans, by the state before each.
+
+        Class and register tokens share the map of the patches where there are too few of them for one of their own.
+
+        Raises:
+            RecoveryError: If there are too few patch tokens.
+        """
+        own = self.special.enough
+        return {
+            span[0]: SpanMap(self.patch.weight(span).float(), self.special.weight(span).float() if own else None)
+            for span in spans
+        }
+
+
+def drawn_only(group: Group, features: Tensor, special: int) -> tuple[Tensor, list[int]]:
+    """The rows to compare, and where those of each tile begin and end, without the last ones of every tile.
+
+    Args:
+        group: The group.
+        features: Rows of all its tiles, (L + 1, m, D).
+        special: How many rows of each tile are left out.
+    """
+    ends = list(accumulate((tile.rows - special for tile in group.tiles), initial=0))
+    if not special:
+        return features, ends
+    index = [at + place * special for place, tile in enumerate(group.tiles) for at in range(ends[place], ends[place + 1])]
+    return features[:, torch.tensor(index).to(features.device)], ends

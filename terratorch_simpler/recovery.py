@@ -1,0 +1,275 @@
+"""A linear map in the place of dropped blocks, from sums over tokens in closed form.
+
+With X the tokens that enter a range of blocks and Y those that leave it in the intact model, the map is W = I + Delta where
+(X'X + lambda I) Delta = X'(Y - X), lambda = 1e-6 (arXiv 2609.36842, section 5 and appendix E). X'X and X'Y are D x D and add
+up over tokens, so memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from terratorch_simpler.errors import PlanError, RecoveryError
+from terratorch_simpler.files import load_tensors, whole_file
+
+RIDGE = 1e-6
+FORMAT = "terratorch-simpler/recovery"
+LARGEST_WIDTH = 2**14
+"""Of a token; none is as wide."""
+
+Span = tuple[int, int]
+"""States before and after a range of blocks: 0 is the input of the first block, l the output of block l."""
+
+
+class SpanMap(NamedTuple):
+    """The map of one span, for tokens as rows: x W.
+
+    Attributes:
+        patch: W of patch tokens, (D, D), float32.
+        special: W of class and register tokens; None if they share that of the patches.
+    """
+
+    patch: Tensor
+    special: Tensor | None
+
+
+class TokenMap(nn.Module):
+    """A :class:`SpanMap` as part of a model.
+
+    Args:
+        span_map: The map.
+        prefix: How many tokens at the front are not patches; they have a map of their own if there is one.
+    """
+
+    def __init__(self, span_map: SpanMap, prefix: int) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.patch = _linear(span_map.patch)
+        self.special = None if span_map.special is None else _linear(span_map.special)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, N, D)."""
+        if self.special is None:
+            return self.patch(tokens)  # type: ignore[no-any-return]
+        first, rest = tokens[..., : self.prefix, :], tokens[..., self.prefix :, :]
+        return torch.cat([self.special(first), self.patch(rest)], dim=-2)
+
+    # Hooks are methods of this module, so that a copy of a model runs the copy's map.
+
+    def after(self, _block: nn.Module, _args: object, output: Tensor) -> Tensor:
+        """Change what a block answers."""
+        return self(output)  # type: ignore[no-any-return]
+
+    def after_branch(self, _branch: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Change what a residual branch answers, so that the sum with its input is mapped."""
+        return self(output + args[0]) - args[0]  # type: ignore[no-any-return]
+
+    def before(
+        self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Change the first argument of a module."""
+        if args:
+            return (self(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: self(kwargs[name])}
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    rows, columns = weight.shape
+    layer = nn.Linear(rows, columns, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.T.contiguous().float())
+    return layer
+
+
+class SpanSums:
+    """Sums over tokens for the maps of some spans, in float64, apart for tokens to fit on and tokens to judge on.
+
+    Args:
+        spans: The spans.
+    """
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        """Nothing is added yet."""
+        self.spans = tuple(spans)
+        self.tokens = torch.zeros(2, dtype=torch.int64)  # to fit on, to judge on
+        self._befores = sorted({before for before, _ in spans})
+        self._afters = sorted({after for _, after in spans})
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, states: Tensor, held_out: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            states: Tokens in every state, (L + 1, m, D).
+            held_out: Which of them to judge on, (m,), on the CPU.
+        """
+        self._sums = self._sums or self._empty(states.shape[-1], torch.device("cpu"))
+        try:
+            self._add(states, held_out, states.device)
+        except torch.OutOfMemoryError:
+            self._add(states, held_out, torch.device("cpu"))
+
+    def _add(self, states: Tensor, held_out: Tensor, device: torch.device) -> None:
+        # Whatever needs memory comes before the first sum is added to: it may be tried again elsewhere.
+        self._sums = {name: value.to(device) for name, value in self._sums.items()}
+        parts = [chosen.nonzero().flatten().to(states.device) for chosen in (~held_out, held_out)]
+        halves = [states[:, part].to(device, torch.float64) for part in parts]
+        for half, wide in enumerate(halves):
+            for place, before in enumerate(self._befores):
+                self._sums["gram"][half, place].addmm_(wide[before].mT, wide[before])
+            for place, (before, after) in enumerate(self.spans):
+                self._sums["cross"][half, place].addmm_(wide[before].mT, wide[after])
+            for place, after in enumerate(self._afters):
+                self._sums["mean"][half, place] += wide[after].sum(dim=0)
+                self._sums["square"][half, place] += wide[after].square().sum()
+            self.tokens[half] += wide.shape[1]
+
+    def merge(self, add_up: Callable[[Tensor], None], width: int) -> None:
+        """Add the sums of other processes.
+
+        Args:
+            add_up: Adds up a tensor on the CPU over all processes, in place.
+            width: Width D of a token, for a process that has added none.
+        """
+        self._sums = self._sums or self._empty(width, torch.device("cpu"))
+        self._sums = {name: value.cpu() for name, value in self._sums.items()}
+        for value in (self.tokens, *self._sums.values()):
+            add_up(value)
+
+    def weight(self, span: Span) -> Tensor:
+        """The map W of a span, (D, D), float64, for tokens as rows: x W. From all tokens.
+
+        Raises:
+            RecoveryError: If there are fewer tokens to fit on than a token is wide.
+        """
+        self.check()
+        gram, cross = self._of(span)
+        return _solve(gram.sum(dim=0), cross.sum(dim=0))
+
+    def explained(self, span: Span) -> float:
+        """Share of the variance of what leaves the span that a map fitted on other tiles explains on the held-out ones.
+
+        1 - |Y - X W|^2 / |Y - mean(Y)|^2; negative if the map is worse than the mean.
+
+        Raises:
+            RecoveryError: If there are fewer tokens to fit on than a token is wide.
+        """
+        self.check()
+        gram, cross = self._of(span)
+        place = self._afters.index(span[1])
+        square, mean = self._sums["square"][1, place], self._sums["mean"][1, place]
+        weight = _solve(gram[0], cross[0])
+        missed = square - 2 * (weight * cross[1]).sum() + (weight * (gram[1] @ weight)).sum()
+        variance = square - mean.square().sum() / self.tokens[1]
+        return float(1 - missed / variance)
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are as many tokens to fit on as a token is wide, and any to judge on."""
+        return bool(self._sums) and int(self.tokens[0]) >= self._sums["mean"].shape[-1] and int(self.tokens[1]) > 1
+
+    def check(self) -> None:
+        """Raise unless there are enough tokens."""
+        if not self.enough:
+            width = self._sums["mean"].shape[-1] if self._sums else "as many as a token is wide"
+            msg = (
+                f"Found {int(self.tokens[0])} tokens to fit a linear map on, expected at least {width}: stream more tiles "
+                "(min_tiles), or set recovery: none."
+            )
+            raise RecoveryError(msg)
+
+    def _of(self, span: Span) -> tuple[Tensor, Tensor]:
+        return self._sums["gram"][:, self._befores.index(span[0])], self._sums["cross"][:, self.spans.index(span)]
+
+    def _empty(self, width: int, device: torch.device) -> dict[str, Tensor]:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(2, *shape, dtype=torch.float64, device=device)
+
+        return {
+            "gram": zeros(len(self._befores), width, width),
+            "cross": zeros(len(self.spans), width, width),
+            "mean": zeros(len(self._afters), width),
+            "square": zeros(len(self._afters)),
+        }
+
+
+def _solve(gram: Tensor, cross: Tensor) -> Tensor:
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    delta: Tensor = torch.linalg.solve(gram + RIDGE * identity, cross - gram)
+    return identity + delta
+
+
+def spans_between(kept: Sequence[int], num_blocks: int) -> list[Span]:
+    """The ranges of dropped blocks, as states before and after.
+
+    Args:
+        kept: Kept blocks, 0-based, ascending.
+        num_blocks: Blocks of the intact encoder.
+
+    Example:
+        >>> spans_between([0, 3, 4], 6)
+        [(1, 3), (5, 6)]
+    """
+    edges = [-1, *kept, num_blocks]
+    return [(low + 1, high) for low, high in pairwise(edges) if high - low > 1]
+
+
+def save_maps(maps: Mapping[int, SpanMap], path: Path, plan: str) -> None:
+    """Write maps, whole or not at all.
+
+    Args:
+        maps: The maps by the state before their range.
+        path: File to write.
+        plan: Text of the plan they belong to.
+    """
+    content = {before: {"patch": one.patch, "special": one.special} for before, one in maps.items()}
+    with whole_file(path) as part:
+        torch.save({"format": FORMAT, "plan": _digest(plan), "maps": content}, part)
+
+
+def load_maps(path: Path, plan: str, befores: Sequence[int]) -> dict[int, SpanMap]:
+    """Read the maps of a plan.
+
+    Args:
+        path: File to read.
+        plan: Text of the plan.
+        befores: States before the ranges that the plan drops.
+
+    Raises:
+        PlanError: If there is no such file, it is damaged, or belongs to another plan.
+    """
+    try:
+        content = load_tensors(path)
+        if content["format"] != FORMAT or content["plan"] != _digest(plan) or list(content["maps"]) != list(befores):
+            raise ValueError("made for another plan")
+        maps = {before: SpanMap(one["patch"], one["special"]) for before, one in content["maps"].items()}
+        if not all(
+            _is_square(weight, maps[befores[0]].patch) for one in maps.values() for weight in one if weight is not None
+        ):
+            raise ValueError("not square matrices of one width")
+    except Exception as err:  # a damaged file raises anything
+        what = " ".join(str(err).split())[:120]
+        msg = (
+            f"Found no readable maps at {path} ({what}), expected those of a plan with recovery linear: keep the file "
+            "beside its plan, or make the plan again."
+        )
+        raise PlanError(msg) from err
+    return maps
+
+
+def _is_square(weight: object, like: Tensor) -> bool:
+    if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or weight.ndim != 2:
+        return False
+    square = weight.shape == like.shape == (len(weight), len(weight)) and 0 < len(weight) <= LARGEST_WIDTH
+    return square and bool(torch.isfinite(weight).all())
+
+
+def _digest(plan: str) -> str:
+    return hashlib.sha256(plan.encode("utf-8")).hexdigest()

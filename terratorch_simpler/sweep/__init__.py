@@ -1,0 +1,6 @@
+"""What every possible cut would cost and keep, before anything is trained."""
+
+from terratorch_simpler.sweep.rows import COLUMNS
+from terratorch_simpler.sweep.run import Sweep, SweepSettings
+
+__all__ = ["COLUMNS", "Sweep", "SweepSettings"]

@@ -1,0 +1,195 @@
+"""What encoders cost on the device at hand, measured side by side: none is first when the machine is cool."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.encoders import InputShape
+from terratorch_simpler.measure import count_macs
+
+WARM_UPS = 3
+"""Passes before any is timed: kernels are chosen and memory is set aside in the first ones."""
+LEAST_GROWTH = 1.05
+"""A batch twice as large has to raise the throughput by so much to go on (ours)."""
+LARGEST_BATCH = 1024
+PASSES = 3
+"""Timed passes of a batch."""
+
+Precision = Callable[[], AbstractContextManager[object]]
+
+
+class Cost(NamedTuple):
+    """What one encoder costs.
+
+    Attributes:
+        parameters: Parameters.
+        macs: Multiply-accumulate operations for one tile.
+        latency_ms: Median time of one tile, in milliseconds.
+        throughput: Tiles per second at the best batch size.
+        batch_size: That batch size.
+        peak_memory_mib: Weights, input and most memory of one tile's pass, in MiB.
+    """
+
+    parameters: int
+    macs: int
+    latency_ms: float
+    throughput: float
+    batch_size: int
+    peak_memory_mib: float
+
+
+def measure_costs(
+    encoders: Sequence[SimplerBackbone], input_shape: InputShape, repeats: int, precision: Precision, seed: int = 0
+) -> list[Cost]:
+    """Measure encoders side by side, in a new random order each time, so that drift of the machine favours none.
+
+    Args:
+        encoders: The encoders, in evaluation mode, all on one device.
+        input_shape: Shape of one input, (C, H, W) or (C, T, H, W), or of each modality by name.
+        repeats: Timed passes of a single tile.
+        precision: The precision they run in.
+        seed: Seed of the order and of the input.
+    """
+    passes = [_Pass(encoder, input_shape, precision, seed) for encoder in encoders]
+    random = np.random.default_rng(seed)
+    macs = [count_macs(encoder, input_shape) for encoder in encoders]
+    with torch.no_grad():
+        latency = _latency(passes, repeats, random)
+        memory = [one.peak_memory() for one in passes]
+        throughput = _throughput(passes, random)
+    return [
+        Cost(encoder.num_parameters(), macs[i], 1000 * latency[i], *throughput[i], memory[i] / 2**20)
+        for i, encoder in enumerate(encoders)
+    ]
+
+
+class _Pass:
+    """One encoder and what it is fed."""
+
+    def __init__(self, encoder: SimplerBackbone, input_shape: InputShape, precision: Precision, seed: int) -> None:
+        self._encoder = encoder
+        self._input_shape = input_shape
+        self._precision = precision
+        self._seed = seed
+        self._device = next(encoder.parameters()).device
+
+    def seconds(self, images: Any) -> float:
+        """Time of one pass; on a GPU that of the device itself."""
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            self._run(images)
+            return time.perf_counter() - start
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        self._run(images)
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1000
+
+    def images(self, batch: int) -> Any:
+        """Seeded noise."""
+        generator = torch.Generator().manual_seed(self._seed)
+
+        def noise(shape: Sequence[int]) -> Tensor:
+            return torch.randn(batch, *shape, generator=generator).to(self._device)
+
+        shape = self._input_shape
+        return {name: noise(part) for name, part in shape.items()} if isinstance(shape, Mapping) else noise(shape)
+
+    def peak_memory(self) -> int:
+        """Bytes of weights and input, and the most that one pass adds to them.
+
+        On a GPU what its allocator has handed out; on a CPU the tensors that operators hand out, without what they use
+        inside.
+        """
+        images = self.images(1)
+        held = [*self._encoder.parameters(), *self._encoder.buffers(), *tree_leaves(images)]
+        at_rest = sum(tensor.nbytes for tensor in held)
+        if self._device.type != "cuda":
+            with _TensorBytes(held) as tensors:
+                self._run(images)
+            return at_rest + tensors.peak
+        torch.cuda.synchronize(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._run(images)
+        torch.cuda.synchronize(self._device)
+        return at_rest + torch.cuda.max_memory_allocated(self._device) - before
+
+    def _run(self, images: Any) -> None:
+        with self._precision():
+            self._encoder(images)
+
+
+def _latency(passes: Sequence[_Pass], repeats: int, random: np.random.Generator) -> list[float]:
+    images = [one.images(1) for one in passes]
+    times: list[list[float]] = [[] for _ in passes]
+    for turn in range(WARM_UPS + repeats):
+        for i in random.permutation(len(passes)):
+            seconds = passes[i].seconds(images[i])
+            if turn >= WARM_UPS:
+                times[i].append(seconds)
+    return [statistics.median(found) for found in times]
+
+
+def _throughput(passes: Sequence[_Pass], random: np.random.Generator) -> list[tuple[float, int]]:
+    """Tiles per second and batch size: powers of two, until a larger batch gains nothing or memory runs out."""
+    best = [(0.0, 1)] * len(passes)
+    growing, batch = list(range(len(passes))), 1
+    while growing and batch <= LARGEST_BATCH:
+        still: list[int] = []
+        for i in random.permutation(growing):
+            with suppress(torch.OutOfMemoryError):
+                images = passes[i].images(batch)
+                passes[i].seconds(images)  # a new shape has to warm up
+                rate = batch / statistics.median(passes[i].seconds(images) for _ in range(PASSES))
+                if rate > best[i][0] * LEAST_GROWTH:
+                    still.append(int(i))
+                if rate > best[i][0]:
+                    best[i] = (rate, batch)
+        growing, batch = still, 2 * batch
+    return best
+
+
+class _TensorBytes(TorchDispatchMode):
+    """Adds up the bytes of the tensors that operators hand out, as long as they are alive.
+
+    Args:
+        known: Tensors that do not count.
+    """
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._alive = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self._now)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._alive:
+            self._alive[key] = storage.nbytes()
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self._now -= self._alive.pop(key, 0)

@@ -1,0 +1,81 @@
+"""The lines of a sweep, as they go to sweep.csv, to the table and to the page."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from terratorch_simpler.files import whole_file
+from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.sweep.cost import Cost
+from terratorch_simpler.sweep.variants import Variant
+
+Row = dict[str, Any]
+"""One line by column; None for what was not measured."""
+
+COLUMNS = (
+    *("kind", "name", "depth", "width", "kept", "chosen_by"),
+    *("parameters", "macs", "latency_ms", "throughput", "batch_size", "peak_memory_mib"),
+    *("similarity", "recovery_r2"),
+    *("knn", "knn_low", "knn_high", "linear", "linear_low", "linear_high"),
+    *("knn_recovered", "linear_recovered"),
+)
+
+
+def row_of_variant(plan: SlimmingPlan, variant: Variant, cost: Cost, probed: Mapping[str, float]) -> Row:
+    """A slimmed encoder.
+
+    Args:
+        plan: The plan of the intact encoder.
+        variant: How it was slimmed.
+        cost: What that costs.
+        probed: Columns of the probes; empty if there were none.
+    """
+    depth = len(variant.kept)
+    known = variant.first_blocks and variant.width == 1.0  # what the plan says is about the first blocks at full width
+    overview = plan.overview or {}
+    of_depth = overview.get("depths") or {}
+    return {
+        **dict.fromkeys(COLUMNS),
+        "kind": "slimmed",
+        "name": plan.backbone,
+        "depth": depth,
+        "width": variant.width,
+        "kept": " ".join(map(str, variant.kept)),
+        "chosen_by": " ".join(variant.chosen_by),
+        **cost._asdict(),
+        "similarity": plan.similarity[depth - 1][-1] if known and plan.similarity is not None else None,
+        "recovery_r2": of_depth.get(depth, {}).get("recovery_r2") if known else None,
+        **probed,
+    }
+
+
+def row_of_control(name: str, depth: int, cost: Cost) -> Row:
+    """A small official model: what it costs, and nothing else, since its weights are random.
+
+    Args:
+        name: Its name.
+        depth: Its number of blocks.
+        cost: What it costs.
+    """
+    kept = " ".join(map(str, range(depth)))
+    about = {"kind": "control", "name": name, "depth": depth, "width": 1.0, "kept": kept, "chosen_by": ""}
+    return {**dict.fromkeys(COLUMNS), **about, **cost._asdict()}
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: str | os.PathLike[str]) -> Path:
+    """Write lines as CSV, whole or not at all; what is None stays empty.
+
+    Args:
+        rows: The lines.
+        columns: The columns, in order.
+        path: File to write; missing folders are made.
+    """
+    with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return Path(path)

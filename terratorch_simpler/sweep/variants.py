@@ -1,0 +1,99 @@
+"""Every way of slimming an encoder that is compared, without a copy of its weights for each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.selection import find_backbone
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to slim an encoder.
+
+    Attributes:
+        kept: Kept blocks, 0-based, ascending.
+        width: Kept share of attention and MLP width.
+        chosen_by: Names of the criteria that pick exactly this.
+    """
+
+    kept: tuple[int, ...]
+    width: float = 1.0
+    chosen_by: tuple[str, ...] = ()
+
+    @property
+    def first_blocks(self) -> bool:
+        """Whether the first blocks are kept, without gaps."""
+        return self.kept == tuple(range(len(self.kept)))
+
+
+def list_variants(plan: SlimmingPlan, fewest_blocks: int, widths: Sequence[float]) -> list[Variant]:
+    """Every depth and every other set of blocks that a criterion picks, at every width, the widest first.
+
+    Args:
+        plan: The plan of the intact encoder; its overview says what each criterion picks.
+        fewest_blocks: Fewest blocks that the encoder works with.
+        widths: Kept shares of width.
+    """
+    picked = {name: tuple(found["kept_blocks"]) for name, found in _criteria(plan).items()}
+    picked[plan.criterion["name"]] = tuple(plan.kept_blocks)
+    depths = [tuple(range(depth)) for depth in range(fewest_blocks, plan.full_num_blocks + 1)]
+    others = sorted({kept for kept in picked.values() if len(kept) >= fewest_blocks} - set(depths))
+    return [
+        Variant(kept, width, tuple(sorted(name for name in picked if picked[name] == kept and width == plan.width)))
+        for width in sorted(set(widths), reverse=True)
+        for kept in [*depths, *others]
+    ]
+
+
+def _criteria(plan: SlimmingPlan) -> Mapping[str, Any]:
+    overview = plan.overview or {}
+    return overview.get("criteria") or {}
+
+
+def slimmed(intact: SimplerBackbone, variants: Sequence[Variant]) -> list[SimplerBackbone]:
+    """The encoder in every variant; those of one width share their weights, those of full width with the intact one.
+
+    Args:
+        intact: The intact encoder.
+        variants: What to make of it.
+    """
+    of_width: dict[float, SimplerBackbone] = {1.0: intact}
+    encoders = []
+    for variant in variants:
+        if variant.width not in of_width:
+            of_width[variant.width] = copy.deepcopy(intact)
+            of_width[variant.width].set_width(variant.width)
+        encoder = _sharing_weights(of_width[variant.width])
+        encoder.keep_blocks(variant.kept)
+        encoders.append(encoder.eval())
+    return encoders
+
+
+def _sharing_weights(encoder: SimplerBackbone) -> SimplerBackbone:
+    """A copy of the structure, around the same tensors."""
+    tensors: chain[torch.Tensor] = chain(encoder.parameters(), encoder.buffers())
+    return copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors})
+
+
+@contextmanager
+def exchanged(task: nn.Module, encoder: SimplerBackbone) -> Iterator[None]:
+    """Put another encoder into a task for a while."""
+    own = find_backbone(task)
+    path, _, name = next(path for path, part in task.named_modules() if part is own).rpartition(".")
+    parent = task.get_submodule(path)
+    setattr(parent, name, encoder)
+    try:
+        yield
+    finally:
+        setattr(parent, name, own)

@@ -1,0 +1,71 @@
+"""What plan.json says of what was not chosen."""
+
+import copy
+import types
+
+import pytest
+import torch
+
+from terratorch_simpler.criteria import Angular, Bounds, Fixed, Simpler
+from terratorch_simpler.measure import count_macs, macs_by_block, measure
+from terratorch_simpler.overview import _depths, overview
+from tests.families import FAMILIES, wrapped
+from tests.memory import Tiles, land
+
+
+def look(backbone, rule, spans=(), bounds=Bounds(), count=80):  # noqa: B008
+    found = measure(lambda batch: backbone(batch["image"]), backbone, Tiles(land(count)), rule, bounds, spans=spans)
+    blocks = backbone.full_num_blocks
+    choice = rule.choose(found.statistics, blocks, bounds)
+    return found, choice, overview(backbone, rule, bounds, choice, found, "linear" if spans else "none")
+
+
+def test_every_rule_has_judged_the_same_statistics(build):
+    found, choice, seen = look(build(), Simpler())
+    assert seen["criteria"].keys() == {"simpler", "knee", "block_influence", "angular", "cka_intervals"}
+    assert seen["criteria"]["simpler"] == {"kept_blocks": list(choice.kept_blocks), "scores": dict(choice.scores)}
+    depth = len(choice.kept_blocks)
+    other = Angular(12 - depth).choose(found.statistics, 12, Bounds())
+    assert seen["criteria"]["angular"] == {"kept_blocks": list(other.kept_blocks), "scores": dict(other.scores)}
+    assert set(seen["depths"]) == set(range(1, 13))
+    assert [cost["similarity"] for cost in seen["depths"].values()] == found.similarity[:, -1].tolist()
+    assert all(cost["recovery_r2"] is None for cost in seen["depths"].values())
+    assert "repaired" not in seen
+
+
+def test_rules_that_cannot_judge_are_left_out(build):
+    _, _, seen = look(build(embed_dim=48, num_heads=3, depth=4), Fixed(4))
+    assert seen["criteria"].keys() == {"fixed", "knee"}  # too shallow for simpler, and nothing to drop
+    _, _, seen = look(build(embed_dim=48, num_heads=3, depth=4), Fixed(3))
+    assert seen["criteria"].keys() == {"fixed", "knee", "block_influence", "angular", "cka_intervals"}
+
+
+def test_repairs_are_told_for_what_was_dropped_and_every_depth(build):
+    rule = Simpler()
+    backbone = build(embed_dim=48, num_heads=3)
+    found, choice, seen = look(backbone, rule, rule.spans(12, Bounds()))
+    depth = len(choice.kept_blocks)
+    told = {number: cost["recovery_r2"] for number, cost in seen["depths"].items()}
+    assert {number for number, value in told.items() if value is not None} == set(range(2, 11))
+    assert seen["repaired"] == [[depth, 12, told[depth]]]
+    assert told[10] == found.repairs.patch.explained((10, 12)) > told[2]
+
+
+def measured(backbone, shape):
+    """All that costs are told from."""
+    similarity = torch.eye(backbone.full_num_blocks)
+    return types.SimpleNamespace(similarity=similarity, input_shape=shape, repairs=None)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
+def test_costs_of_a_depth_are_those_of_the_cut_encoder(family):
+    backbone = wrapped(family)
+    shape = family.shape
+    total, by_block = macs_by_block(backbone, shape)
+    assert total == count_macs(backbone, shape)
+    assert len(by_block) == backbone.num_blocks
+    depth = max(backbone.num_blocks // 2, backbone.fewest_blocks)
+    told = _depths(backbone, measured(backbone, shape))[depth]
+    cut = copy.deepcopy(backbone)
+    cut.keep_blocks(range(depth))
+    assert (cut.num_parameters(), count_macs(cut, shape)) == (told["parameters"], told["macs"])
