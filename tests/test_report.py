@@ -313,6 +313,26 @@ def test_numbers_of_a_sweep():
     assert [item["text"] for item in page.all("h3")][-7:] == costs + series
 
 
+def test_large_control_does_not_push_the_others_together():
+    def width(largest):
+        """Pixels from the smallest to the largest slimmed encoder in the first picture, of parameters."""
+        rows = sweep_rows(PLAN)
+        rows[-1]["parameters"] = largest
+        told = [dot for dot in Page(report_page(PLAN, rows)).all("circle", "dot") if " parameters\n" in dot["text"]]
+        places = [float(dot["attributes"]["cx"]) for dot in told if "width" not in dot["text"]]
+        return max(places) - min(places)
+
+    assert width(6_000_000) > 200
+    assert width(600_000_000) > 80  # by factors; else it would be 3
+
+
+def test_quality_by_width_is_not_a_thicket():
+    rows = [{**row, "width": width} for row in sweep_rows(PLAN)[:BLOCKS] for width in (1.0, 0.5)]
+    (figure,) = [figure for figure in report_page(PLAN, rows).split("<figure") if "Quality by width" in figure]
+    assert 2 <= figure.count("<polyline") <= 6
+    assert figure.count('class="line picked"') == 1
+
+
 def test_sweep_without_probes_is_judged_by_similarity():
     keep = {"kind", "name", "depth", "width", "kept", "parameters", "similarity"}
     rows = [{key: value if key in keep else None for key, value in row.items()} for row in sweep_rows(PLAN)]

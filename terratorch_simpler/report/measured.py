@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element
 
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import facts
-from terratorch_simpler.report.svg import Chart, Point, element, span, ticks, whole_ticks
+from terratorch_simpler.report.svg import Chart, Point, element, log_ticks, span, ticks, whole_ticks
 
 Row = Mapping[str, Any]
 
@@ -25,6 +25,9 @@ QUALITY = {
     "similarity": "similarity to the last block",
 }
 """What a slimmed encoder is worth, the one that says most first."""
+SPREAD = 10
+"""How many times as much the largest may cost as the smallest before the axis goes by factors."""
+MOST_LINES = 5
 PROBES = {"linear": "linear", "knn": "k-NN"}
 COLUMNS = {
     "depth": ("depth", "d"),
@@ -60,7 +63,7 @@ def measured_section(plan: SlimmingPlan, rows: Sequence[Row]) -> Element:
         plan: The plan of the same encoder; its row is marked.
         rows: Rows of the sweep.
     """
-    cards = [*_trade_offs(plan, rows), _probes(rows), _widths(rows), _recovery(rows), _gains(rows)]
+    cards = [*_trade_offs(plan, rows), _probes(rows), _widths(plan, rows), _recovery(rows), _gains(rows)]
     return element(
         "section",
         element("h2", "What slimmed encoders are worth"),
@@ -118,11 +121,13 @@ def _trade_off(plan: SlimmingPlan, rows: Sequence[Row], cost: str, quality: str)
     if not known:
         return None
     y_range = span([point.y for _, point in known])
-    most = max(x for row in rows if (x := _value(row, cost)) is not None) / unit
-    chart = Chart((0.0, most * 1.06 or 1.0), y_range, height=250.0)
-    svg = chart.picture(
-        f"{QUALITY[quality]} over {x_label}", x_label, QUALITY[quality], ticks(*chart.x_range), ticks(*y_range, 5)
-    )
+    costs = [x / unit for row in rows if (x := _value(row, cost)) is not None]
+    # A control may be a hundred times as large, and would push all others together.
+    log = min(costs) > 0 and max(costs) > SPREAD * min(costs)
+    x_range = (min(costs) / 1.15, max(costs) * 1.15) if log else (0.0, max(costs) * 1.06 or 1.0)
+    chart = Chart(x_range, y_range, height=250.0, log_x=log)
+    x_ticks = log_ticks(*x_range) if log else ticks(*x_range)
+    svg = chart.picture(f"{QUALITY[quality]} over {x_label}", x_label, QUALITY[quality], x_ticks, ticks(*y_range, 5))
     front = _pareto_front([point for _, point in known])
     svg.append(chart.line(front, "line front"))
     slimmed = [(row, point) for row, point in known if row.get("kind") != "control"]
@@ -200,7 +205,7 @@ def _probes(rows: Sequence[Row]) -> Element | None:
     return _card("Accuracy by depth", words, svg)
 
 
-def _widths(rows: Sequence[Row]) -> Element | None:
+def _widths(plan: SlimmingPlan, rows: Sequence[Row]) -> Element | None:
     """Quality over the width, one line for every set of kept blocks that was measured at several."""
     quality = next(
         (key for key in QUALITY if any(_value(r, key) is not None and _value(r, "width") != 1.0 for r in rows)), None
@@ -215,15 +220,22 @@ def _widths(rows: Sequence[Row]) -> Element | None:
     lines = {kept: sorted(points) for kept, points in lines.items() if len({point.x for point in points}) > 1}
     if quality is None or not lines:
         return None
+    step = -(-len(lines) // MOST_LINES)
+    own = " ".join(map(str, plan.kept_blocks))
+    lines = {kept: points for number, (kept, points) in enumerate(lines.items()) if kept == own or number % step == 0}
     y_range = span([point.y for points in lines.values() for point in points])
     chart = Chart((0.0, 1.04), y_range)
     svg = chart.picture("Quality by width", "width kept", QUALITY[quality], ticks(0, 1, 5), ticks(*y_range, 5))
     for kept, points in lines.items():
-        svg.append(chart.line(points, "line"))
-        svg.extend(chart.dots(points, "dot"))
+        svg.append(chart.line(points, "line picked" if kept == own else "line"))
+        svg.extend(chart.dots(points, "dot picked" if kept == own else "dot"))
         end = points[0]
         svg.append(element("text", str(len(kept.split())), x=chart.x(end.x) - 9, y=chart.y(end.y) + 4, class_="end label"))
-    return _card("Quality by width", ["Share of attention and MLP kept in every block; numbers are the blocks kept."], svg)
+    return _card(
+        "Quality by width",
+        ["Share of attention and MLP kept in every block; numbers are the blocks kept, red is the plan."],
+        svg,
+    )
 
 
 def _recovery(rows: Sequence[Row]) -> Element | None:

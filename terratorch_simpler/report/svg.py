@@ -90,6 +90,18 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from ``low`` to ``high``.
+
+    Example:
+        >>> log_ticks(0.4, 12)
+        [0.5, 1.0, 2.0, 5.0, 10.0]
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)]
+    return [value for value in values if low <= value <= high]
+
+
 def whole_ticks(low: int, high: int) -> list[int]:
     """Round whole numbers from ``low`` to ``high``."""
     return [int(value) for value in ticks(low, high, 8) if value == int(value)]
@@ -105,7 +117,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """Linear scales over a plotting area; one unit is about one pixel.
+    """Scales over a plotting area; one unit is about one pixel.
 
     Attributes:
         x_range: Least and largest value from left to right.
@@ -113,6 +125,7 @@ class Chart:
         width: Of the whole picture.
         height: Of the whole picture.
         below: Room under the plotting area for the axis, and more.
+        log_x: Whether equal steps to the right are equal factors.
     """
 
     x_range: tuple[float, float]
@@ -123,10 +136,14 @@ class Chart:
     left: float = 52.0
     right: float = 12.0
     above: float = 12.0
+    log_x: bool = False
 
     def x(self, value: float) -> float:
         """Where a value is from the left."""
-        return self.left + _portion(value, self.x_range) * (self.width - self.left - self.right)
+        limits = self.x_range
+        if self.log_x:
+            value, limits = math.log10(value), (math.log10(limits[0]), math.log10(limits[1]))
+        return self.left + _portion(value, limits) * (self.width - self.left - self.right)
 
     def y(self, value: float) -> float:
         """Where a value is from the top."""
