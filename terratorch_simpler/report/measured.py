@@ -70,8 +70,8 @@ def measured_section(plan: SlimmingPlan, rows: Sequence[Row]) -> Element:
         element(
             "p",
             "Each encoder was built, timed on one device, and, where there were labels, its frozen features were judged by "
-            "probes; ranges are bootstrap intervals over images. A probe tells what an encoder knows before it is "
-            "fine-tuned, not the score after that.",
+            "probes; ranges are bootstrap intervals over images, and a difference within them is noise. A probe "
+            "tells what an encoder knows before it is fine-tuned, not the score after that.",
             class_="how",
         ),
         element("div", *(card for card in cards if card is not None), class_="cards"),
@@ -145,7 +145,7 @@ def _trade_off(plan: SlimmingPlan, rows: Sequence[Row], cost: str, quality: str)
     if not all(_is_whole(row) for row, _ in slimmed):
         words.append("Hollow: narrower, or with blocks dropped from inside. ")
     if any(row.get("kind") == "control" for row in rows):
-        words.append(_key("control", " smaller official encoders; on the axis where only their cost is known. "))
+        words.append(_key("control", " other official encoders; on the axis where only their cost is known. "))
     return _card(
         f"{title} against {'similarity' if quality == 'similarity' else 'accuracy'}",
         [*words, "Upper left is better. No encoder is better in both than those on the dashed line; the ring is the plan."],
@@ -233,7 +233,7 @@ def _widths(plan: SlimmingPlan, rows: Sequence[Row]) -> Element | None:
         svg.append(element("text", str(len(kept.split())), x=chart.x(end.x) - 9, y=chart.y(end.y) + 4, class_="end label"))
     return _card(
         "Quality by width",
-        ["Share of attention and MLP kept in every block; numbers are the blocks kept, red is the plan."],
+        ["Share of attention and MLP kept in every block; numbers are the blocks kept, the other colour is the plan."],
         svg,
     )
 
