@@ -38,8 +38,9 @@ class Chromium:
                    f"--user-data-dir={folder}")  # fmt: skip
         log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
         # Chromium reads commands from descriptor 3 and answers on 4.
-        actions = [(os.POSIX_SPAWN_DUP2, ours[0], 3), (os.POSIX_SPAWN_DUP2, theirs[1], 4)]
-        actions += [(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
+        # The log comes first: it may itself be one of the two.
+        places = ((log, 1), (log, 2), (ours[0], 3), (theirs[1], 4))
+        actions = [(os.POSIX_SPAWN_DUP2, *place) for place in places]
         environment = {**os.environ, "HOME": str(folder)}
         self._process = os.posix_spawn(path, [path, *options], environment, file_actions=actions, setsid=True)
         for descriptor in (ours[0], theirs[1], log):

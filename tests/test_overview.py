@@ -17,7 +17,7 @@ def look(backbone, rule, spans=(), bounds=Bounds(), count=80):  # noqa: B008
     found = measure(lambda batch: backbone(batch["image"]), backbone, Tiles(land(count)), rule, bounds, spans=spans)
     blocks = backbone.full_num_blocks
     choice = rule.choose(found.statistics, blocks, bounds)
-    return found, choice, overview(backbone, rule, bounds, choice, found)
+    return found, choice, overview(backbone, rule, bounds, choice, found, "linear" if spans else "none")
 
 
 def test_every_rule_has_judged_the_same_statistics(build):

@@ -93,6 +93,8 @@ def test_light_dark_and_print(browser, pages, tmp_path):
     pdf = browser.pdf(tmp_path / "page.pdf").read_bytes()
     assert pdf.startswith(b"%PDF-")
     assert 2 <= pdf.count(b"/Type /Page\n") <= 12
+    browser.call("Emulation.setDeviceMetricsOverride", width=720, height=1000, deviceScaleFactor=1, mobile=False)
+    assert browser.ask("document.documentElement.scrollWidth") == 720  # paper does not scroll: no column is cut off
     assert browser.ask("getComputedStyle(document.getElementById('tip')).display") == "none"
 
 

@@ -277,7 +277,7 @@ def _table(plan: SlimmingPlan, rows: Sequence[Row]) -> Element:
         ]
         first = element("th", facts.printable(row.get("name", "")), scope="row", class_="left")
         body.append(element("tr", first, *cells, class_="picked" if _is_plan(plan, row) else None))
-    return element("div", element("table", element("thead", head), element("tbody", *body)), class_="scroll")
+    return element("div", element("table", element("thead", head), element("tbody", *body), class_="many"), class_="scroll")
 
 
 def _cell(row: Row, key: str, how: str) -> str:

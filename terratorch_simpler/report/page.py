@@ -342,7 +342,7 @@ def _curve(blocks: int, rule: Rule, votes: Mapping[int, float]) -> Element:
     chart = Chart((0.5, blocks + 0.5), y_range, height=216.0 if judged else 74.0, below=62.0)
     svg = chart.picture(
         f"Scores and kept blocks of {rule.name}",
-        "blocks kept (n) and their numbers (strip)" if judged else "block",
+        "blocks kept" if judged else "block",
         "score" if scores else "",
         [],
         ticks(*y_range, 4) if scores else [],
