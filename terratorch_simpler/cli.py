@@ -90,7 +90,7 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Pat
 
     def stop(trainer: Trainer, task: LightningModule) -> None:
         if sweep is not None and ours.written is not None and trainer.is_global_zero:
-            sweep.run(trainer, task, ours.tiles, ours.written)
+            sweep.run(trainer, task, ours.written)
         raise _Planned
 
     callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))

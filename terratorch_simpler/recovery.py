@@ -99,8 +99,7 @@ class SpanSums:
         """Nothing is added yet."""
         self.spans = tuple(spans)
         self.tokens = torch.zeros(2, dtype=torch.int64)  # to fit on, to judge on
-        self._befores = sorted({before for before, _ in spans})
-        self._afters = sorted({after for _, after in spans})
+        self._states = sorted({state for span in spans for state in span})
         self._sums: dict[str, Tensor] = {}
 
     def add(self, states: Tensor, held_out: Tensor) -> None:
@@ -122,13 +121,11 @@ class SpanSums:
         parts = [chosen.nonzero().flatten().to(states.device) for chosen in (~held_out, held_out)]
         halves = [states[:, part].to(device, torch.float64) for part in parts]
         for half, wide in enumerate(halves):
-            for place, before in enumerate(self._befores):
-                self._sums["gram"][half, place].addmm_(wide[before].mT, wide[before])
+            for place, state in enumerate(self._states):
+                self._sums["gram"][half, place].addmm_(wide[state].mT, wide[state])
+                self._sums["total"][half, place] += wide[state].sum(dim=0)
             for place, (before, after) in enumerate(self.spans):
                 self._sums["cross"][half, place].addmm_(wide[before].mT, wide[after])
-            for place, after in enumerate(self._afters):
-                self._sums["mean"][half, place] += wide[after].sum(dim=0)
-                self._sums["square"][half, place] += wide[after].square().sum()
             self.tokens[half] += wide.shape[1]
 
     def merge(self, add_up: Callable[[Tensor], None], width: int) -> None:
@@ -163,22 +160,28 @@ class SpanSums:
         """
         self.check()
         gram, cross = self._of(span)
-        place = self._afters.index(span[1])
-        square, mean = self._sums["square"][1, place], self._sums["mean"][1, place]
+        after = self._states.index(span[1])
+        square, total = self._sums["gram"][1, after].trace(), self._sums["total"][1, after]
         weight = _solve(gram[0], cross[0])
         missed = square - 2 * (weight * cross[1]).sum() + (weight * (gram[1] @ weight)).sum()
-        variance = square - mean.square().sum() / self.tokens[1]
+        variance = square - total.square().sum() / self.tokens[1]
         return float(1 - missed / variance)
+
+    def covariance(self, state: int) -> Tensor:
+        """Covariance of all tokens in a state that some span begins or ends with, (D, D), float64."""
+        place, tokens = self._states.index(state), self.tokens.sum()
+        mean = self._sums["total"][:, place].sum(dim=0) / tokens
+        return self._sums["gram"][:, place].sum(dim=0) / tokens - mean[:, None] * mean
 
     @property
     def enough(self) -> bool:
         """Whether there are as many tokens to fit on as a token is wide, and any to judge on."""
-        return bool(self._sums) and int(self.tokens[0]) >= self._sums["mean"].shape[-1] and int(self.tokens[1]) > 1
+        return bool(self._sums) and int(self.tokens[0]) >= self._sums["total"].shape[-1] and int(self.tokens[1]) > 1
 
     def check(self) -> None:
         """Raise unless there are enough tokens."""
         if not self.enough:
-            width = self._sums["mean"].shape[-1] if self._sums else "as many as a token is wide"
+            width = self._sums["total"].shape[-1] if self._sums else "as many as a token is wide"
             msg = (
                 f"Found {int(self.tokens[0])} tokens to fit a linear map on, expected at least {width}: stream more tiles "
                 "(min_tiles), or set recovery: none."
@@ -186,17 +189,16 @@ class SpanSums:
             raise RecoveryError(msg)
 
     def _of(self, span: Span) -> tuple[Tensor, Tensor]:
-        return self._sums["gram"][:, self._befores.index(span[0])], self._sums["cross"][:, self.spans.index(span)]
+        return self._sums["gram"][:, self._states.index(span[0])], self._sums["cross"][:, self.spans.index(span)]
 
     def _empty(self, width: int, device: torch.device) -> dict[str, Tensor]:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(2, *shape, dtype=torch.float64, device=device)
 
         return {
-            "gram": zeros(len(self._befores), width, width),
+            "gram": zeros(len(self._states), width, width),
+            "total": zeros(len(self._states), width),
             "cross": zeros(len(self.spans), width, width),
-            "mean": zeros(len(self._afters), width),
-            "square": zeros(len(self._afters)),
         }
 
 

@@ -31,11 +31,9 @@ from terratorch_simpler.errors import (
     UntrainedEncoderWarning,
 )
 from terratorch_simpler.measure import (
-    Feeder,
     LabelledRows,
     Measurement,
     Readout,
-    Tap,
     Tokens,
     Unfinished,
     as_pretrained,
@@ -335,44 +333,6 @@ def _stream(
     if found.skips.counts and processes.first:
         warnings.warn(f"Skipped tiles: {found.skips}.", SkippedTilesWarning, stacklevel=2)
     return found
-
-
-def stream_rows(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    tiles: GeoTiffTiles | None,
-    seed: int,
-    images: int,
-    use: Callable[[torch.Tensor], None],
-) -> None:
-    """Hand out patch tokens after every block of a task's encoder, as pretrained, from the tiles a selection streams.
-
-    Args:
-        trainer: Gives device and precision, and the datamodule.
-        pl_module: The task, on the CPU.
-        tiles: Tiles given by the user; None for the datamodule's training images.
-        seed: Seed of their order and of the drawn patches.
-        images: Tiles after which to stop.
-        use: Called with rows of a batch of tiles, (L, R, D), on the device.
-    """
-    backbone = find_backbone(pl_module)
-    source = _open_source(getattr(trainer, "datamodule", None), tiles, seed, Processes())
-    encoder = _outermost_encoder(pl_module, backbone)
-    seen = 0
-    with (
-        torch.compiler.set_stance("force_eager"),
-        borrowed(pl_module, seed),
-        on_device(encoder, trainer.strategy.root_device),
-        as_pretrained(encoder, backbone),
-        Tap(backbone, encoder, "patch", seed) as tap,
-    ):
-        feeder = Feeder(tap, _forward(trainer, pl_module, backbone, source))
-        for batch in source:
-            rows = [of_tile for _, _, of_tile in feeder.run(batch)][: images - seen]
-            use(torch.cat(rows, dim=1)[1:])  # the first state is what enters the first block
-            seen += len(rows)
-            if seen >= images:
-                return
 
 
 def check_split(trainer: Trainer, pl_module: LightningModule, split: Split, seed: int) -> None:

@@ -399,7 +399,14 @@ def test_the_command_probes_every_depth(config, tmp_path, monkeypatch, capsys):
         for name in ("knn", "linear"):
             low, value, high = (float(row[key]) for key in (f"{name}_low", name, f"{name}_high"))
             assert 0 <= low <= value <= high <= 1
-        assert row["knn_recovered"] == row["linear_recovered"] == ""
+        recovered = [row[f"{name}_recovered"] for name in ("knn", "linear")]
+        if row["kept"] == " ".join(map(str, range(int(row["depth"])))):
+            assert all(0 <= float(value) <= 1 for value in recovered)
+            assert row["depth"] == "12" or float(row["recovery_r2"]) <= 1
+        else:
+            assert recovered == ["", ""]
+    whole = next(row for row in rows if row["depth"] == "12")
+    assert (whole["knn_recovered"], whole["linear_recovered"]) == (whole["knn"], whole["linear"])
     assert max(float(row["linear"]) for row in rows) > 0.5  # six classes
     assert "k-NN" in capsys.readouterr().out
 

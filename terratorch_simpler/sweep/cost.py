@@ -26,6 +26,8 @@ LEAST_GROWTH = 1.05
 LARGEST_BATCH = 1024
 PASSES = 3
 """Timed passes of a batch."""
+LONG_PASS = 0.5
+"""Seconds after which one timed pass is enough: what disturbs it is short beside it."""
 
 Precision = Callable[[], AbstractContextManager[object]]
 
@@ -153,8 +155,9 @@ def _throughput(passes: Sequence[_Pass], random: np.random.Generator) -> list[tu
         for i in random.permutation(growing):
             with suppress(torch.OutOfMemoryError):
                 images = passes[i].images(batch)
-                passes[i].seconds(images)  # a new shape has to warm up
-                rate = batch / statistics.median(passes[i].seconds(images) for _ in range(PASSES))
+                first = passes[i].seconds(images)  # a new shape has to warm up
+                repeats = PASSES if first < LONG_PASS else 1
+                rate = batch / statistics.median(passes[i].seconds(images) for _ in range(repeats))
                 if rate > best[i][0] * LEAST_GROWTH:
                     still.append(int(i))
                 if rate > best[i][0]:

@@ -30,7 +30,6 @@ from terratorch_simpler.sweep.judge import Recover, judge
 from terratorch_simpler.sweep.rows import COLUMNS, Row, row_of_control, row_of_variant, write_csv
 from terratorch_simpler.sweep.table import sweep_table
 from terratorch_simpler.sweep.variants import list_variants, slimmed
-from terratorch_simpler.tiles import GeoTiffTiles
 
 CSV_FILE = "sweep.csv"
 BLOCKS_FILE = "blocks.csv"
@@ -94,22 +93,22 @@ class Sweep:
         """Take over what the selection has measured."""
         self._repairs = found.repairs
 
-    def run(self, trainer: Trainer, task: LightningModule, tiles: GeoTiffTiles | None, folder: Path) -> None:
+    def run(self, trainer: Trainer, task: LightningModule, folder: Path) -> None:
         """Measure, and write ``sweep.csv``, ``blocks.csv`` and ``sweep.png`` beside the plan, and its page anew.
 
         Args:
             trainer: Gives device and precision.
             task: The task, cut by the plan.
-            tiles: What the selection has streamed; None for the datamodule's training images.
             folder: Where the plan is.
         """
         plan = find_backbone(task).plan
         assert plan is not None  # a plan was made, or this would not run
         rows = self._rows(trainer, task, plan)
-        blocks = diagnose_blocks(trainer, task, self._intact, tiles, SEED)
+        blocks = [] if self._repairs is None else diagnose_blocks(self._repairs.patch, plan.full_num_blocks)
         Console(width=max(Console().width, NARROWEST)).print(sweep_table(rows))
         path = write_csv(rows, COLUMNS, folder / CSV_FILE)
-        write_csv(blocks, BLOCK_COLUMNS, folder / BLOCKS_FILE)
+        if blocks:
+            write_csv(blocks, BLOCK_COLUMNS, folder / BLOCKS_FILE)
         save_figure(sweep_figure(rows), folder / FIGURE_FILE)
         save_page(report_page(plan, rows, blocks), folder / PAGE_FILE)
         rank_zero_info(f"The comparison is in {path}.")
