@@ -193,7 +193,8 @@ def test_large_plans_are_not_read(files, monkeypatch):
 @given(data=st.data())
 def test_blocks_that_a_plan_keeps_are_the_blocks_that_are_kept(small, data):
     kept = data.draw(st.lists(st.integers(-1, BLOCKS), max_size=5))
-    raw = {**json.loads(json.dumps(vars(PLAN))), "kept_blocks": kept, "format": plan_module.FORMAT, "version": 1}
+    written = {key: value for key, value in vars(PLAN).items() if key != "maps"}  # those lie in a file of their own
+    raw = {**json.loads(json.dumps(written)), "kept_blocks": kept, "format": plan_module.FORMAT, "version": 1}
     backbone = _once(small)
     try:
         plan = SlimmingPlan.from_dict(raw)
