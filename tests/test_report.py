@@ -276,6 +276,8 @@ def test_sentences_fit_the_plan():
     assert "Nothing was measured for this plan" in text["by hand"]
     assert "All 3 transformer blocks of the encoder are kept: nothing gets cheaper." in text["bare"]
     assert "backbone_keep: [0, 2, 5]\nbackbone_width: 0.5" in text["inner cut"]
+    assert "either of these builds the same" in text["whole"]
+    assert "the second without recovery" in text["inner cut"]
     assert "arXiv 2601.22841" in text["inner cut"]
     assert "arXiv 2601.22841" not in text["whole"]
     assert all("arXiv 2603.19873" in told and "more than 10 %" in told for told in text.values())

@@ -497,6 +497,10 @@ def _again(plan: SlimmingPlan) -> Element:
     by_plan = f"backbone: simpler_{name}\nbackbone_plan: plan.json"
     by_hand = f"backbone: simpler_{name}\nbackbone_keep: {keep}{width}"
     how = "In a TerraTorch config, either of these builds the same slimmed encoder again, with nothing streamed:"
+    if plan.recovery != "none":  # the maps lie beside the plan
+        how = (
+            "In a TerraTorch config, the first of these builds it again, with nothing streamed; the second without recovery:"
+        )
     lines = {"criterion": str(plan.criterion["name"]), "its settings": json.dumps(plan.criterion["args"])}
     lines |= {"data": str((plan.data or {}).get("fingerprint", facts.MISSING))}
     lines |= {package: _shape(version) for package, version in (plan.versions or {}).items()}
