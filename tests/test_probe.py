@@ -89,6 +89,8 @@ def test_masks_of_a_resized_image_are_resized_to_the_nearest_pixel():
 @pytest.mark.parametrize(("target", "message"), [
     (None, "Found no mask and no label in the data"),
     (torch.zeros(2, 4, 4), r"no whole numbers \(regression\)"),
+    (torch.zeros(2, 1), r"no whole numbers \(regression\)"),
+    (torch.zeros(2, 7), r"Found labels of shape \(7,\) for an image \(multi-label"),
     (torch.zeros(2, 7, dtype=torch.int64), r"Found labels of shape \(7,\) for an image \(multi-label"),
     (torch.zeros(2, 3, 4, 4, dtype=torch.int64), r"Found labels of shape \(3, 4, 4\)"),
 ])  # fmt: skip
