@@ -89,6 +89,8 @@ def test_masks_of_a_resized_image_are_resized_to_the_nearest_pixel():
 @pytest.mark.parametrize(("target", "message"), [
     (None, "Found no mask and no label in the data"),
     (torch.zeros(2, 4, 4), r"no whole numbers \(regression\)"),
+    (torch.zeros(2, 1), r"no whole numbers \(regression\)"),
+    (torch.zeros(2, 7), r"Found labels of shape \(7,\) for an image \(multi-label"),
     (torch.zeros(2, 7, dtype=torch.int64), r"Found labels of shape \(7,\) for an image \(multi-label"),
     (torch.zeros(2, 3, 4, 4, dtype=torch.int64), r"Found labels of shape \(3, 4, 4\)"),
 ])  # fmt: skip
@@ -334,8 +336,10 @@ def run(trainer, task, monkeypatch):
     return trainer(), task()
 
 
-def test_every_variant_is_judged_by_the_features_it_would_answer(run):
+def test_every_variant_is_judged_by_the_features_it_would_answer(run, monkeypatch):
     made, model = run
+    seen = []
+    monkeypatch.setattr("terratorch_simpler.sweep.judge.probe", lambda *rows: seen.append(rows[:2]) or probe(*rows))
     intact = copy.deepcopy(find_backbone(model))
     find_backbone(model).keep_blocks(range(3))
     variants = [Variant((0,)), Variant((0, 1)), Variant(tuple(range(12))), Variant((0, 6))]
@@ -346,11 +350,13 @@ def test_every_variant_is_judged_by_the_features_it_would_answer(run):
         "knn", "knn_low", "knn_high", "linear", "linear_low", "linear_high",
     }] * 4  # fmt: skip
     assert found[0]["linear"] > 0.9
-    for variant, columns in zip(variants, found, strict=True):
+    for variant, columns, judged in zip(variants, found, seen, strict=True):
         cut = copy.deepcopy(intact)
         cut.keep_blocks(variant.kept)
         with exchanged(model, cut):
             rows = [labelled_rows(made, model, split, 0, readout=as_cut(cut)) for split in ("train", "val")]
+        for part, of_judge in zip(rows, judged, strict=True):
+            torch.testing.assert_close(part.features[-1], of_judge.features)
         alone = probe(*(Rows(part.features[-1], part.labels, part.images) for part in rows))
         assert columns["knn"] == alone["knn"].value
         assert columns["linear"] == pytest.approx(alone["linear"].value, abs=0.02)

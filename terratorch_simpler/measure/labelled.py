@@ -55,14 +55,14 @@ def read_targets(batch: Batch, ignore_index: int | None) -> Tensor:
         raise LabelsError(msg)
     if target.ndim in (2, 4) and target.shape[1] == 1:
         target = target[:, 0]
-    if target.is_floating_point():
-        msg = "Found labels that are no whole numbers (regression), expected classes: they cannot be probed."
-        raise LabelsError(msg)
     if target.ndim not in (1, 3):
         msg = (
             f"Found labels of shape {tuple(target.shape[1:])} for an image (multi-label, or several masks), expected one "
             "class for every image or every pixel: they cannot be probed."
         )
+        raise LabelsError(msg)
+    if target.is_floating_point():
+        msg = "Found labels that are no whole numbers (regression), expected classes: they cannot be probed."
         raise LabelsError(msg)
     target = target.long()
     missing = target < 0 if ignore_index is None else (target < 0) | (target == ignore_index)
