@@ -398,7 +398,7 @@ def test_figure_marks_what_is_kept_and_shows_other_rules():
     figure = plan_figure(KINDS["inner cut"])
     heat = figure.axes[0]
     assert figure.get_suptitle() == (
-        "prithvi_eo_v2_tiny_tl: blocks 0, 2, 5 of 6 blocks kept at 50% of their width, linear recovery, 384 tiles"
+        "prithvi_eo_v2_tiny_tl: blocks 0, 2, 5 of 6 blocks kept at width 0.5, linear recovery, 384 tiles"
     )
     vertical = {line.get_xdata()[0] for line in heat.lines if line.get_xdata()[0] == line.get_xdata()[-1]} - {-0.02}
     assert {0.5, 1.5, 2.5, 4.5} <= vertical

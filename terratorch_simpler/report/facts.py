@@ -123,7 +123,7 @@ def kept_words(plan: SlimmingPlan) -> str:
     """What is kept, in a few words."""
     kept = plan.kept_blocks
     which = f"first {len(kept)}" if is_prefix(kept) else f"blocks {block_ranges(kept)}"
-    width = "" if plan.width == 1.0 else f" at {plan.width:.0%} of their width"
+    width = "" if plan.width == 1.0 else f" at width {plan.width:g}"
     repaired = "" if plan.recovery == "none" else f", {plan.recovery} recovery"
     return f"{which} of {plan.full_num_blocks} blocks kept{width}{repaired}"
 
