@@ -267,7 +267,15 @@ def diagnosed_of(folder):
 def test_the_command_writes_a_line_for_every_depth_and_the_controls(swept, build):
     plan = SlimmingPlan.load(swept / "plan.json")
     columns, rows = read(swept / "sweep.csv")
-    assert columns == COLUMNS
+    names = ("simpler", "knee", "block_influence", "angular", "cka_intervals")
+    assert columns[: len(COLUMNS)] == COLUMNS
+    assert set(columns[len(COLUMNS) :]) == {f"score_{name}" for name in names}
+    for row in rows:
+        whole = (row["kind"], row["width"]) == ("slimmed", "1.0")
+        first = whole and row["kept"] == " ".join(map(str, range(int(row["depth"]))))
+        for name in names:
+            score = plan.overview["criteria"][name]["scores"].get(int(row["depth"])) if first else None
+            assert row[f"score_{name}"] == ("" if score is None else str(score))
     assert (swept / "sweep.png").stat().st_size > 10_000
     page = (swept / "report.html").read_text()
     assert "prithvi_eo_v2_100_tl" in page

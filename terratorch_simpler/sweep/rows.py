@@ -24,6 +24,14 @@ COLUMNS = (
     *("knn_recovered", "linear_recovered"),
 )
 
+SCORE = "score_"
+"""What comes before the name of a criterion in the columns of scores, one for each that has judged depths."""
+
+
+def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """All columns of some lines: those of every sweep, and the scores of its criteria."""
+    return (*COLUMNS, *dict.fromkeys(key for row in rows for key in row if key.startswith(SCORE)))
+
 
 def row_of_variant(plan: SlimmingPlan, variant: Variant, cost: Cost, probed: Mapping[str, float]) -> Row:
     """A slimmed encoder.
@@ -38,6 +46,7 @@ def row_of_variant(plan: SlimmingPlan, variant: Variant, cost: Cost, probed: Map
     known = variant.first_blocks and variant.width == 1.0  # what the plan says is about the first blocks at full width
     overview = plan.overview or {}
     of_depth = overview.get("depths") or {}
+    judged = {name: rule["scores"] or {} for name, rule in (overview.get("criteria") or {}).items()}
     return {
         **dict.fromkeys(COLUMNS),
         "kind": "slimmed",
@@ -50,6 +59,7 @@ def row_of_variant(plan: SlimmingPlan, variant: Variant, cost: Cost, probed: Map
         "similarity": plan.similarity[depth - 1][-1] if known and plan.similarity is not None else None,
         "recovery_r2": of_depth.get(depth, {}).get("recovery_r2") if known else None,
         **probed,
+        **{f"{SCORE}{name}": scores.get(depth) if known else None for name, scores in judged.items()},
     }
 
 

@@ -27,7 +27,7 @@ from terratorch_simpler.sweep.cost import measure_costs
 from terratorch_simpler.sweep.diagnostics import BLOCK_COLUMNS, diagnose_blocks
 from terratorch_simpler.sweep.figure import sweep_figure
 from terratorch_simpler.sweep.judge import Recover, judge
-from terratorch_simpler.sweep.rows import COLUMNS, Row, row_of_control, row_of_variant, write_csv
+from terratorch_simpler.sweep.rows import Row, columns_of, row_of_control, row_of_variant, write_csv
 from terratorch_simpler.sweep.table import sweep_table
 from terratorch_simpler.sweep.variants import list_variants, slimmed
 
@@ -106,7 +106,7 @@ class Sweep:
         rows = self._rows(trainer, task, plan)
         blocks = [] if self._repairs is None else diagnose_blocks(self._repairs.patch, plan.full_num_blocks)
         Console(width=max(Console().width, NARROWEST)).print(sweep_table(rows))
-        path = write_csv(rows, COLUMNS, folder / CSV_FILE)
+        path = write_csv(rows, columns_of(rows), folder / CSV_FILE)
         if blocks:
             write_csv(blocks, BLOCK_COLUMNS, folder / BLOCKS_FILE)
         save_figure(sweep_figure(rows), folder / FIGURE_FILE)
