@@ -34,7 +34,7 @@ def knee_curve(similarity: Tensor) -> Tensor:
     there = torch.cat([there[..., :-1], torch.ones_like(there[..., -1:])], dim=-1)
     missing = 1 - there[..., :1]
     gained = torch.where(missing > TIE, (there - there[..., :1]) / missing.clamp(min=TIE), 1.0)
-    return gained - torch.arange(1, blocks + 1) / blocks
+    return gained - torch.arange(1, blocks + 1, dtype=similarity.dtype) / blocks
 
 
 class Knee(Criterion):
