@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 NEIGHBOURS = 5
@@ -58,7 +59,8 @@ def probe(train: Rows, test: Rows, seed: int = 0) -> dict[str, Accuracy]:
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=STEPS))
     found = {}
     for name, model in (("knn", neighbours), ("linear", linear)):
-        with warnings.catch_warnings():
+        # The matrices are small: several threads spend more time on waiting for each other.
+        with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(train.features.numpy(), train.labels.numpy())
         right = model.predict(test.features.numpy()) == test.labels.numpy()
