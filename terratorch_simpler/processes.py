@@ -134,6 +134,19 @@ class Processes:
             raise self._gone(err) from err
         return incoming.view(like.dtype).transpose(0, 1)
 
+    def add_up(self, value: Tensor) -> None:
+        """Add up a tensor on the CPU over all processes, in place.
+
+        Raises:
+            ProcessError: If a process does not answer.
+        """
+        if self.group is None:
+            return
+        try:
+            dist.all_reduce(value, group=self.group)
+        except RuntimeError as err:
+            raise self._gone(err) from err
+
     def _gather(self, told: _Told, error: BaseException | None) -> list[_Told]:
         everything: list[Any] = [None] * self.count
         try:

@@ -64,7 +64,7 @@ def test_blocks_are_looked_at_over_the_patches_of_the_selection(build):
     spans = [(depth, 6) for depth in range(1, 6)]
     found = measure(lambda batch: backbone(batch["image"]), backbone, Tiles(images), Knee(), Bounds(), spans=spans)
     rows = diagnose_blocks(found.repairs.patch, 6)
-    assert [row["block"] for row in rows] == list(range(1, 7))
+    assert [row["block"] for row in rows] == list(range(6))
     hook = backbone.blocks[4].register_forward_hook(lambda m, i, o: outputs.append(o[:, 1:]))
     with torch.no_grad():
         backbone(images)

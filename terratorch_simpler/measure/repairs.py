@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from terratorch_simpler.measure.groups import Group
@@ -67,7 +66,7 @@ class Repairs:
         self._waiting.clear()
         if self._processes.count > 1:
             for sums in (self.patch, self.special):
-                sums.merge(lambda value: dist.all_reduce(value, group=self._processes.group), width)
+                sums.merge(self._processes.add_up, width)
 
     def maps(self, spans: Sequence[Span]) -> dict[int, SpanMap]:
         """The maps of some spans, by the state before each.

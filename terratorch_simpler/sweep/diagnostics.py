@@ -62,5 +62,5 @@ def diagnose_blocks(patches: SpanSums, num_blocks: int) -> list[Row]:
             "effective_dimension": float(effective_dimension(covariance)),
             "feature_correlation": float(feature_correlation(covariance)),
         }
-        for number, covariance in enumerate(covariances, start=1)
+        for number, covariance in enumerate(covariances)
     ]
