@@ -37,9 +37,12 @@ def angle_sums(features: Tensor) -> tuple[Tensor, Tensor]:
     cosines = features.new_zeros(states, states, dtype=torch.float64)
     angles = torch.zeros_like(cosines)
     with torch.autocast(features.device.type, enabled=False):
-        for rows in torch.split(features, ROWS_AT_ONCE, dim=1):
-            unit = torch.nn.functional.normalize(rows.double(), dim=-1).transpose(0, 1)  # (m, S, D)
-            cosine = (unit @ unit.mT).clamp(-1, 1)
+        for chunk in torch.split(features, ROWS_AT_ONCE, dim=1):
+            rows = chunk.transpose(0, 1).double()  # (m, S, D)
+            products = rows @ rows.mT
+            # Dividing the products costs S x S per token; dividing the rows before would cost S x D.
+            length = products.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-12)
+            cosine = (products / (length[:, :, None] * length[:, None])).clamp(-1, 1)
             cosine.diagonal(dim1=1, dim2=2).fill_(1.0)
             cosines += cosine.sum(dim=0)
             angles += cosine.arccos().sum(dim=0) / math.pi
