@@ -19,7 +19,7 @@ from terratorch_simpler.cli import main
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.sweep import COLUMNS, SweepSettings
 from terratorch_simpler.sweep.controls import build_controls
-from terratorch_simpler.sweep.cost import Cost, _TensorBytes, _throughput, measure_costs
+from terratorch_simpler.sweep.cost import Cost, TensorBytes, _throughput, measure_costs
 from terratorch_simpler.sweep.figure import sweep_figure
 from terratorch_simpler.sweep.table import sweep_table
 from terratorch_simpler.sweep.variants import Variant, list_variants, slimmed
@@ -177,7 +177,7 @@ def test_the_order_is_another_one_each_time_and_covers_all():
 
 def test_peak_memory_counts_what_lives_at_the_same_time():
     x = torch.zeros(1000)
-    with torch.no_grad(), _TensorBytes([x]) as found:
+    with torch.no_grad(), TensorBytes([x]) as found:
         y = x + 1  # 4000 bytes
         z = y * 2  # 8000
         del y

@@ -120,7 +120,7 @@ class _Pass:
         held = [*self._encoder.parameters(), *self._encoder.buffers(), *tree_leaves(images)]
         at_rest = sum(tensor.nbytes for tensor in held)
         if self._device.type != "cuda":
-            with _TensorBytes(held) as tensors:
+            with TensorBytes(held) as tensors:
                 self._run(images)
             return at_rest + tensors.peak
         torch.cuda.synchronize(self._device)
@@ -166,7 +166,7 @@ def _throughput(passes: Sequence[_Pass], random: np.random.Generator) -> list[tu
     return best
 
 
-class _TensorBytes(TorchDispatchMode):
+class TensorBytes(TorchDispatchMode):
     """Adds up the bytes of the tensors that operators hand out, as long as they are alive.
 
     Args:

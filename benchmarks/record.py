@@ -1,0 +1,123 @@
+"""Results of benchmarks: one JSON file each, with what is needed to get them again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from terratorch_simpler.files import whole_file
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "terratorch", "lightning", "timm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that all benchmarks share."""
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder for the JSON file")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def save(
+    folder: Path, name: str, device: torch.device, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> Path:
+    """Write the results of one benchmark whole.
+
+    Args:
+        folder: Where results are kept.
+        name: Of the benchmark, the module in this folder.
+        device: What was measured.
+        settings: What was asked for.
+        rows: One mapping a line of the table.
+
+    Returns:
+        The file: ``<name>-<device>.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{device.type}.json"
+    found = {
+        "benchmark": name,
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *_arguments()]),
+        "commit": commit(),
+        "machine": machine(device),
+        "settings": dict(settings),
+        "rows": [dict(row) for row in rows],
+    }
+    with whole_file(path) as part:
+        part.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    return path
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table in the terminal."""
+    if not rows:
+        return
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(cell(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def cell(value: Any) -> str:
+    """One value of a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def commit() -> str:
+    """The commit of the working tree, with a plus sign if something was changed since; what results are kept in aside."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        tracked = ["status", "--porcelain", "--untracked-files=no", "--", "terratorch_simpler", "benchmarks/*.py"]
+        changed = subprocess.run([*git, *tracked], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _arguments() -> list[str]:
+    """Arguments of the command, without the folder that results go to."""
+    arguments = sys.argv[1:]
+    for option in ("-o", "--output"):
+        if option in arguments:
+            del arguments[arguments.index(option) : arguments.index(option) + 2]
+    return arguments
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

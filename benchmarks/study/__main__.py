@@ -1,0 +1,137 @@
+"""Run the study, or what is left of it.
+
+    python -m benchmarks.study DATA -o OUT [--jobs 2]
+
+DATA holds ``hls_water``, ``ukis_csmask`` and ``scenes``. OUT keeps a file for every run that is done; ``results.csv`` and
+``tables.md`` are written anew from these after every run, so the study can be ended and gone on with at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.study.data import prepare, read_split
+from benchmarks.study.runs import Run, gate_runs, judge_gate, study_runs
+from benchmarks.study.tables import write_results
+from terratorch_simpler.files import whole_file
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Pretrain what is missing, judge the gate, and run what counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of the data sets")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-c", "--config", type=Path, default=HERE / "study.yaml")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
+    args = parser.parse_args()
+    study = yaml.safe_load(args.config.read_text())
+    tiles = args.data / "hls_water"
+    pretrain_missing(study, args.data, args.output)
+    for setup in study["setups"].values():
+        prepare(tiles, args.output / "tiles", setup["target"], setup["size"])
+    end = time.monotonic() + 60 * args.minutes
+    work = Work(study, tiles, args.output, args.jobs, end)
+    work.do(gate_runs(study))
+    passed = [gate.setup for gate in judge_gate(study, work.results()) if gate.passed]
+    print(f"Set-ups that count: {', '.join(passed) or 'none'}", flush=True)
+    # What SIMPLER keeps does not depend on labels, and is needed to compare rules at its depth.
+    seeds = study["seeds"][:1]
+    work.do(run for run in study_runs(study | {"seeds": seeds}, passed, {}) if run.rule == "simpler")
+    found = {
+        run.encoder: len(row["kept"]) for run, row in work.results().items() if run.rule == "simpler" and run.depth is None
+    }
+    work.do(study_runs(study, passed, found))
+    shutil.rmtree(args.output / "scratch", ignore_errors=True)
+
+
+def pretrain_missing(study: dict[str, Any], data: Path, folder: Path) -> None:
+    """Pretrain encoders that have no weights yet, on training images and scenes."""
+    from benchmarks.study.pretrain import pretrain, read_source
+
+    missing = {
+        name: encoder
+        for name, encoder in study["encoders"].items()
+        if "weights" not in encoder and not (folder / "encoders" / f"{name}.pt").exists()
+    }
+    if not missing:
+        return
+    names = set(read_split(data / "hls_water", "train"))
+    images = read_source(data / "hls_water" / "images", "*.tif", names)
+    for scene in ("ukis_csmask/images/landsat5_image", "ukis_csmask/images/landsat7_image", "scenes/L7_ETMs"):
+        images += read_source(data / f"{scene}.tif", "", None)
+    for name, encoder in missing.items():
+        pretrain(
+            images,
+            folder / "encoders" / f"{name}.pt",
+            model=f"{study['backbone']}_mae",
+            depth=encoder["depth"],
+            steps=encoder["steps"],
+        )
+
+
+class Work:
+    """Does runs that are not done yet, and keeps what they found.
+
+    Args:
+        study: The study's settings.
+        data: Folder ``hls_water``.
+        folder: Where results are kept.
+        jobs: Runs at a time.
+        end: When to start no more, as ``time.monotonic()`` tells it.
+    """
+
+    def __init__(self, study: dict[str, Any], data: Path, folder: Path, jobs: int, end: float) -> None:
+        """Nothing is started."""
+        self._study, self._data, self._folder, self._jobs, self._end = study, data, folder, jobs, end
+
+    def results(self) -> dict[Run, dict[str, Any]]:
+        """What is done."""
+        files = sorted((self._folder / "runs").glob("*.json"))
+        read = [json.loads(file.read_text()) for file in files]
+        return {Run(**row["run"]): row["found"] for row in read}
+
+    def do(self, runs: Iterable[Run]) -> None:
+        """Do the runs that are missing, each once."""
+        done = self.results()
+        missing = [run for run in dict.fromkeys(runs) if run not in done]
+        context = multiprocessing.get_context("spawn")
+        threads = max(1, torch.get_num_threads() // self._jobs)
+        with ProcessPoolExecutor(self._jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            futures = {pool.submit(do_one, run, self._study, self._data, self._folder, self._end): run for run in missing}
+            for count, future in enumerate(as_completed(futures), 1):
+                found = future.result()
+                if found is not None:
+                    score, seconds = found["test_miou"], found["seconds"]
+                    print(f"{count}/{len(missing)} {futures[future].key}: {score:.3f}, {seconds:.0f} s", flush=True)
+        if missing or not (self._folder / "results.csv").exists():
+            write_results(self._folder, self._study, self.results())
+
+
+def do_one(run: Run, study: dict[str, Any], data: Path, folder: Path, end: float) -> dict[str, Any] | None:
+    """One run in a process of its own; None if it is too late to start it."""
+    if time.monotonic() > end:
+        return None
+    from benchmarks.study.finetune import finetune  # TerraTorch takes its time to import
+
+    found = finetune(run, study, data, folder)
+    with whole_file(folder / "runs" / f"{run.key}.json") as part:
+        part.write_text(json.dumps({"run": run._asdict(), "found": found}))
+    return found
+
+
+if __name__ == "__main__":
+    main()

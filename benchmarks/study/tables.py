@@ -1,0 +1,139 @@
+"""Results of a study as a CSV file and as tables."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.runs import Results, judge_gate
+from terratorch_simpler.files import whole_file
+
+
+def write_results(folder: Path, study: Mapping[str, Any], results: Results) -> None:
+    """Write ``results.csv``, a line a run, and ``tables.md``."""
+    rows = [{**run._asdict(), **found, "kept": " ".join(map(str, found["kept"]))} for run, found in results.items()]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with whole_file(folder / "results.csv") as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    with whole_file(folder / "tables.md") as part:
+        part.write_text(tables(study, results))
+
+
+def tables(study: Mapping[str, Any], results: Results) -> str:
+    """All tables, in Markdown: the gate first, then every set-up that passed."""
+    gates = judge_gate(study, results)
+    lines = ["### The gate", ""]
+    lines += head("set-up", "pretrained", "random", "difference", "standard error", "counts")
+    for gate in gates:
+        gain = gate.pretrained - gate.random
+        passed = "yes" if gate.passed else "no"
+        lines.append(
+            f"| `{gate.setup}` | {gate.pretrained:.3f} | {gate.random:.3f} | {gain:+.3f} | {gate.error:.3f} | {passed} |"
+        )
+    for gate in gates:
+        if gate.passed:
+            for encoder in study["depths"]:
+                lines += depth_table(study, results, gate.setup, encoder)
+            lines += variant_table(study, results, gate.setup)
+    return "\n".join(lines) + "\n"
+
+
+def depth_table(study: Mapping[str, Any], results: Results, setup: str, encoder: str) -> list[str]:
+    """Scores of every depth, of a random encoder of that depth, and what rules made of it."""
+    scores: dict[tuple[str, int | None], list[Mapping[str, Any]]] = defaultdict(list)
+    for run, found in results.items():
+        if run.setup == setup and run.encoder == encoder and run.rule == "first" and run.width == 1:
+            scores[run.variant, run.depth].append(found)
+    full = study["encoders"][encoder]["depth"]
+    if ("depth", full) not in scores:
+        return []
+    whole = mean(scores["depth", full])
+    lines = [
+        "",
+        f"### {setup}, {encoder}: every depth",
+        "",
+        *head("blocks", "test mIoU", "of full depth", "random init", "recovery", "training s", "step MiB"),
+    ]
+    means = {}
+    for depth in study["depths"][encoder]:
+        if ("depth", depth) not in scores:
+            continue
+        found = scores["depth", depth]
+        means[depth] = mean(found)
+        others = [spread(scores[variant, depth]) for variant in ("random", "recovery")]
+        seconds = statistics.mean(row["seconds"] for row in found)
+        memory = statistics.mean(row["step_bytes"] for row in found) / 2**20
+        lines.append(
+            f"| {depth} | {spread(found)} | {means[depth] / whole:.1%} | {' | '.join(others)} "
+            f"| {seconds:.0f} | {memory:.0f} |"
+        )
+    best = max(means, key=lambda depth: means[depth])
+    lines += ["", f"Best depth: {best} ({means[best]:.3f}). Regret is what a choice loses against it.", ""]
+    lines += head("rule", "kept blocks", "test mIoU", "regret", "regret against as many first blocks")
+    picked: dict[tuple[str, tuple[int, ...]], list[Mapping[str, Any]]] = defaultdict(list)
+    for run, found in results.items():
+        if run.setup == setup and run.encoder == encoder and run.variant == "rule":
+            picked[run.rule, tuple(found["kept"])].append(found)
+    for (rule, kept), found in sorted(picked.items(), key=lambda item: (len(item[0][1]), item[0])):
+        equal = means.get(len(kept))
+        against = "-" if equal is None else f"{equal - mean(found):+.3f}"
+        lines.append(f"| {rule} | {blocks(kept)} | {spread(found)} | {means[best] - mean(found):+.3f} | {against} |")
+    return lines
+
+
+def variant_table(study: Mapping[str, Any], results: Results, setup: str) -> list[str]:
+    """Everything else beside the same number of first blocks at full width."""
+    main = study["gate"]["encoder"]
+    lines = ["", f"### {setup}: width, LoRA, several widths, and a shallow encoder pretrained as such", ""]
+    lines += head("what", "blocks", "width", "test mIoU", "parameters", "first blocks, full width")
+    groups: dict[tuple[str, int | None, float], list[Mapping[str, Any]]] = defaultdict(list)
+    for run, found in results.items():
+        if run.setup == setup and (run.encoder == main or run.variant == "shallow"):
+            groups[run.variant, run.depth, run.width].append(found)
+            for key, score in found.items():
+                if key.startswith("test_miou_"):
+                    lent = {"test_miou": score, "parameters": None}
+                    groups[run.variant, run.depth, float(key.removeprefix("test_miou_"))].append(lent)
+    for (variant, depth, width), found in sorted(groups.items(), key=str):
+        if variant in ("shallow", "width", "lora", "slimmable"):
+            parameters = found[0]["parameters"]
+            count = "-" if parameters is None else f"{parameters / 1e6:.2f} M"
+            lines.append(
+                f"| {variant} | {depth} | {width:g} | {spread(found)} | {count} | {spread(groups['depth', depth, 1.0])} |"
+            )
+    return lines
+
+
+def head(*columns: str) -> list[str]:
+    """First lines of a table."""
+    return [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+
+
+def mean(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Mean test mIoU over seeds."""
+    return statistics.mean(row["test_miou"] for row in rows)
+
+
+def spread(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and standard deviation over seeds."""
+    scores = [row["test_miou"] for row in rows]
+    if not scores:
+        return "-"
+    return f"{statistics.mean(scores):.3f}" + (f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else "")
+
+
+def blocks(kept: Sequence[int]) -> str:
+    """Kept blocks, ranges with a dash."""
+    ranges: list[list[int]] = []
+    for block in kept:
+        if ranges and block == ranges[-1][1] + 1:
+            ranges[-1][1] = block
+        else:
+            ranges.append([block, block])
+    return ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in ranges)
