@@ -132,7 +132,7 @@ def peak_memory(run: Contender, features: Tensor, groups: int, rows: int, device
     return tensors.peak
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     record.add_arguments(parser)
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    settings = parser.parse_args()
+    settings = parser.parse_args(arguments)
     device = settings.device
     features = drawn(settings.layers, settings.rows * settings.groups, settings.width)
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}

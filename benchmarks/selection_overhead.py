@@ -1,8 +1,8 @@
 """What the similarity pass costs beside the encoder's own forward pass, measured in turn in one run.
 
-    python benchmarks/selection_overhead.py --backbone prithvi_eo_v2_300 --device cuda
+    python -m benchmarks.selection_overhead --backbone prithvi_eo_v2_300 --device cuda
 
-Prints a line a round and the median ratio; ``--json FILE`` writes the figures too. Tiles are random and held in memory, so
+Prints a line a round and the median ratio. Tiles are random and held in memory, so
 reading is not part of it, unless ``--paths`` names GeoTIFF files to stream: then the share of the selection that the encoder
 waited for tiles is told as well.
 """
@@ -14,16 +14,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from terratorch.registry import BACKBONE_REGISTRY
 
 import terratorch_simpler  # noqa: F401  makes simpler_ known
+from benchmarks import record
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.measure import measure
 from terratorch_simpler.tiles import Batch, GeoTiffTiles, Skip, Skipped, TileSource
+
+BARS = {"cpu": 1.25, "cuda": 1.15}
+"""What the pass may cost at most, as a multiple of the encoder's own time."""
 
 
 class RandomTiles:
@@ -77,13 +80,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="prithvi_eo_v2_100_tl")
     parser.add_argument("--arguments", type=json.loads, default={}, help='of the backbone, e.g. {"modalities": ["S2L2A"]}')
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    record.add_arguments(parser)
     parser.add_argument("--tiles", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--paths", help="GeoTIFF files, folder or glob to stream; by default random tiles in memory")
     parser.add_argument("--tile_size", type=int, help="pixels; by default as the encoder is built")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     backbone = BACKBONE_REGISTRY.build(f"simpler_{args.backbone}", **args.arguments).to(args.device).eval()
     shape = backbone.input_shape
@@ -114,14 +116,22 @@ def main() -> None:
     rounds = [(seconds(plain, args.device), seconds(select, args.device)) for _ in range(args.rounds + 1)][1:]
     for encoder, selection in rounds:
         print(f"encoder alone {encoder:.2f} s, selection {selection:.2f} s, ratio {selection / encoder:.3f}")
-    ratio = statistics.median(selection / encoder for encoder, selection in rounds)
-    print(f"{args.backbone}, {args.tiles} tiles of {height} x {width}, batch {args.batch}, {args.device}: ratio {ratio:.3f}")
-    print(f"share of the selection spent waiting for tiles: {', '.join(f'{wait:.2%}' for wait in waits[1:])}")
-    if args.json:
-        settings = {"backbone": args.backbone, "tiles": args.tiles, "batch": args.batch, "device": str(args.device)}
-        args.json.write_text(
-            json.dumps({**settings, "seconds": rounds, "median_ratio": ratio, "data_wait": waits[1:]}, indent=1)
-        )
+    ratios = sorted(selection / encoder for encoder, selection in rounds)
+    row = {
+        "backbone": args.backbone,
+        "tiles": args.tiles,
+        "size": height,
+        "batch": args.batch,
+        "encoder_alone_s": statistics.median(encoder for encoder, _ in rounds),
+        "selection_s": statistics.median(selection for _, selection in rounds),
+        "ratio": statistics.median(ratios),
+        "range": f"{ratios[0]:.3f}-{ratios[-1]:.3f}",
+        "bar": BARS[args.device.type],
+        "waiting_for_tiles": statistics.median(waits[1:]),
+    }
+    path = record.save(args.output, "selection_overhead", args.device, vars(args), [row])
+    record.show("the pass beside the encoder alone", [row])
+    print(path)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ def profile(contender: Contender, repeats: int) -> dict[str, float]:
     return found | {f"train: {name}": value / whole for name, value in step.items()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure every combination asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     record.add_arguments(parser)
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--compile", nargs="+", choices=["false", "true"], default=["false"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="also where the time of the cut model goes")
-    settings = parser.parse_args()
+    settings = parser.parse_args(arguments)
     batches = settings.batches or ([32, 8] if settings.device.type == "cuda" else [2, 1])[: len(settings.sizes)]
     if len(batches) != len(settings.sizes):
         parser.error(f"Found {len(batches)} batches for {len(settings.sizes)} sizes, expected one for each: give --batches.")

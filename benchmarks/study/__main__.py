@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from terratorch_simpler.files import whole_file
 HERE = Path(__file__).parent
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Pretrain what is missing, judge the gate, and run what counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of the data sets")
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("-c", "--config", type=Path, default=HERE / "study.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     study = yaml.safe_load(args.config.read_text())
     tiles = args.data / "hls_water"
     pretrain_missing(study, args.data, args.output)
@@ -108,17 +108,23 @@ class Work:
         """Do the runs that are missing, each once."""
         done = self.results()
         missing = [run for run in dict.fromkeys(runs) if run not in done]
-        context = multiprocessing.get_context("spawn")
-        threads = max(1, torch.get_num_threads() // self._jobs)
-        with ProcessPoolExecutor(self._jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-            futures = {pool.submit(do_one, run, self._study, self._data, self._folder, self._end): run for run in missing}
-            for count, future in enumerate(as_completed(futures), 1):
-                found = future.result()
-                if found is not None:
-                    score, seconds = found["test_miou"], found["seconds"]
-                    print(f"{count}/{len(missing)} {futures[future].key}: {score:.3f}, {seconds:.0f} s", flush=True)
+        for count, (run, found) in enumerate(self._found(missing), 1):
+            if found is not None:
+                score, seconds = found["test_miou"], found["seconds"]
+                print(f"{count}/{len(missing)} {run.key}: {score:.3f}, {seconds:.0f} s", flush=True)
         if missing or not (self._folder / "results.csv").exists():
             write_results(self._folder, self._study, self.results())
+
+    def _found(self, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any] | None]]:
+        given = (self._study, self._data, self._folder, self._end)
+        if self._jobs == 1:
+            yield from ((run, do_one(run, *given)) for run in runs)
+            return
+        threads = max(1, torch.get_num_threads() // self._jobs)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self._jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            futures = {pool.submit(do_one, run, *given): run for run in runs}
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
 def do_one(run: Run, study: dict[str, Any], data: Path, folder: Path, end: float) -> dict[str, Any] | None:

@@ -1,0 +1,221 @@
+"""The benchmarks and the study run, on small cases, and their figures are what they say they are."""
+
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+
+from benchmarks import cka_packages, evidence, record, speed
+from benchmarks.study.__main__ import HERE, Work
+from benchmarks.study.__main__ import main as run_study
+from benchmarks.study.data import labelled, read_split
+from benchmarks.study.runs import Run, gate_runs, judge_gate, study_runs
+from benchmarks.study.tables import blocks, tables
+
+
+@pytest.fixture(scope="module")
+def speeds(tmp_path_factory):
+    """A narrow Prithvi of 4 blocks cut to 1."""
+    folder = tmp_path_factory.mktemp("speed")
+    small = "--backbone prithvi_eo_tiny --blocks 4 --keep 1 --sizes 64 --batches 2 --precisions fp32 --rounds 1 --device cpu"
+    speed.main([*small.split(), "--decoders", "linear", "unet", "--profile", "-o", str(folder)])
+    return json.loads((folder / "speed-cpu.json").read_text())
+
+
+def test_speed_tells_the_limit(speeds):
+    """Counted by hand: 17 tokens of width 256, two images."""
+    n, d = 17, 256
+    block = 2 * (n * d * 3 * d + 2 * n * n * d + n * d * d + 2 * n * d * 4 * d)
+    embed = 2 * 16 * d * 6 * 256
+    linear = speeds["rows"][0]
+    assert linear["decoder"] == "linear"
+    assert linear["limit_encoder"] == pytest.approx((embed + 4 * block) / (embed + block), rel=1e-6)
+    assert 1 < linear["limit"] <= linear["limit_encoder"]
+    assert speeds["rows"][1]["limit"] < linear["limit"]  # a larger decoder leaves less to gain
+
+
+def test_speed_of_both_models(speeds):
+    for row in speeds["rows"]:
+        assert row["peak_full_mib"] > row["peak_cut_mib"] > 0
+        for kind in ("train", "infer"):
+            assert row[f"{kind}_speedup"] == pytest.approx(row[f"{kind}_full_s"] / row[f"{kind}_cut_s"])
+
+
+def test_profile_is_a_share(speeds):
+    for row in speeds["settings"]["profiles"]:
+        for kind in ("infer", "train"):
+            shares = [value for key, value in row.items() if key.startswith(f"{kind}: ")]
+            assert sum(shares) == pytest.approx(1)
+            assert len(shares) >= 3
+
+
+def test_results_can_be_made_again(speeds):
+    assert speeds["command"].startswith("python -m benchmarks.speed")
+    assert speeds["machine"]["torch"] == torch.__version__
+    assert speeds["commit"]
+
+
+def test_other_packages_find_the_same(tmp_path):
+    pytest.importorskip("torch_cka")
+    pytest.importorskip("cka")
+    size = "--layers 5 --rows 64 --width 32 --groups 3 --rounds 1 --device cpu"
+    cka_packages.main([*size.split(), "-o", str(tmp_path)])
+    found = {row["package"]: row for row in json.loads((tmp_path / "cka_packages-cpu.json").read_text())["rows"]}
+    assert set(found) == {"terratorch_simpler", "pytorch-cka", "torch_cka"}
+    assert all(row["largest_difference"] < 1e-4 for row in found.values())
+    ours = found["terratorch_simpler"]
+    assert ours["peak_mib_4_groups"] < 1.1 * ours["peak_mib_1_group"]
+
+
+def test_evidence_is_made_from_results(tmp_path):
+    machine = {"device": "a CPU", "cores": 2, "python": "3.11", "torch": "2", "terratorch": "1"}
+    found = {"command": "python -m benchmarks.speed", "commit": "abc", "machine": machine}
+    rows = [{"train_speedup": 4.567, "compile": False}, {"train_speedup": None, "compile": False}]
+    (tmp_path / "speed-cpu.json").write_text(json.dumps({**found, "settings": {"profiles": [{"a": 1}]}, "rows": rows}))
+    page = (
+        "Before\n<!-- results: speed-cpu -->\nold\n<!-- end -->\nAfter\n<!-- results: speed-cpu/profiles -->\n<!-- end -->\n"
+    )
+    text = evidence.fill(page, tmp_path)
+    assert "old" not in text
+    assert text.startswith("Before\n")
+    assert "\nAfter\n" in text
+    assert "`python -m benchmarks.speed` at commit abc on a CPU, 2 cores" in text
+    assert "| train speedup |\n|---|\n| 4.57 |\n| - |" in text
+    assert evidence.fill(text, tmp_path) == text
+    with pytest.raises(SystemExit, match="expected the results of a benchmark: run make bench"):
+        evidence.fill("<!-- results: other-cpu -->\n<!-- end -->", tmp_path)
+
+
+def test_committed_page_is_what_the_results_say():
+    page = evidence.PAGE.read_text()
+    assert evidence.fill(page, record.RESULTS) == page
+
+
+STUDY = yaml.safe_load((HERE / "study.yaml").read_text())
+
+
+def scored(runs, score):
+    return {
+        run: {"test_miou": score(run), "seconds": 1.0, "step_bytes": 2**20, "parameters": 10, "kept": [0, 1]} for run in runs
+    }
+
+
+def test_gate_needs_a_clear_margin():
+    def score(run):
+        pretrained = run.variant == "depth"
+        if run.setup == "cover_frozen":  # clear
+            return 0.5 + 0.01 * run.seed + 0.1 * pretrained
+        if run.setup == "cover_few":  # clear, but too small to matter
+            return 0.5 + 0.001 * run.seed + 0.01 * pretrained
+        return 0.5 + 0.1 * (run.seed + pretrained) % 0.3  # lost in the noise
+
+    gates = {gate.setup: gate for gate in judge_gate(STUDY, scored(gate_runs(STUDY), score))}
+    assert [name for name, gate in gates.items() if gate.passed] == ["cover_frozen"]
+    # Each mean of three has the variance .01 ** 2 / 3.
+    assert gates["cover_frozen"].error == pytest.approx((2 * 0.01**2 / 3) ** 0.5)
+    assert gates["cover_frozen"].pretrained - gates["cover_frozen"].random == pytest.approx(0.1)
+
+
+def test_unfinished_gate_is_not_judged():
+    results = scored(list(gate_runs(STUDY))[:-1], lambda run: 0.5)
+    assert len(judge_gate(STUDY, results)) == len(STUDY["setups"]) - 1
+
+
+def test_runs_are_listed_once_and_frozen_ones_have_no_adapters():
+    runs = list(study_runs(STUDY, ["cover_frozen", "cover_few"], {"deep12": 6}))
+    assert len(runs) == len(set(runs))
+    assert {run.variant for run in runs if run.setup == "cover_frozen"}.isdisjoint({"lora", "slimmable"})
+    assert {run.depth for run in runs if run.rule == "angular"} == {6}
+    more = study_runs(STUDY, ["cover_frozen"], {"deep12": 10})
+    assert {run.depth for run in more if run.rule == "angular"} == {6, 10}
+
+
+def test_tables_tell_regret():
+    runs = [*gate_runs(STUDY), *study_runs(STUDY, ["cover_frozen"], {"deep12": 2})]
+    results = scored(runs, lambda run: (run.depth or 2) / 20 - 0.3 * (run.variant == "random") + 0.01 * run.seed)
+    text = tables(STUDY, results)
+    assert "Best depth: 12 (0.610)" in text
+    assert "| simpler | 0-1 | 0.110 ± 0.010 | +0.500 | +0.000 |" in text
+    assert "| 6 | 0.310 ± 0.010 | 50.8% | 0.010 ± 0.010 | 0.310 ± 0.010 | 1 | 1 |" in text
+
+
+@pytest.mark.parametrize(("kept", "text"), [([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0, 2-3, 7"), ([4], "4")])
+def test_blocks_in_words(kept, text):
+    assert blocks(kept) == text
+
+
+@pytest.fixture(scope="module")
+def small_study(shared_data, tmp_path_factory):
+    """One set-up of each kind, one epoch, two seeds, a dozen tiles."""
+    folder = tmp_path_factory.mktemp("study")
+    tiles = folder / "data" / "hls_water"
+    tiles.mkdir(parents=True)
+    for name in ("images", "landcover", "water_mask"):
+        (tiles / name).symlink_to(shared_data / "hls_water" / name)
+    for name in ("ukis_csmask", "scenes"):
+        (folder / "data" / name).symlink_to(shared_data / name)
+    (tiles / "splits").mkdir()
+    for split, count in (("train", 40), ("val", 2), ("test", 4)):
+        (tiles / f"splits/{split}.txt").write_text("\n".join(read_split(shared_data / "hls_water", split)[:count]))
+    few = {"labels": 4, "epochs": 1}
+    study = STUDY | {
+        "seeds": [0, 1],
+        "encoders": {"deep12": STUDY["encoders"]["deep12"], "shallow6": {"depth": 2, "steps": 2}},
+        "setups": {name: STUDY["setups"][name] | few for name in ("cover_frozen", "cover_few")},
+        "gate": {"encoder": "deep12", "margin": -2.0, "errors": -1e9},  # all pass
+        "depths": {"deep12": [1, 12]},
+        "random_depths": [],
+        "rules": ["simpler"],
+        "rules_with_budget": ["cka_intervals"],
+        "widths": [0.5],
+        "recovery_depths": [2],
+        "lora_depths": [2],
+        "slimmable": [0.5, 1.0],
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    command = [str(folder / "data"), "-o", str(folder / "out"), "-c", str(folder / "study.yaml")]
+    run_study(command)
+    return folder, study, command
+
+
+def test_study_does_every_run(small_study):
+    folder, study, _ = small_study
+    results = Work(study, folder, folder / "out", 1, 0).results()
+    found = {run.variant for run in results}
+    assert found == {"depth", "random", "rule", "shallow", "width", "recovery", "lora", "slimmable"}
+    with (folder / "out/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results)
+    assert all(0 <= float(row["test_miou"]) <= 1 for row in rows)
+    [shallow] = {row["parameters"] for row in rows if row["variant"] == "shallow"}
+    [one] = {row["parameters"] for row in rows if row["variant"] == "depth" and row["depth"] == "1"}
+    assert int(shallow) > int(one)
+    assert {row["kept"] for row in rows if row["variant"] == "depth" and row["depth"] == "1"} == {"0"}
+    assert {row["width"] for row in rows if row["variant"] == "width"} == {"0.5"}
+    assert all(row["test_miou_0.5"] for row in rows if row["variant"] == "slimmable")
+    assert "### cover_few: width, LoRA" in (folder / "out/tables.md").read_text()
+
+
+def test_study_goes_on_where_it_ended(small_study, capsys):
+    folder, _, command = small_study
+    runs = folder / "out/runs"
+    before = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
+    lost = runs / f"{Run('cover_few', 'deep12', 'depth', 'first', 1, 1.0, 1).key}.json"
+    score = json.loads(lost.read_text())["found"]["test_miou"]
+    lost.unlink()
+    run_study(command)
+    after = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
+    assert {path for path in before if after[path] != before[path]} == {lost}
+    assert json.loads(lost.read_text())["found"]["test_miou"] == score  # the same seed, the same score
+    assert "1/1 cover_few-deep12-depth-first-1" in capsys.readouterr().out
+
+
+def test_labels_are_training_tiles(shared_data):
+    data = shared_data / "hls_water"
+    chosen = labelled(data, 32, 0)
+    assert len(set(chosen)) == 32
+    assert set(chosen) <= set(read_split(data, "train"))
+    assert chosen != labelled(data, 32, 1)
+    assert labelled(data, 32, 0) == labelled(data, 136, 0)[:32]
