@@ -5,6 +5,7 @@ import pickle
 
 import h5py
 import numpy as np
+import pandas as pd
 import rasterio
 from PIL import Image
 
@@ -85,6 +86,20 @@ def bigearthnet(folder, _shared_data):
             number += 1
     (root / "label_stats.json").write_text(json.dumps(labels))
     (root / "default_partition.json").write_text(json.dumps(partition))
+
+
+def bigearthnet_v2(folder, _shared_data, size=24):
+    root = folder / "bigearthnet_v2"
+    bands = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
+    splits = [split for split, count in {"train": 40, "validation": 4, "test": 4}.items() for _ in range(count)]
+    names = [f"S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP_26_{number:02d}" for number in range(len(splits))]
+    for number, name in enumerate(names):
+        pixels = (1000 + 300 * smooth(12, size, size, seed=number)).astype(np.uint16)
+        for band, values in zip(bands, pixels, strict=True):
+            write(root / "BigEarthNet-S2" / name.rsplit("_", 2)[0] / name / f"{name}_{band}.tif", values[None])
+    classes = ("Pastures", "Inland waters", "Coniferous forest")
+    labels = [[classes[number % 3], "Arable land"][: 1 + number % 2] for number in range(len(names))]
+    pd.DataFrame({"patch_id": names, "labels": labels, "split": splits}).to_parquet(root / "metadata.parquet")
 
 
 def sen4map(folder, _shared_data):

@@ -58,7 +58,9 @@ class TerraMindAdapter(EncoderAdapter):
         for name, key in encoder.mod_name_mapping.items():
             embedding = encoder.encoder_embeddings[key]
             if isinstance(embedding, ImageEncoderEmbedding) and name not in generated:
-                shapes[name] = (int(embedding.num_channels), *size)
+                _, height, width = _patch(encoder, key)
+                # With some of the bands only, TerraTorch replaces the projection and leaves num_channels.
+                shapes[name] = (embedding.proj.in_features // (height * width), *size)
         return shapes or None
 
     def final_norm(self, encoder: Any) -> nn.Module:

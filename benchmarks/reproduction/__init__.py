@@ -1,0 +1,1 @@
+"""The tables of the SIMPLER paper, run again: ``python -m benchmarks.reproduction``."""
