@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "peak_mib_4_groups": many / 2**20,
             }
         )
-    path = record.save(settings.output, "cka_packages", device, vars(settings), rows)
+    path = record.save("cka_packages", settings, rows, arguments)
     record.show("the same similarity", rows)
     print(path)
 

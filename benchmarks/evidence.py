@@ -39,7 +39,7 @@ def table(name: str, results: Path) -> str:
     """One table with the command, machine and commit that made it.
 
     Args:
-        name: ``study``, the name of a file without its ending, or that and a list of its settings after a slash.
+        name: ``study``, the name of a file without its ending, or that and another of its tables after a slash.
         results: Folder of the results.
     """
     if name == STUDY:
@@ -52,7 +52,7 @@ def table(name: str, results: Path) -> str:
     if not path.exists():
         raise SystemExit(f"Found no {path}, expected the results of a benchmark: run make bench.")
     found = json.loads(path.read_text())
-    rows: list[dict[str, Any]] = found["settings"][part] if part else found["rows"]
+    rows: list[dict[str, Any]] = found[part or "rows"]
     machine = found["machine"]
     where = f"{machine['device']}, {machine['cores']} cores" if stem.endswith("-cpu") else machine["device"]
     lines = [

@@ -43,29 +43,37 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def save(
-    folder: Path, name: str, device: torch.device, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+    name: str,
+    settings: argparse.Namespace,
+    rows: Sequence[Mapping[str, Any]],
+    arguments: Sequence[str] | None = None,
+    **more: Any,
 ) -> Path:
     """Write the results of one benchmark whole.
 
     Args:
-        folder: Where results are kept.
         name: Of the benchmark, the module in this folder.
-        device: What was measured.
-        settings: What was asked for.
+        settings: What was asked for, the device and the folder for results among it.
         rows: One mapping a line of the table.
+        arguments: Of the command, by default those of this process.
+        more: Further tables.
 
     Returns:
         The file: ``<name>-<device>.json``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{device.type}.json"
+    path = settings.output / f"{name}-{settings.device.type}.json"
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for option in ("-o", "--output"):
+        if option in words:
+            del words[words.index(option) : words.index(option) + 2]
     found = {
         "benchmark": name,
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *_arguments()]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *words]),
         "commit": commit(),
-        "machine": machine(device),
-        "settings": dict(settings),
+        "machine": machine(settings.device),
+        "settings": vars(settings),
         "rows": [dict(row) for row in rows],
+        **more,
     }
     with whole_file(path) as part:
         part.write_text(json.dumps(found, indent=1, default=str) + "\n")
@@ -103,15 +111,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def _arguments() -> list[str]:
-    """Arguments of the command, without the folder that results go to."""
-    arguments = sys.argv[1:]
-    for option in ("-o", "--output"):
-        if option in arguments:
-            del arguments[arguments.index(option) : arguments.index(option) + 2]
-    return arguments
 
 
 def _processor() -> str:

@@ -129,7 +129,7 @@ def main() -> None:
         "bar": BARS[args.device.type],
         "waiting_for_tiles": statistics.median(waits[1:]),
     }
-    path = record.save(args.output, "selection_overhead", args.device, vars(args), [row])
+    path = record.save("selection_overhead", args, [row])
     record.show("the pass beside the encoder alone", [row])
     print(path)
 

@@ -142,7 +142,7 @@ def main() -> None:
             "share_of_cut": selection / (steps * cut),
             "training": "whole" if whole else f"scaled up from {settings.batches} batches",
         })  # fmt: skip
-    path = record.save(settings.output, "share_of_training", settings.device, vars(settings), rows)
+    path = record.save("share_of_training", settings, rows)
     record.show(f"selection beside {settings.epochs} epochs", rows)
     print(path)
 

@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
         del cut
         gc.collect()
         torch.compiler.reset()
-        path = record.save(settings.output, "speed", settings.device, vars(settings) | {"profiles": profiles}, rows)
+        path = record.save("speed", settings, rows, arguments, profiles=profiles)
     record.show("cut to intact", rows)
     record.show("where the time of the cut model goes", profiles)
     print(path)

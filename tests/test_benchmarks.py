@@ -44,7 +44,7 @@ def test_speed_of_both_models(speeds):
 
 
 def test_profile_is_a_share(speeds):
-    for row in speeds["settings"]["profiles"]:
+    for row in speeds["profiles"]:
         for kind in ("infer", "train"):
             shares = [value for key, value in row.items() if key.startswith(f"{kind}: ")]
             assert sum(shares) == pytest.approx(1)
@@ -52,8 +52,8 @@ def test_profile_is_a_share(speeds):
 
 
 def test_results_can_be_made_again(speeds):
-    assert speeds["command"].startswith("python -m benchmarks.speed")
-    assert speeds["machine"]["torch"] == torch.__version__
+    assert speeds["command"].startswith("python -m benchmarks.speed --backbone prithvi_eo_tiny --blocks 4")
+    assert speeds["machine"]["torch"] in torch.__version__
     assert speeds["commit"]
 
 
@@ -66,14 +66,15 @@ def test_other_packages_find_the_same(tmp_path):
     assert set(found) == {"terratorch_simpler", "pytorch-cka", "torch_cka"}
     assert all(row["largest_difference"] < 1e-4 for row in found.values())
     ours = found["terratorch_simpler"]
-    assert ours["peak_mib_4_groups"] < 1.1 * ours["peak_mib_1_group"]
+    # Four times the groups add their slots, of 5 x 5 numbers, to features that are here hardly larger.
+    assert ours["peak_mib_4_groups"] - ours["peak_mib_1_group"] < 3 * 2048 / 2**20
 
 
 def test_evidence_is_made_from_results(tmp_path):
     machine = {"device": "a CPU", "cores": 2, "python": "3.11", "torch": "2", "terratorch": "1"}
     found = {"command": "python -m benchmarks.speed", "commit": "abc", "machine": machine}
     rows = [{"train_speedup": 4.567, "compile": False}, {"train_speedup": None, "compile": False}]
-    (tmp_path / "speed-cpu.json").write_text(json.dumps({**found, "settings": {"profiles": [{"a": 1}]}, "rows": rows}))
+    (tmp_path / "speed-cpu.json").write_text(json.dumps({**found, "profiles": [{"a": 1}], "rows": rows}))
     page = (
         "Before\n<!-- results: speed-cpu -->\nold\n<!-- end -->\nAfter\n<!-- results: speed-cpu/profiles -->\n<!-- end -->\n"
     )

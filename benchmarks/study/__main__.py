@@ -40,32 +40,37 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     study = yaml.safe_load(args.config.read_text())
     tiles = args.data / "hls_water"
-    pretrain_missing(study, args.data, args.output)
     for setup in study["setups"].values():
         prepare(tiles, args.output / "tiles", setup["target"], setup["size"])
     end = time.monotonic() + 60 * args.minutes
     work = Work(study, tiles, args.output, args.jobs, end)
+    pretrain_missing(study, args.data, args.output, [study["gate"]["encoder"]])
     work.do(gate_runs(study))
     passed = [gate.setup for gate in judge_gate(study, work.results()) if gate.passed]
     print(f"Set-ups that count: {', '.join(passed) or 'none'}", flush=True)
-    # What SIMPLER keeps does not depend on labels, and is needed to compare rules at its depth.
-    seeds = study["seeds"][:1]
-    work.do(run for run in study_runs(study | {"seeds": seeds}, passed, {}) if run.rule == "simpler")
+    # The gate's encoder first. What SIMPLER keeps is needed to compare rules at its depth, and does not depend on labels.
+    main_encoder, seeds = study["gate"]["encoder"], study["seeds"][:1]
+    runs = list(study_runs(study | {"seeds": seeds}, passed, {}))
+    work.do(run for run in runs if run.rule == "simpler" and run.encoder == main_encoder)
     found = {
         run.encoder: len(row["kept"]) for run, row in work.results().items() if run.rule == "simpler" and run.depth is None
     }
-    work.do(study_runs(study, passed, found))
+    runs = list(study_runs(study, passed, found))
+    work.do(run for run in runs if run.encoder == main_encoder)
+    if time.monotonic() < end:
+        pretrain_missing(study, args.data, args.output, {run.encoder for run in runs})
+        work.do(runs)
     shutil.rmtree(args.output / "scratch", ignore_errors=True)
 
 
-def pretrain_missing(study: dict[str, Any], data: Path, folder: Path) -> None:
-    """Pretrain encoders that have no weights yet, on training images and scenes."""
+def pretrain_missing(study: dict[str, Any], data: Path, folder: Path, encoders: Iterable[str]) -> None:
+    """Pretrain those encoders that have no weights yet, on training images and scenes."""
     from benchmarks.study.pretrain import pretrain, read_source
 
     missing = {
-        name: encoder
-        for name, encoder in study["encoders"].items()
-        if "weights" not in encoder and not (folder / "encoders" / f"{name}.pt").exists()
+        name: study["encoders"][name]
+        for name in encoders
+        if "weights" not in study["encoders"][name] and not (folder / "encoders" / f"{name}.pt").exists()
     }
     if not missing:
         return
