@@ -25,8 +25,9 @@ class Setup(NamedTuple):
         labels: Labelled training tiles.
         size: Side of the tiles in pixels; those of 128 px are enlarged.
         freeze: Whether only the decoder is trained.
-        decoder: "linear" or "unet".
-        epochs: Epochs.
+        decoder: "pointwise" (the head alone, on every patch), "linear", "unet", or "probe": nothing is trained but a
+            logistic regression on the features of patches.
+        epochs: Epochs, 0 for a probe.
         lr: Learning rate of AdamW.
     """
 

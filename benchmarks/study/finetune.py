@@ -1,4 +1,4 @@
-"""One fine-tuning of a study: TerraTorch's task and datamodule, and the callback as users list it."""
+"""One run of a study: TerraTorch's task and datamodule, and the callback as users list it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from terratorch.tasks import SemanticSegmentationTask
 from torch import nn
 
 from benchmarks.study.data import BANDS, IGNORED, Setup, datamodule_args, prepare, read_split
+from benchmarks.study.probe import probe
 from benchmarks.study.runs import Run
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmableTraining
 from terratorch_simpler.criteria import Fixed
@@ -39,8 +40,8 @@ def finetune(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[
         folder: Of the study: prepared tiles and encoders are there.
 
     Returns:
-        Scores, kept blocks, parameters, seconds of training (the selection included, on a CPU those of the processor) and bytes of
-        a training step.
+        Scores, kept blocks, parameters, seconds (the selection included, on a CPU those of the processor) and bytes of a
+        training step.
     """
     warnings.simplefilter("ignore")
     setup = Setup(name=run.setup, **study["setups"][run.setup])
@@ -81,9 +82,11 @@ def finetune(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SimplerWarning)
         trainer.fit(task, datamodule=datamodule)
-    seconds = clock() - start
     backbone = find_backbone(task)
-    found = {**_test(trainer, task, datamodule), "seconds": seconds}
+    seconds = clock() - start
+    probed = setup.decoder == "probe"
+    scores = probe(backbone, data, root, setup, run.seed, study) if probed else _test(trainer, task, datamodule)
+    found = {**scores, "seconds": seconds}
     if run.variant == "slimmable":
         for width in study["slimmable"][:-1]:
             with backbone.at_width(width).lent():
@@ -105,7 +108,6 @@ def _model_args(run: Run, setup: Setup, study: dict[str, Any], encoder: dict[str
         "backbone_bands": BANDS,
         "backbone_depth": depth,
         "backbone_pretrained": run.variant != "random",
-        "backbone_img_size": setup.size,
         "num_classes": len(setup.classes),
     }
     if run.variant != "random":
@@ -114,6 +116,11 @@ def _model_args(run: Run, setup: Setup, study: dict[str, Any], encoder: dict[str
         arguments |= {"backbone_keep": run.depth, "backbone_width": run.width}
     if run.variant == "lora":
         arguments["peft_config"] = LORA
+    if setup.decoder in ("pointwise", "probe"):
+        return arguments | {
+            "necks": [{"name": "SelectIndices", "indices": [depth - 1]}, {"name": "ReshapeTokensToImage"}],
+            "decoder": "IdentityDecoder",
+        }
     if setup.decoder == "linear":
         return arguments | {
             "necks": [{"name": "SelectIndices", "indices": [depth - 1]}, {"name": "ReshapeTokensToImage"}],
