@@ -1,16 +1,18 @@
-# make demo   the whole path on generated scenes, offline, on a CPU
-# make test   the tests
-# make check  lint and types
-# make docs   the documentation, strictly, into site/
-# make bench  the benchmarks on this machine, into benchmarks/results (DATA: folder of the HLS water tiles and scenes)
-# make study  the accuracy study, or what is left of it, into benchmarks/results/study
-# Each makes .venv first if it is missing or the project's requirements changed.
+# make demo          the whole path on generated scenes, offline, on a CPU
+# make test          the tests
+# make check         lint and types
+# make docs          the documentation, strictly, into site/
+# make bench         the benchmarks, into benchmarks/results (DATA: folder of hls_water, ukis_csmask and scenes; DEVICE: cpu or cuda)
+# make study         the accuracy study on DATA, or what is left of it, into benchmarks/results/study
+# make test-minimum  the tests with the oldest versions that pyproject.toml allows (on Python 3.11, for which all have wheels)
+# make test-plain    the tests without the extras peft and onnx
+# Each makes its virtual environment first if it is missing or the project's requirements changed.
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= data
 DEVICE ?= cpu
 
-.PHONY: demo test check docs bench study
+.PHONY: demo test check docs bench study test-minimum test-plain
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,3 +43,22 @@ bench: .venv/.installed
 study: .venv/.installed
 	$(BIN)/python -m benchmarks.study $(DATA) -o benchmarks/results/study
 	$(BIN)/python -m benchmarks.evidence
+
+# torchvision is TerraTorch's dependency, not ours: named here so that it is as old as torch.
+.venv-minimum/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-minimum
+	.venv-minimum/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-minimum/bin/uv pip install --quiet --python .venv-minimum --upgrade --resolution lowest-direct \
+		--editable '.[peft,onnx,test]' 'torchvision>=0.21'
+	touch $@
+
+test-minimum: .venv-minimum/.installed
+	.venv-minimum/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+.venv-plain/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-plain
+	.venv-plain/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+test-plain: .venv-plain/.installed
+	.venv-plain/bin/python -m pytest --numprocesses 2 --dist loadfile

@@ -31,6 +31,7 @@ from terratorch_simpler.errors import (
     TilesError,
     UntrainedEncoderWarning,
 )
+from tests.extras import needs_peft
 
 # The encoders here are random and the tiles few; what is tested does not depend on it.
 pytestmark = pytest.mark.filterwarnings(
@@ -466,8 +467,8 @@ def test_tiles_with_nan_are_skipped_and_counted(trainer, task, datamodule, tmp_p
     assert plan.tiles_seen == 48 - plan.data["skipped"]["NaN without no_data_replace"] < 48
 
 
+@needs_peft
 def test_lora_attached_by_the_task(trainer, task, datamodule):
-    pytest.importorskip("peft", reason="the extra 'peft' is not installed")
     lora = {"method": "LORA", "replace_qkv": "qkv", "peft_config_kwargs": {"target_modules": ["q_linear"], "r": 2}}
     with pytest.warns(UserWarning, match="PEFT without a pretrained backbone"):
         module = task(peft_config=lora)

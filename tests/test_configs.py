@@ -16,6 +16,7 @@ from terratorch_simpler import SimplerCallback, SlimmingPlan
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.demo import ENCODER
 from tests import layouts
+from tests.extras import needs_peft
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 FULL_DEPTH = {
@@ -49,6 +50,10 @@ RUNS = {
 }
 
 
+def marks(name):
+    return needs_peft if name == "hls_water_lora" else ()
+
+
 def terratorch(*args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["terratorch", *map(str, args)])
@@ -67,7 +72,7 @@ def read(path):
         return source.read()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=marks(path.stem)) for path in CONFIGS])
 @pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
 def test_config_builds_with_the_real_command_line(path, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["terratorch"])
@@ -89,7 +94,7 @@ def test_there_is_a_row_for_every_config():
 
 @pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning")
 @pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.UntrainedEncoderWarning")
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in RUNS])
 def test_config_runs(name, request, monkeypatch, tmp_path):
     layout, model_args = RUNS[name]
     real = layout in (layouts.hls_water, layouts.land_cover)

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
+import types
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
 from terratorch_simpler.export import Trained, export_graph, export_plain, load_trained, plain
 from terratorch_simpler.export.trained import answer
+from tests.extras import needs_onnx, needs_peft
 from tests.families import FAMILIES, wrapped
 
 TINY = "simpler_prithvi_eo_v2_tiny_tl"
@@ -108,7 +109,7 @@ STACKS = {
 
 
 @pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", [pytest.param(name, marks=needs_peft if name == "lora" else ()) for name in STACKS])
 @pytest.mark.parametrize("kept", [range(5), [3, 11]], ids=["five", "two"])
 def test_plain_model_answers_alike(trained, in_process, tmp_path, stack, kept):
     task, config, checkpoint = trained(kept, **STACKS[stack])
@@ -186,7 +187,8 @@ def detection():
 
 
 @pytest.mark.parametrize(
-    ("stack", "kept"), [("unet", range(5)), ("lora", range(5)), ("timm", [3, 11]), ("detection", range(4))]
+    ("stack", "kept"),
+    [("unet", range(5)), pytest.param("lora", range(5), marks=needs_peft), ("timm", [3, 11]), ("detection", range(4))],
 )
 @pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
 def test_a_process_without_this_package_answers_alike(trained, tmp_path, capsys, stack, kept):
@@ -216,6 +218,7 @@ def test_the_other_process_really_cannot_import_us(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
+@needs_peft
 def test_adapters_that_cannot_be_folded_in_are_said(trained, monkeypatch):
     _, config, checkpoint = trained(**STACKS["lora"])
     monkeypatch.setattr("peft.tuners.lora.layer.Linear.get_delta_weight", lambda self, adapter: self.weight * 0.01)
@@ -266,10 +269,10 @@ def test_intact_encoder_of_any_family_can_be_expressed(trained, in_process, tmp_
     assert export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")[2] == 0
 
 
-@pytest.mark.parametrize("stack", ["unet", "lora", "modalities"])
+@needs_onnx
+@pytest.mark.parametrize("stack", ["unet", pytest.param("lora", marks=needs_peft), "modalities"])
 @pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
 def test_graphs_answer_alike_for_any_number_of_images(trained, tmp_path, stack):
-    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
     import onnxruntime
 
     _, config, checkpoint = trained(**(TERRAMIND if stack == "modalities" else STACKS[stack]))
@@ -289,6 +292,17 @@ def test_graphs_answer_alike_for_any_number_of_images(trained, tmp_path, stack):
     assert names == (["S2L2A", "S1RTC"] if stack == "modalities" else ["image"])
     found = torch.from_numpy(session.run(None, dict(zip(names, (i.numpy() for i in images), strict=True)))[0])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
+def test_without_the_extra_no_onnx_is_written(trained, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
+    monkeypatch.setitem(sys.modules, "onnxscript", types.ModuleType("onnxscript"))
+    monkeypatch.setitem(sys.modules, package, None)  # as if not installed
+    _, config, checkpoint = trained(**STACKS["unet"])
+    with pytest.raises(ExportError, match=rf"Found no package {package}, .*: install terratorch-simpler\[onnx\]"):
+        export_graph(load_trained(config, checkpoint), "onnx", tmp_path)
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_graph_of_another_image_size(trained, tmp_path):
@@ -342,7 +356,7 @@ class _Encoder(torch.nn.Module):
         self.encoder = encoder
 
     def forward(self, images):
-        return SimpleNamespace(output=self.encoder(images)[-1])
+        return types.SimpleNamespace(output=self.encoder(images)[-1])
 
 
 class _Task(torch.nn.Module):
@@ -354,9 +368,9 @@ class _Task(torch.nn.Module):
         return self.model(images)
 
 
+@needs_onnx
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
 def test_graphs_of_every_family(family, tmp_path, monkeypatch, capfd):
-    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
     backbone = wrapped(family, keep=max(family.fewest, 3))
     loaded = Trained("a.Task", _Task(_Encoder(backbone)), {"model_args": {}}, {})
     monkeypatch.setattr(Trained, "example", lambda self, size=None, batch=2: family.image(batch))

@@ -11,9 +11,9 @@ from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.measure import measure
+from tests.extras import needs_peft
 from tests.test_measure import Tiles, land
 
-pytest.importorskip("peft", reason="the extra 'peft' is not installed")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone"),
     pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning"),
@@ -90,6 +90,13 @@ def randomise_adapters(built):
     return built
 
 
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("terratorch.models.peft_utils._has_peft", False)
+    with pytest.raises(ImportError, match=r"pip install terratorch\[peft\]"):
+        model()
+
+
+@needs_peft
 @families
 @pytest.mark.parametrize("kept", [range(4), [0, 5, 11]], ids=["first four", "with gaps"])
 def test_attach_then_cut_is_cut_then_attach(family, kept):
@@ -113,6 +120,7 @@ def test_attach_then_cut_is_cut_then_attach(family, kept):
     )
 
 
+@needs_peft
 @families
 def test_checkpoints_with_adapters_bring_their_shape(family):
     saved, fresh = randomise_adapters(model(family)), model(family, seed=5)
@@ -126,6 +134,7 @@ def test_checkpoints_with_adapters_bring_their_shape(family):
     assert torch.equal(saved(x).output, again(x).output)
 
 
+@needs_peft
 @families
 def test_merged_adapters_answer_alike(family):
     built = randomise_adapters(model(family))
@@ -147,6 +156,7 @@ def similarity(built, images):
     ).similarity  # fmt: skip
 
 
+@needs_peft
 @pytest.mark.parametrize("family", ["prithvi", "terramind", "timm"])
 def test_selection_measures_the_pretrained_encoder_whatever_the_adapters_start_from(family):
     name, kwargs, shape, _ = FAMILIES[family]
@@ -200,6 +210,7 @@ def in_blocks(layers):
     return lora("qkv", layers_to_transform=layers)
 
 
+@needs_peft
 def test_block_numbers_are_those_of_the_intact_encoder():
     built = model(config=in_blocks([1, 3, 8]))
     backbone_of(built).keep_blocks([0, 3, 8])
@@ -211,12 +222,14 @@ def test_block_numbers_are_those_of_the_intact_encoder():
     assert torch.equal(fresh(x).output, built(x).output)
 
 
+@needs_peft
 def test_block_numbers_of_a_prefix_cut_at_build():
     built = model(config=in_blocks([0, 3]), backbone_keep=5)
     adapters = {name.split(".blocks.")[1].split(".")[0] for name, _ in built.named_parameters() if "lora_" in name}
     assert adapters == {"0", "3"}
 
 
+@needs_peft
 def test_adapters_for_blocks_that_are_gone_are_refused():
     with pytest.raises(ConfigurationError, match=r"Found adapters \(LoRA\) for blocks \[7\], expected some of \[0, 1, 2\]"):
         model(config=in_blocks([2, 7]), backbone_keep=3)
@@ -224,11 +237,13 @@ def test_adapters_for_blocks_that_are_gone_are_refused():
         model(config=lora("blocks.1.attn.qkv", "blocks.7.attn.qkv"), backbone_keep=3)
 
 
+@needs_peft
 def test_block_numbers_with_gaps_at_build_are_refused():
     with pytest.raises(ConfigurationError, match=r"for blocks \[0, 1\] of an encoder cut to blocks \[0, 4, 9\]"):
         model(config=in_blocks([0, 1]), backbone_keep=[0, 4, 9])
 
 
+@needs_peft
 def test_a_cut_that_drops_every_adapter_is_refused():
     built = model(config=in_blocks([10, 11]))
     with pytest.raises(ConfigurationError, match=r"in blocks \[10, 11\] only, expected some in the kept blocks \[0, 1, 2\]"):
@@ -236,6 +251,7 @@ def test_a_cut_that_drops_every_adapter_is_refused():
     assert backbone_of(built).num_blocks == 12
 
 
+@needs_peft
 def test_fit_trains_adapters_and_decoder_only(trainer, tmp_path, datamodule, task):
     made = task(peft_config=QV_MLP)
     callback = SimplerCallback(output_dir=str(tmp_path / "simpler"))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan, plan_cache
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.plan_cache import PlanCache, hash_of_weights
+from tests.extras import needs_peft
 from tests.runs import CONTEXT, Command, config
 
 pytestmark = pytest.mark.filterwarnings(
@@ -168,8 +169,8 @@ def test_a_plan_that_cannot_be_kept_is_applied_all_the_same(choose, tmp_path, mo
 
 
 @pytest.mark.filterwarnings("ignore:You are using PEFT without")
+@needs_peft
 def test_random_adapters_and_prompts_do_not_matter_to_the_key(task, build):
-    pytest.importorskip("peft", reason="the extra 'peft' is not installed")
     lora = {"method": "LORA", "replace_qkv": "qkv", "peft_config_kwargs": {"target_modules": ["q_linear"], "r": 2}}
 
     def with_lora(seed, peft_config):

@@ -17,6 +17,7 @@ from terratorch_simpler.cli import main
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
 from terratorch_simpler.export.trained import answer, difference
 from terratorch_simpler.similarity import full_float32
+from tests.extras import needs_peft
 from tests.runs import Command, config
 
 WIDTHS = [0.25, 0.5, 1.0]
@@ -268,8 +269,8 @@ def test_averaged_weights(trainer, task, datamodule):
 
 
 @pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
+@needs_peft
 def test_adapters_are_trained_at_all_widths(trainer, task, datamodule):
-    pytest.importorskip("peft")
     kwargs = {"target_modules": ["q_linear", "v_linear", "mlp.fc1"], "r": 4}
     module = task(backbone_keep=3, peft_config={"method": "LORA", "replace_qkv": "qkv", "peft_config_kwargs": kwargs})
     trainer(SlimmableTraining(WIDTHS), limit_train_batches=3, limit_val_batches=1).fit(module, datamodule=datamodule())

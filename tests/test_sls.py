@@ -13,6 +13,7 @@ from terratorch_simpler.criteria.sls import MOST_ROWS, silhouettes
 from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
 from terratorch_simpler.selection import find_backbone, labelled_rows
 from tests import runs
+from tests.extras import needs_peft
 from tests.rasters import write
 
 pytestmark = [
@@ -196,8 +197,8 @@ def tuned(places, tmp_path_factory):
     return path, folder / "checkpoints" / "last.ckpt"
 
 
+@needs_peft
 def test_a_plan_from_tuned_adapters_is_applied_to_a_new_run(tuned, places, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("peft", reason="the extra 'peft' is not installed")
     monkeypatch.setattr("terratorch_simpler.criteria.sls.MOST_ROWS", 150)
     config, checkpoint = tuned
     assert main(["plan", "-c", str(config), "-o", str(tmp_path), "--ckpt_path", str(checkpoint)]) == 0, capsys.readouterr()
@@ -236,8 +237,8 @@ def test_checkpoints_of_something_else_are_refused(tuned, tmp_path, capsys, cont
     assert not (tmp_path / "out").exists()
 
 
+@needs_peft
 def test_adapters_are_on_for_labelled_features_and_off_for_the_similarity(datamodule, trainer, task, monkeypatch):
-    pytest.importorskip("peft", reason="the extra 'peft' is not installed")
     lora = {"method": "LORA", "replace_qkv": "qkv", "peft_config_kwargs": {"target_modules": ["q_linear"], "r": 4}}
     made, plain = task(peft_config=lora), task()
     with torch.no_grad():

@@ -34,6 +34,7 @@ from terratorch_simpler.measure import count_macs
 from terratorch_simpler.plan import units
 from terratorch_simpler.report import plan_table
 from terratorch_simpler.similarity import full_float32
+from tests.extras import needs_onnx, needs_peft
 from tests.families import FAMILIES, wrapped
 from tests.runs import Command, config
 from tests.test_peft import FAMILIES as LORA
@@ -700,6 +701,7 @@ def test_terratorch_fit_with_a_width(scenes, tmp_path):
 # --- LoRA
 
 
+@needs_peft
 @adapters
 @pytest.mark.parametrize("family", LORA)
 def test_attach_then_narrow_is_narrow_then_attach(family):
@@ -731,6 +733,7 @@ def test_attach_then_narrow_is_narrow_then_attach(family):
         assert torch.allclose(whole(x).output, expected, atol=1e-4 * float(expected.abs().max()))
 
 
+@needs_peft
 @adapters
 def test_adapters_that_are_no_sum_cannot_be_narrowed():
     built = model(config=lora("mlp.fc2", use_dora=True))
@@ -741,7 +744,7 @@ def test_adapters_that_are_no_sum_cannot_be_narrowed():
 # --- export
 
 
-@pytest.mark.parametrize("format_", ["onnx", "pt2"])
+@pytest.mark.parametrize("format_", [pytest.param("onnx", marks=needs_onnx), "pt2"])
 def test_graphs_of_a_narrow_model(trainer, task, datamodule, tmp_path, format_):
     module = task(backbone_keep=[0, 3, 7], backbone_width=0.5)
     saver = trainer()
