@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 DOCS = "docs/"
-PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "configs/README.md", "configs/slurm/README.md")
+PAGES = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "benchmarks/reproduction/README.md",
+    "configs/README.md",
+    "configs/slurm/README.md",
+    "notebooks/README.md",
+)
 """Pages of the site that lie elsewhere in the repository."""
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 SECTION = re.compile(r"<!-- README: (.+?) -->")
@@ -42,13 +49,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
     added = {"yaml.md": yaml_page(), "interfaces.md": interfaces_page()}
     added |= {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+    notebooks = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb"))
+    added |= {f"{path}.md": _file_page(path) for path in notebooks}
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()} | added
     for uri, text in texts.items():
         for match in LINK.finditer(text):
             target = _repository(uri, match[1])
             if not target.startswith(DOCS) and not target.endswith(".md") and (ROOT / target).is_file():
-                source = (ROOT / target).read_text(encoding="utf-8")
-                added[f"{target}.md"] = f"# {posixpath.basename(target)}\n\n```{_language(target)}\n{source}```\n"
+                added[f"{target}.md"] = _file_page(target)
     for uri, text in added.items():
         files.append(File.generated(config, uri, content=text))
     return files
@@ -72,9 +80,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(in_site, markdown)
 
 
+def _file_page(path: str) -> str:
+    """A file of the repository as a page: notebooks as text and code, others as they are."""
+    source = (ROOT / path).read_text(encoding="utf-8")
+    if not path.endswith(".ipynb"):
+        return f"# {posixpath.basename(path)}\n\n```{_language(path)}\n{source}```\n"
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source)["cells"]]
+    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells) + "\n"
+
+
 def _repository(uri: str, link: str) -> str:
     """Path in the repository of what a page of the site links to."""
-    page = uri if (ROOT / uri).is_file() else DOCS + uri
+    known = (path for path in (uri, uri.removesuffix(".md")) if (ROOT / path).is_file())
+    page = next(known, DOCS + uri)
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
 
 
