@@ -33,7 +33,7 @@ from terratorch_simpler.sweep.cost import TensorBytes
 
 CLASSES = 15
 PYRAMID = ({"name": "ReshapeTokensToImage"}, {"name": "LearnedInterpolateToPyramidal"})
-BARS = {"linear": 4.0, "upernet": 3.5, "unet": 3.0}
+BARS = {"linear": 4.0, "upernet": 3.5, "upernet64": 3.5, "unet": 3.0}
 """Speed-ups that a cut to 5 of 24 blocks should reach, in training and inference."""
 
 
@@ -52,10 +52,14 @@ def model_args(decoder: str, backbone: str, blocks: int, keep: int | None) -> di
             "decoder": "UNetDecoder",
             "decoder_channels": [512, 256, 128, 64],
         },
-        "upernet": {
-            "necks": [{"name": "SelectIndices", "indices": quarters}, *PYRAMID],
-            "decoder": "UperNetDecoder",
-            "decoder_channels": 256,
+        **{
+            name: {
+                "necks": [{"name": "SelectIndices", "indices": quarters}, PYRAMID[0]],
+                "decoder": "UperNetDecoder",
+                "decoder_channels": channels,
+                "decoder_scale_modules": True,
+            }
+            for name, channels in (("upernet", 256), ("upernet64", 64))
         },
     }
     return {
@@ -253,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backbone", default="prithvi_eo_v2_300")
     parser.add_argument("--blocks", type=int, default=24, help="of the intact encoder")
     parser.add_argument("--keep", type=int, default=5)
-    parser.add_argument("--decoders", nargs="+", choices=sorted(BARS), default=["linear", "upernet", "unet"])
+    parser.add_argument("--decoders", nargs="+", choices=sorted(BARS), default=["linear", "upernet64", "upernet", "unet"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512], help="sides of the image in pixels")
     parser.add_argument("--batches", nargs="+", type=int, help="one for each size; by default 2 and 1, on a GPU 32 and 8")
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
