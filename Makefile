@@ -1,7 +1,7 @@
 # make demo          the whole path on generated scenes, offline, on a CPU
 # make test          the tests
 # make check         lint and types
-# make test-minimum  the tests with the oldest versions that pyproject.toml allows (on Python 3.11, for which all have wheels)
+# make test-minimum  the tests with the oldest versions that pyproject.toml allows, without the extra onnx (on Python 3.11, for which all have wheels)
 # make test-plain    the tests without the extras peft and onnx
 # Each makes its virtual environment first if it is missing or the project's requirements changed.
 PYTHON ?= python3
@@ -25,12 +25,12 @@ check: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torchvision is TerraTorch's dependency, not ours: named here so that it is as old as torch.
+# torchvision is TerraTorch's dependency, not ours: named here so that it is as old as torch. No onnx: it needs a newer PyTorch.
 .venv-minimum/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-minimum
 	.venv-minimum/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-minimum/bin/uv pip install --quiet --python .venv-minimum --upgrade --resolution lowest-direct \
-		--editable '.[peft,onnx,test]' 'torchvision>=0.21'
+		--editable '.[peft,test]' 'torchvision>=0.21'
 	touch $@
 
 test-minimum: .venv-minimum/.installed
