@@ -4,7 +4,7 @@
 # make docs          the documentation, strictly, into site/
 # make bench         the benchmarks, into benchmarks/results (DATA: folder of hls_water, ukis_csmask and scenes; DEVICE: cpu or cuda)
 # make study         the accuracy study on DATA, or what is left of it, into benchmarks/results/study
-# make test-minimum  the tests with the oldest versions that pyproject.toml allows (on Python 3.11, for which all have wheels)
+# make test-minimum  the tests with the oldest versions that pyproject.toml allows, without onnx (on Python 3.11, for which all have wheels)
 # make test-plain    the tests without the extras peft and onnx
 # Each makes its virtual environment first if it is missing or the project's requirements changed.
 PYTHON ?= python3
@@ -44,12 +44,12 @@ study: .venv/.installed
 	$(BIN)/python -m benchmarks.study $(DATA) -o benchmarks/results/study
 	$(BIN)/python -m benchmarks.evidence
 
-# torchvision is TerraTorch's dependency, not ours: named here so that it is as old as torch.
+# torchvision is TerraTorch's dependency, not ours: named here so that it is as old as torch. No onnx: it needs a newer PyTorch.
 .venv-minimum/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-minimum
 	.venv-minimum/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-minimum/bin/uv pip install --quiet --python .venv-minimum --upgrade --resolution lowest-direct \
-		--editable '.[peft,onnx,test]' 'torchvision>=0.21'
+		--editable '.[peft,test]' 'torchvision>=0.21'
 	touch $@
 
 test-minimum: .venv-minimum/.installed

@@ -223,6 +223,7 @@ def test_a_plan_from_tuned_adapters_is_applied_to_a_new_run(tuned, places, tmp_p
         assert f"Found a checkpoint of {depth} of 12 blocks" in capsys.readouterr().err
 
 
+@needs_peft
 @pytest.mark.parametrize(("content", "message"), [
     (b"nothing", "Found no readable checkpoint at"),
     ({"state_dict": {}}, "Found no 'kept_blocks' in checkpoint"),

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import inspect
 import io
 import json
 import math
@@ -266,6 +267,8 @@ REFUSED = {
         vit(), "attn", AttentionRope(24, num_heads=4, num_kv_heads=2, qkv_fused=False, attn_head_dim=6)
     ),
 }  # fmt: skip
+if "num_kv_heads" not in inspect.signature(AttentionRope).parameters:  # timm before 1.0.30
+    del REFUSED["AttentionRope with fewer heads for keys"]
 
 
 class Doubled(torch.nn.Linear):
