@@ -63,7 +63,7 @@ def test_other_packages_find_the_same(tmp_path):
     size = "--layers 5 --rows 64 --width 32 --groups 3 --rounds 1 --device cpu"
     cka_packages.main([*size.split(), "-o", str(tmp_path)])
     found = {row["package"]: row for row in json.loads((tmp_path / "cka_packages-cpu.json").read_text())["rows"]}
-    assert set(found) == {"terratorch_simpler", "pytorch-cka", "torch_cka"}
+    assert set(found) == {"terratorch_simpler", "terratorch_simpler, CKA alone", "pytorch-cka", "torch_cka"}
     assert all(row["largest_difference"] < 1e-4 for row in found.values())
     ours = found["terratorch_simpler"]
     # Four times the groups add their slots, of 5 x 5 numbers, to features that are here hardly larger.
