@@ -9,22 +9,17 @@ DATA holds ``hls_water``, ``ukis_csmask`` and ``scenes``. OUT keeps a file for e
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from benchmarks.study.data import prepare, read_split
-from benchmarks.study.runs import Run, gate_runs, judge_gate, study_runs
-from benchmarks.study.tables import write_results
-from terratorch_simpler.files import whole_file
+from benchmarks.study.runs import gate_runs, judge_gate, study_runs
+from benchmarks.study.work import Work
 
 HERE = Path(__file__).parent
 
@@ -86,62 +81,6 @@ def pretrain_missing(study: dict[str, Any], data: Path, folder: Path, encoders: 
             depth=encoder["depth"],
             steps=encoder["steps"],
         )
-
-
-class Work:
-    """Does runs that are not done yet, and keeps what they found.
-
-    Args:
-        study: The study's settings.
-        data: Folder ``hls_water``.
-        folder: Where results are kept.
-        jobs: Runs at a time.
-        end: When to start no more, as ``time.monotonic()`` tells it.
-    """
-
-    def __init__(self, study: dict[str, Any], data: Path, folder: Path, jobs: int, end: float) -> None:
-        """Nothing is started."""
-        self._study, self._data, self._folder, self._jobs, self._end = study, data, folder, jobs, end
-
-    def results(self) -> dict[Run, dict[str, Any]]:
-        """What is done."""
-        files = sorted((self._folder / "runs").glob("*.json"))
-        read = [json.loads(file.read_text()) for file in files]
-        return {Run(**row["run"]): row["found"] for row in read}
-
-    def do(self, runs: Iterable[Run]) -> None:
-        """Do the runs that are missing, each once."""
-        done = self.results()
-        missing = [run for run in dict.fromkeys(runs) if run not in done]
-        for count, (run, found) in enumerate(self._found(missing), 1):
-            if found is not None:
-                score, seconds = found["test_miou"], found["seconds"]
-                print(f"{count}/{len(missing)} {run.key}: {score:.3f}, {seconds:.0f} s", flush=True)
-        if missing or not (self._folder / "results.csv").exists():
-            write_results(self._folder, self._study, self.results())
-
-    def _found(self, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any] | None]]:
-        given = (self._study, self._data, self._folder, self._end)
-        if self._jobs == 1:
-            yield from ((run, do_one(run, *given)) for run in runs)
-            return
-        threads = max(1, torch.get_num_threads() // self._jobs)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self._jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-            futures = {pool.submit(do_one, run, *given): run for run in runs}
-            yield from ((futures[future], future.result()) for future in as_completed(futures))
-
-
-def do_one(run: Run, study: dict[str, Any], data: Path, folder: Path, end: float) -> dict[str, Any] | None:
-    """One run in a process of its own; None if it is too late to start it."""
-    if time.monotonic() > end:
-        return None
-    from benchmarks.study.finetune import finetune  # TerraTorch takes its time to import
-
-    found = finetune(run, study, data, folder)
-    with whole_file(folder / "runs" / f"{run.key}.json") as part:
-        part.write_text(json.dumps({"run": run._asdict(), "found": found}))
-    return found
 
 
 if __name__ == "__main__":
