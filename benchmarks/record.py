@@ -66,12 +66,15 @@ def save(
     for option in ("-o", "--output"):
         if option in words:
             del words[words.index(option) : words.index(option) + 2]
+    # Where data lie on the machine concerns nobody else.
+    words = [f"DATA/{Path(word).name}" if Path(word).is_absolute() else word for word in words]
+    asked = {key: value for key, value in vars(settings).items() if not isinstance(value, Path)}
     found = {
         "benchmark": name,
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *words]),
         "commit": commit(),
         "machine": machine(settings.device),
-        "settings": vars(settings),
+        "settings": asked,
         "rows": [dict(row) for row in rows],
         **more,
     }
