@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import record
 from terratorch_simpler.measure.grouped import GroupedStatistics
 from terratorch_simpler.similarity import full_float32, hsic_matrix, normalise_hsic
-from terratorch_simpler.sweep.cost import TensorBytes
+from terratorch_simpler.sweep.cost import added_memory
 
 
 class Rows(Dataset[tuple[Tensor]]):
@@ -129,14 +129,7 @@ CONTENDERS: dict[str, Contender] = {
 def peak_memory(run: Contender, features: Tensor, groups: int, rows: int, device: torch.device) -> int:
     """Most bytes that a run over some groups adds."""
     features = features[:, :rows].repeat(1, groups, 1)
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run(features, rows, device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with TensorBytes([features]) as tensors:
-        run(features, rows, device)
-    return tensors.peak
+    return added_memory(lambda: run(features, rows, device), [features], device)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from terratorch.registry import BACKBONE_REGISTRY
 
 import terratorch_simpler  # noqa: F401  makes simpler_ known
 from benchmarks import record
+from benchmarks.timing import seconds
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.measure import measure
 from terratorch_simpler.tiles import Batch, GeoTiffTiles, Skip, Skipped, TileSource
@@ -64,15 +64,6 @@ class RandomTiles:
             valid = torch.ones(batch, *self.image.shape[-2:], dtype=torch.bool)
             numbers = list(range(start, start + batch))
             yield {"image": self.image, "valid": valid, "index": numbers, "position": numbers}
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of a call, the device's work included."""
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,9 +25,25 @@ from benchmarks import record
 
 CONFIG = record.ROOT / "configs" / "hls_water.yaml"
 ENCODER = record.ROOT / "terratorch_simpler" / "demo" / "encoder.pt"
-CASES: dict[str, dict[str, Any]] = {
-    "prithvi_eo_v2_tiny_tl": {"backbone_ckpt_path": str(ENCODER)},
-    "prithvi_eo_v2_300_tl": {"backbone_pretrained": False},
+
+
+class Case(NamedTuple):
+    """One encoder.
+
+    Attributes:
+        blocks: Of the intact encoder.
+        settings: Of the backbone.
+        chosen: Whether training goes on with what is chosen: random weights choose nothing that tells of time.
+    """
+
+    blocks: int
+    settings: dict[str, Any]
+    chosen: bool
+
+
+CASES = {
+    "prithvi_eo_v2_tiny_tl": Case(12, {"backbone_ckpt_path": str(ENCODER)}, chosen=True),
+    "prithvi_eo_v2_300_tl": Case(24, {"backbone_pretrained": False}, chosen=False),
 }
 
 
@@ -84,11 +100,10 @@ def fit(folder: Path, data: Path, name: str, trainer: dict[str, Any], keep: int 
     }
     config["trainer"]["callbacks"] = [clock, *callbacks]
     arguments = config["model"]["init_args"]["model_args"]
-    arguments |= {"backbone": f"simpler_{name}", **CASES[name]}
+    arguments |= {"backbone": f"simpler_{name}", **CASES[name].settings}
     if keep is not None:
         arguments["backbone_keep"] = keep
-    if name.endswith("300_tl"):
-        arguments["necks"][0]["indices"] = [5, 11, 17, 23]
+    arguments["necks"][0]["indices"] = [CASES[name].blocks * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "terratorch", "fit", "--config", str(path)]
@@ -114,27 +129,26 @@ def main() -> None:
     images = len((settings.data / "splits" / "train.txt").read_text().split())
     rows = []
     for name in settings.encoders:
-        whole = settings.device.type == "cuda" or name.endswith("tiny_tl")
-        limits = (
-            {} if whole else {"limit_train_batches": settings.batches, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-        )
-        trainer = {"accelerator": "gpu" if settings.device.type == "cuda" else "cpu"}
-        trainer |= {"max_epochs": settings.epochs if whole else 1, **limits}
+        case = CASES[name]
+        whole = settings.device.type == "cuda" or case.chosen
+        trainer = {"accelerator": "gpu" if settings.device.type == "cuda" else "cpu", "max_epochs": settings.epochs}
+        if not whole:
+            few = {"limit_train_batches": settings.batches, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+            trainer |= {"max_epochs": 1, **few}
+        keeps = {"selected": None, "intact": case.blocks} | ({} if case.chosen else {"cut": settings.keep})
         found = {}
-        for what, keep in (("selected", None), ("intact", 12 if name.endswith("tiny_tl") else 24), ("cut", settings.keep)):
-            if what == "cut" and name.endswith("tiny_tl"):
-                continue
+        for what, keep in keeps.items():
             with tempfile.TemporaryDirectory() as folder:
                 found[what] = fit(Path(folder), settings.data.resolve(), name, trainer, keep)
             print(name, what, found[what], flush=True)
         steps = settings.epochs * (images // 8)
         per_step = {what: one["training_s"] / one["steps"] for what, one in found.items()}
-        cut = per_step["selected" if name.endswith("tiny_tl") else "cut"]
+        cut = per_step["selected" if case.chosen else "cut"]
         selection = found["selected"]["selection_s"]
         rows.append({
             "encoder": name,
             "tiles": images,
-            "kept": found["selected"]["kept"] if name.endswith("tiny_tl") else settings.keep,
+            "kept": found["selected"]["kept"] if case.chosen else settings.keep,
             "selection_s": selection,
             "training_intact_s": steps * per_step["intact"],
             "training_cut_s": steps * cut,

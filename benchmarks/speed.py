@@ -15,7 +15,6 @@ import argparse
 import gc
 import itertools
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,10 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import terratorch_simpler  # noqa: F401  makes simpler_ known
 from benchmarks import record
-from terratorch_simpler.sweep.cost import TensorBytes
+from benchmarks.timing import now, seconds
+from terratorch_simpler.sweep.cost import added_memory
 
 CLASSES = 15
-PYRAMID = ({"name": "ReshapeTokensToImage"}, {"name": "LearnedInterpolateToPyramidal"})
+RESHAPE = {"name": "ReshapeTokensToImage"}
 BARS = {"linear": 4.0, "upernet": 3.5, "upernet64": 3.5, "unet": 3.0}
 """Speed-ups that a cut to 5 of 24 blocks should reach, in training and inference."""
 
@@ -42,19 +42,19 @@ def model_args(decoder: str, backbone: str, blocks: int, keep: int | None) -> di
     quarters = [blocks // 4 * (quarter + 1) - 1 for quarter in range(4)]
     decoders: dict[str, dict[str, Any]] = {
         "linear": {
-            "necks": [{"name": "SelectIndices", "indices": [blocks - 1]}, {"name": "ReshapeTokensToImage"}],
+            "necks": [{"name": "SelectIndices", "indices": [blocks - 1]}, RESHAPE],
             "decoder": "LinearDecoder",
             "decoder_upsampling_size": 16,
             "decoder_num_classes": CLASSES,
         },
         "unet": {
-            "necks": [{"name": "SelectIndices", "indices": quarters}, *PYRAMID],
+            "necks": [{"name": "SelectIndices", "indices": quarters}, RESHAPE, {"name": "LearnedInterpolateToPyramidal"}],
             "decoder": "UNetDecoder",
             "decoder_channels": [512, 256, 128, 64],
         },
         **{
             name: {
-                "necks": [{"name": "SelectIndices", "indices": quarters}, PYRAMID[0]],
+                "necks": [{"name": "SelectIndices", "indices": quarters}, RESHAPE],
                 "decoder": "UperNetDecoder",
                 "decoder_channels": channels,
                 "decoder_scale_modules": True,
@@ -143,29 +143,12 @@ class Contender:
         """Most bytes in use in a training step, weights and optimizer included."""
         held = [*self.model.parameters(), *self.model.buffers(), self.image, self.target]
         held += [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        if self.device.type == "cuda":
-            before = torch.cuda.memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.train()
-            added = torch.cuda.max_memory_allocated(self.device) - before
-        else:
-            # The counting mode cannot look into a compiled graph; the plain model's peak is an upper bound of it.
-            run, self.run = self.run, self.model
-            with TensorBytes(held) as tensors:
-                self.train()
-            added, self.run = tensors.peak, run
+        run = self.run
+        if self.device.type != "cuda":
+            self.run = self.model  # tensors inside of a compiled graph cannot be seen: the plain model's are an upper bound
+        added = added_memory(self.train, held, self.device)
+        self.run = run
         return added + sum(tensor.nbytes for tensor in held)
-
-
-def seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Time of a call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def compare(full: Contender, cut: Contender, settings: argparse.Namespace) -> dict[str, Any]:
@@ -191,28 +174,21 @@ def compare(full: Contender, cut: Contender, settings: argparse.Namespace) -> di
 def staged(model: nn.Module, device: torch.device, spent: dict[str, float]) -> Iterator[None]:
     """Adds up the time of the stages of a forward pass, each waited for."""
     encoder = model.encoder.encoder
-    stages = {"blocks": encoder.blocks, "patch embedding": [encoder.patch_embed], "decoder": [model.decoder]}
-    # The neck is a Sequential of necks, called as one.
-    stages |= {"neck": [model.neck], "head": [model.head], "encoder": [model.encoder]}
+    stages = {"encoder": [model.encoder], "patch embedding": [encoder.patch_embed], "blocks": encoder.blocks}
+    stages |= {"neck": [model.neck], "decoder": [model.decoder], "head": [model.head]}
     started: dict[nn.Module, float] = {}
     handles = []
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
 
     for name, modules in stages.items():
         for module in modules:
 
             def before(module: nn.Module, *_: Any) -> None:
-                started[module] = now()
+                started[module] = now(device)
 
             def after(module: nn.Module, *_: Any, name: str = name) -> None:
-                spent[name] += now() - started.pop(module)
+                spent[name] += now(device) - started.pop(module)
 
-            if isinstance(module, nn.Module):
-                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
         yield
     finally:

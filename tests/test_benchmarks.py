@@ -12,7 +12,7 @@ from benchmarks.study.__main__ import HERE
 from benchmarks.study.__main__ import main as run_study
 from benchmarks.study.data import labelled, read_split
 from benchmarks.study.runs import Run, gate_runs, judge_gate, study_runs
-from benchmarks.study.tables import blocks, tables
+from benchmarks.study.tables import tables
 from benchmarks.study.work import Work
 
 
@@ -143,11 +143,6 @@ def test_tables_tell_regret():
     assert "| 6 | 0.310 ± 0.010 | 50.8% | 0.010 ± 0.010 | 0.310 ± 0.010 | 1 | 1 |" in text
 
 
-@pytest.mark.parametrize(("kept", "text"), [([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0, 2-3, 7"), ([4], "4")])
-def test_blocks_in_words(kept, text):
-    assert blocks(kept) == text
-
-
 @pytest.fixture(scope="module")
 def small_study(shared_data, tmp_path_factory):
     """One set-up of each kind, one epoch, two seeds, a dozen tiles."""
@@ -184,7 +179,7 @@ def small_study(shared_data, tmp_path_factory):
 
 def test_study_does_every_run(small_study):
     folder, study, _ = small_study
-    results = Work(study, folder, folder / "out", 1, 0).results()
+    results = Work(study, folder, folder / "out", 1).results()
     found = {run.variant for run in results}
     assert found == {"depth", "random", "rule", "shallow", "width", "recovery", "lora", "slimmable"}
     with (folder / "out/results.csv").open() as file:

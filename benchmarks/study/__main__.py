@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("-c", "--config", type=Path, default=HERE / "study.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
     args = parser.parse_args(arguments)
     study = yaml.safe_load(args.config.read_text())
     tiles = args.data / "hls_water"
     for setup in study["setups"].values():
         prepare(tiles, args.output / "tiles", setup["target"], setup["size"])
-    end = time.monotonic() + 60 * args.minutes
-    work = Work(study, tiles, args.output, args.jobs, end)
+    work = Work(study, tiles, args.output, args.jobs)
     pretrain_missing(study, args.data, args.output, [study["gate"]["encoder"]])
     work.do(gate_runs(study))
     passed = [gate.setup for gate in judge_gate(study, work.results()) if gate.passed]
@@ -52,9 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     runs = list(study_runs(study, passed, found))
     work.do(run for run in runs if run.encoder == main_encoder)
-    if time.monotonic() < end:
-        pretrain_missing(study, args.data, args.output, {run.encoder for run in runs})
-        work.do(runs)
+    pretrain_missing(study, args.data, args.output, {run.encoder for run in runs})
+    work.do(runs)
     shutil.rmtree(args.output / "scratch", ignore_errors=True)
 
 

@@ -21,7 +21,7 @@ from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmableTraining
 from terratorch_simpler.criteria import Fixed
 from terratorch_simpler.errors import SimplerWarning
 from terratorch_simpler.selection import find_backbone
-from terratorch_simpler.sweep.cost import TensorBytes
+from terratorch_simpler.sweep.cost import added_memory
 
 LORA = {
     "method": "LORA",
@@ -43,7 +43,6 @@ def finetune(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[
         Scores, kept blocks, parameters, seconds (the selection included, on a CPU those of the processor) and bytes of a
         training step.
     """
-    warnings.simplefilter("ignore")
     setup = Setup(name=run.setup, **study["setups"][run.setup])
     root = prepare(data, folder / "tiles", setup.target, setup.size)
     seed_everything(run.seed, verbose=False)
@@ -172,7 +171,7 @@ def _test(trainer: Trainer, task: SemanticSegmentationTask, datamodule: Any) -> 
 
 
 def _step_bytes(model: nn.Module, classes: int, size: int, batch: int) -> int:
-    """Most memory of a training step: what PyTorch's allocator handed out, on a CPU tensors that operators handed out."""
+    """Most memory that forward and backward add to the weights."""
     device = next(model.parameters()).device
     image = torch.randn(batch, len(BANDS), size, size, device=device)
     target = torch.randint(classes, (batch, size, size), device=device)
@@ -181,10 +180,4 @@ def _step_bytes(model: nn.Module, classes: int, size: int, batch: int) -> int:
     def step() -> None:
         nn.functional.cross_entropy(model(image).output, target).backward()
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device)
-    with TensorBytes([*model.parameters(), *model.buffers()]) as found:
-        step()
-    return found.peak
+    return added_memory(step, [*model.parameters(), *model.buffers()], device)

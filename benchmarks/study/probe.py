@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,14 @@ import numpy as np
 import rasterio
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, jaccard_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
-from benchmarks.study.data import IGNORED, Setup, labelled, read_split
+from benchmarks.study.data import Setup, labelled, read_split
 from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.measure.labelled import NO_LABEL, majority
+from terratorch_simpler.sweep.probe import Rows, linear_probe, told
 
-PATCH = 16
-STEPS = 1000
+PATCH = (16, 16)
 BATCH = 32
 
 
@@ -43,21 +38,15 @@ def probe(
     """
     train = _rows(backbone, root, labelled(data, setup.labels, seed), study)
     test = _rows(backbone, root, read_split(data, "test"), study)
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=STEPS))
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(*train)
-        told = model.predict(test[0])
+    found, known = told(linear_probe(), train, test), test.labels.numpy()
     return {
-        "test_miou": float(jaccard_score(test[1], told, average="macro", labels=np.unique(test[1]))),
-        "test_accuracy": float(accuracy_score(test[1], told)),
+        "test_miou": float(jaccard_score(known, found, average="macro", labels=np.unique(known))),
+        "test_accuracy": float(accuracy_score(known, found)),
     }
 
 
-def _rows(
-    backbone: SimplerBackbone, root: Path, names: list[str], study: dict[str, Any]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Features of all patches whose most frequent class is a class, (N, D), and that class, (N,)."""
+def _rows(backbone: SimplerBackbone, root: Path, names: list[str], study: dict[str, Any]) -> Rows:
+    """Features of all patches that have a class."""
     device = next(backbone.parameters()).device
     backbone.eval()
     mean, std = (np.array(study[key], dtype=np.float32)[:, None, None] for key in ("means", "stds"))
@@ -65,21 +54,15 @@ def _rows(
     for start in range(0, len(names), BATCH):
         part = names[start : start + BATCH]
         images = np.stack([(_read(root / f"images/{name}_image.tif") - mean) / std for name in part])
+        masks = np.concatenate([_read(root / f"masks/{name}_mask.tif") for name in part])
         with torch.inference_mode():
             tokens = backbone(torch.from_numpy(images).to(device))[-1][:, backbone.prefix_tokens :]
-        features.append(tokens.flatten(0, 1).float().cpu().numpy())
-        labels += [_majority(_read(root / f"masks/{name}_mask.tif")[0]) for name in part]
-    label = np.concatenate(labels)
-    known = label != IGNORED
-    return np.concatenate(features)[known], label[known]
-
-
-def _majority(mask: NDArray[Any]) -> NDArray[np.int64]:
-    """Most frequent class of every patch, row by row; of equals the smaller number."""
-    rows, columns = (side // PATCH for side in mask.shape)
-    patches = mask.reshape(rows, PATCH, columns, PATCH).swapaxes(1, 2).reshape(rows * columns, -1).astype(np.int64)
-    values = np.arange(IGNORED, patches.max() + 1)
-    return values[(patches[:, :, None] == values).sum(axis=1).argmax(axis=1)]
+        features.append(tokens.float().cpu())
+        labels.append(majority(torch.from_numpy(masks).long(), PATCH).flatten(1))
+    label = torch.cat(labels)
+    known = label != NO_LABEL
+    image = torch.arange(len(names))[:, None].expand_as(label)
+    return Rows(torch.cat(features)[known], label[known], image[known])
 
 
 def _read(path: Path) -> NDArray[np.float32]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,16 +10,15 @@ from typing import Any
 
 from benchmarks.study.runs import Results, judge_gate
 from terratorch_simpler.files import whole_file
+from terratorch_simpler.report.facts import block_ranges
+from terratorch_simpler.sweep.rows import write_csv
 
 
 def write_results(folder: Path, study: Mapping[str, Any], results: Results) -> None:
     """Write ``results.csv``, a line a run, and ``tables.md``."""
     rows = [{**run._asdict(), **found, "kept": " ".join(map(str, found["kept"]))} for run, found in results.items()]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with whole_file(folder / "results.csv") as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, columns, folder / "results.csv")
     with whole_file(folder / "tables.md") as part:
         part.write_text(tables(study, results))
 
@@ -83,7 +81,7 @@ def depth_table(study: Mapping[str, Any], results: Results, setup: str, encoder:
     for (rule, kept), found in sorted(picked.items(), key=lambda item: (len(item[0][1]), item[0])):
         equal = means.get(len(kept))
         against = "-" if equal is None else f"{equal - mean(found):+.3f}"
-        lines.append(f"| {rule} | {blocks(kept)} | {spread(found)} | {means[best] - mean(found):+.3f} | {against} |")
+        lines.append(f"| {rule} | {block_ranges(kept)} | {spread(found)} | {means[best] - mean(found):+.3f} | {against} |")
     return lines
 
 
@@ -126,14 +124,3 @@ def spread(rows: Sequence[Mapping[str, Any]]) -> str:
     if not scores:
         return "-"
     return f"{statistics.mean(scores):.3f}" + (f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else "")
-
-
-def blocks(kept: Sequence[int]) -> str:
-    """Kept blocks, ranges with a dash."""
-    ranges: list[list[int]] = []
-    for block in kept:
-        if ranges and block == ranges[-1][1] + 1:
-            ranges[-1][1] = block
-        else:
-            ranges.append([block, block])
-    return ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in ranges)

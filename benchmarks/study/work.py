@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -25,12 +24,11 @@ class Work:
         data: Folder ``hls_water``.
         folder: Where results are kept.
         jobs: Runs at a time.
-        end: When to start no more, as ``time.monotonic()`` tells it.
     """
 
-    def __init__(self, study: dict[str, Any], data: Path, folder: Path, jobs: int, end: float) -> None:
+    def __init__(self, study: dict[str, Any], data: Path, folder: Path, jobs: int) -> None:
         """Nothing is started."""
-        self._study, self._data, self._folder, self._jobs, self._end = study, data, folder, jobs, end
+        self._study, self._data, self._folder, self._jobs = study, data, folder, jobs
 
     def results(self) -> dict[Run, dict[str, Any]]:
         """What is done."""
@@ -43,13 +41,12 @@ class Work:
         done = self.results()
         missing = [run for run in dict.fromkeys(runs) if run not in done]
         for count, (run, found) in enumerate(self._found(missing), 1):
-            if found is not None:
-                score, seconds = found["test_miou"], found["seconds"]
-                print(f"{count}/{len(missing)} {run.key}: {score:.3f}, {seconds:.0f} s", flush=True)
-                write_results(self._folder, self._study, self.results())
+            score, seconds = found["test_miou"], found["seconds"]
+            print(f"{count}/{len(missing)} {run.key}: {score:.3f}, {seconds:.0f} s", flush=True)
+            write_results(self._folder, self._study, self.results())
 
-    def _found(self, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any] | None]]:
-        given = (self._study, self._data, self._folder, self._end)
+    def _found(self, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+        given = (self._study, self._data, self._folder)
         if self._jobs == 1:
             yield from ((run, do_one(run, *given)) for run in runs)
             return
@@ -60,10 +57,8 @@ class Work:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
-def do_one(run: Run, study: dict[str, Any], data: Path, folder: Path, end: float) -> dict[str, Any] | None:
-    """One run in a process of its own; None if it is too late to start it."""
-    if time.monotonic() > end:
-        return None
+def do_one(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[str, Any]:
+    """One run, kept as a file once it is done."""
     from benchmarks.study.finetune import finetune  # TerraTorch takes its time to import
 
     found = finetune(run, study, data, folder)

@@ -246,7 +246,7 @@ def patch_labels(masks: Tensor, images: int, layout: Layout) -> Tensor:
     labels = []
     for part in layout:
         if isinstance(part, PatchGrid):
-            of_patches = _majority(_fit(masks, part), part.patch[1:])
+            of_patches = majority(_fit(masks, part), part.patch[1:])
             frames = part.size[0] // part.patch[0]  # all show the same place
             labels.append(of_patches.flatten(1).repeat(1, frames)[:, None].expand(-1, images, -1))
         else:
@@ -264,8 +264,16 @@ def _fit(masks: Tensor, grid: PatchGrid) -> Tensor:
     return nn.functional.pad(masks, (left, columns - left, top, rows - top), value=NO_LABEL)
 
 
-def _majority(masks: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """Most frequent class of every patch, (B, rows, columns)."""
+def majority(masks: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Most frequent class of every patch; of equals the smaller number, and -1 where half of the pixels or more have none.
+
+    Args:
+        masks: Classes of shape (B, H, W), int64, -1 where there is none.
+        patch: Height and width of a patch.
+
+    Returns:
+        Shape (B, rows, columns).
+    """
     height, width = patch
     patches = masks.unfold(1, height, height).unfold(2, width, width).flatten(3)  # (B, rows, columns, pixels)
     classes = int(masks.max()) + 1

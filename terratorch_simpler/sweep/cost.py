@@ -111,28 +111,36 @@ class _Pass:
         return {name: noise(part) for name, part in shape.items()} if isinstance(shape, Mapping) else noise(shape)
 
     def peak_memory(self) -> int:
-        """Bytes of weights and input, and the most that one pass adds to them.
-
-        On a GPU what its allocator has handed out; on a CPU the tensors that operators hand out, without what they use
-        inside.
-        """
+        """Bytes of weights and input, and the most that one pass adds to them."""
         images = self.images(1)
         held = [*self._encoder.parameters(), *self._encoder.buffers(), *tree_leaves(images)]
-        at_rest = sum(tensor.nbytes for tensor in held)
-        if self._device.type != "cuda":
-            with TensorBytes(held) as tensors:
-                self._run(images)
-            return at_rest + tensors.peak
-        torch.cuda.synchronize(self._device)
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._run(images)
-        torch.cuda.synchronize(self._device)
-        return at_rest + torch.cuda.max_memory_allocated(self._device) - before
+        return sum(tensor.nbytes for tensor in held) + added_memory(lambda: self._run(images), held, self._device)
 
     def _run(self, images: Any) -> None:
         with self._precision():
             self._encoder(images)
+
+
+def added_memory(run: Callable[[], object], held: Sequence[Tensor], device: torch.device) -> int:
+    """Most bytes that a call adds to what is there before.
+
+    On a GPU what its allocator has handed out; on a CPU the tensors that operators hand out, without what they use inside.
+
+    Args:
+        run: The call.
+        held: Tensors that are there before.
+        device: What it runs on.
+    """
+    if device.type != "cuda":
+        with TensorBytes(held) as tensors:
+            run()
+        return tensors.peak
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _latency(passes: Sequence[_Pass], repeats: int, random: np.random.Generator) -> list[float]:

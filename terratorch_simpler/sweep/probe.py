@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.base import ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -56,16 +57,26 @@ def probe(train: Rows, test: Rows, seed: int = 0) -> dict[str, Accuracy]:
         ``knn``: five nearest neighbours by cosine; ``linear``: logistic regression on standardised features.
     """
     neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train.labels)), metric="cosine")
-    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=STEPS))
     found = {}
-    for name, model in (("knn", neighbours), ("linear", linear)):
-        # The matrices are small: several threads spend more time on waiting for each other.
-        with warnings.catch_warnings(), threadpool_limits(1):
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(train.features.numpy(), train.labels.numpy())
-        right = model.predict(test.features.numpy()) == test.labels.numpy()
+    for name, model in (("knn", neighbours), ("linear", linear_probe())):
+        right = told(model, train, test) == test.labels.numpy()
         found[name] = accuracy(right, test.images.numpy(), seed)
     return found
+
+
+def linear_probe() -> Pipeline:
+    """Logistic regression on standardised features."""
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=STEPS))
+
+
+def told(model: ClassifierMixin, train: Rows, test: Rows) -> NDArray[np.int64]:
+    """Classes that a probe fitted to some rows tells of others, (N,)."""
+    # The matrices are small: several threads spend more time on waiting for each other.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(train.features.numpy(), train.labels.numpy())
+    classes: NDArray[np.int64] = model.predict(test.features.numpy())
+    return classes
 
 
 def accuracy(right: NDArray[np.bool_], images: NDArray[np.int64], seed: int = 0) -> Accuracy:
