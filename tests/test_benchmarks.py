@@ -1,5 +1,6 @@
 """The benchmarks and the study run, on small cases, and their figures are what they say they are."""
 
+import argparse
 import csv
 import json
 
@@ -216,3 +217,10 @@ def test_labels_are_training_tiles(shared_data):
     assert set(chosen) <= set(read_split(data, "train"))
     assert chosen != labelled(data, 32, 1)
     assert labelled(data, 32, 0) == labelled(data, 136, 0)[:32]
+
+
+def test_results_hold_no_paths_of_the_machine(tmp_path):
+    settings = argparse.Namespace(device=torch.device("cpu"), output=tmp_path, data=tmp_path / "tiles")
+    path = record.save("speed", settings, [], ["--data", str(tmp_path / "tiles"), "-o", str(tmp_path)])
+    assert str(tmp_path) not in path.read_text()
+    assert json.loads(path.read_text())["command"] == "python -m benchmarks.speed --data DATA/tiles"
