@@ -53,12 +53,8 @@ def table(name: str, results: Path) -> str:
         raise SystemExit(f"Found no {path}, expected the results of a benchmark: run make bench.")
     found = json.loads(path.read_text())
     rows: list[dict[str, Any]] = found[part or "rows"]
-    machine = found["machine"]
-    where = f"{machine['device']}, {machine['cores']} cores" if stem.endswith("-cpu") else machine["device"]
     lines = [
-        f"`{found['command']}` at commit {found['commit']} on {where}, Python {machine['python']}, "
-        f"PyTorch {machine['torch']}, "
-        f"TerraTorch {machine['terratorch']}:",
+        f"{record.place(found['command'], [found])}:",
         "",
         *markdown(rows),
         "",

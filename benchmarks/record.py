@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
     return {
+        "on": device.type,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -81,6 +82,23 @@ def save(
     with whole_file(path) as part:
         part.write_text(json.dumps(found, indent=1, default=str) + "\n")
     return path
+
+
+def place(command: str, made: Iterable[Mapping[str, Any]]) -> str:
+    """Where figures come from, in words.
+
+    Args:
+        command: That makes them again.
+        made: A ``commit`` and a ``machine`` each; those that say the same are named once.
+    """
+    commits, machines = [], []
+    for part in made:
+        machine = part["machine"]
+        name = f"{machine['device']}, {machine['cores']} cores" if machine["on"] == "cpu" else machine["device"]
+        versions = f"Python {machine['python']}, PyTorch {machine['torch']}, TerraTorch {machine['terratorch']}"
+        commits.append(part["commit"])
+        machines.append(f"{name}, {versions}")
+    return f"`{command}` at commit {', '.join(dict.fromkeys(commits))} on {'; '.join(dict.fromkeys(machines))}"
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

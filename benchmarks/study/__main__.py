@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.study.data import prepare, read_split
+from benchmarks.study.data import encoder_weights, prepare, read_split
 from benchmarks.study.runs import gate_runs, judge_gate, study_runs
 from benchmarks.study.work import Work
 
@@ -58,25 +58,17 @@ def pretrain_missing(study: dict[str, Any], data: Path, folder: Path, encoders: 
     """Pretrain those encoders that have no weights yet, on training images and scenes."""
     from benchmarks.study.pretrain import pretrain, read_source
 
-    missing = {
-        name: study["encoders"][name]
-        for name in encoders
-        if "weights" not in study["encoders"][name] and not (folder / "encoders" / f"{name}.pt").exists()
-    }
+    missing = {name: encoder_weights(study, name, folder) for name in encoders}
+    missing = {name: path for name, path in missing.items() if not path.exists()}
     if not missing:
         return
     names = set(read_split(data / "hls_water", "train"))
     images = read_source(data / "hls_water" / "images", "*.tif", names)
     for scene in ("ukis_csmask/images/landsat5_image", "ukis_csmask/images/landsat7_image", "scenes/L7_ETMs"):
         images += read_source(data / f"{scene}.tif", "", None)
-    for name, encoder in missing.items():
-        pretrain(
-            images,
-            folder / "encoders" / f"{name}.pt",
-            model=f"{study['backbone']}_mae",
-            depth=encoder["depth"],
-            steps=encoder["steps"],
-        )
+    for name, path in missing.items():
+        encoder = study["encoders"][name]
+        pretrain(images, path, model=f"{study['backbone']}_mae", depth=encoder["depth"], steps=encoder["steps"])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from terratorch.datamodules import GenericNonGeoSegmentationDataModule
 from terratorch.tasks import SemanticSegmentationTask
 from torch import nn
 
-from benchmarks.study.data import BANDS, IGNORED, Setup, datamodule_args, prepare, read_split
+from benchmarks.study.data import BANDS, IGNORED, Setup, datamodule_args, encoder_weights, prepare, read_split
 from benchmarks.study.probe import probe
 from benchmarks.study.runs import Run
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmableTraining
@@ -48,9 +48,9 @@ def finetune(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[
     seed_everything(run.seed, verbose=False)
     scratch = folder / "scratch" / run.key
     datamodule = GenericNonGeoSegmentationDataModule(**datamodule_args(data, root, scratch, setup, run.seed, study))
-    encoder = study["encoders"][run.encoder]
+    depth = study["encoders"][run.encoder]["depth"]
     task = SemanticSegmentationTask(
-        _model_args(run, setup, study, encoder, folder),
+        _model_args(run, setup, study, folder),
         "EncoderDecoderFactory",
         loss="ce",
         ignore_index=IGNORED,
@@ -61,7 +61,7 @@ def finetune(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[
         class_names=setup.classes,
         plot_on_val=False,
     )
-    callbacks = _callbacks(run, study, encoder["depth"], root, data, scratch)
+    callbacks = _callbacks(run, study, depth, root, data, scratch)
     trainer = Trainer(
         accelerator="auto",
         devices=1,
@@ -100,8 +100,8 @@ def finetune(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[
     return found
 
 
-def _model_args(run: Run, setup: Setup, study: dict[str, Any], encoder: dict[str, Any], folder: Path) -> dict[str, Any]:
-    depth = encoder["depth"]
+def _model_args(run: Run, setup: Setup, study: dict[str, Any], folder: Path) -> dict[str, Any]:
+    depth = study["encoders"][run.encoder]["depth"]
     arguments: dict[str, Any] = {
         "backbone": f"simpler_{study['backbone']}",
         "backbone_bands": BANDS,
@@ -110,7 +110,7 @@ def _model_args(run: Run, setup: Setup, study: dict[str, Any], encoder: dict[str
         "num_classes": len(setup.classes),
     }
     if run.variant != "random":
-        arguments["backbone_ckpt_path"] = str(encoder.get("weights") or folder / "encoders" / f"{run.encoder}.pt")
+        arguments["backbone_ckpt_path"] = str(encoder_weights(study, run.encoder, folder))
     if run.depth is not None and run.rule == "first" and run.variant != "recovery":
         arguments |= {"backbone_keep": run.depth, "backbone_width": run.width}
     if run.variant == "lora":

@@ -48,7 +48,10 @@ def gate_runs(study: Mapping[str, Any]) -> Iterator[Run]:
 
 
 class Gate(NamedTuple):
-    """What the gate says of a set-up: means over seeds, the standard error of their difference, and whether it counts."""
+    """What the gate says of a set-up: means over seeds, the standard error of their difference, and whether it counts.
+
+    Differences are taken seed by seed: a pretrained and a random encoder of one seed see the same labels in the same order.
+    """
 
     setup: str
     pretrained: float
@@ -67,8 +70,9 @@ def judge_gate(study: Mapping[str, Any], results: Results) -> list[Gate]:
         pretrained, random = (
             [results[run]["test_miou"] for run in runs if run.variant == variant] for variant in ("depth", "random")
         )
-        difference = statistics.mean(pretrained) - statistics.mean(random)
-        error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (pretrained, random)))
+        differences = [one - other for one, other in zip(pretrained, random, strict=True)]
+        difference = statistics.mean(differences)
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
         passed = difference >= gate["margin"] and difference >= gate["errors"] * error
         found.append(Gate(setup, statistics.mean(pretrained), statistics.mean(random), error, passed))
     return found
@@ -116,3 +120,4 @@ def study_runs(study: Mapping[str, Any], setups: Sequence[str], simpler_depth: M
                     yield Run(setup, encoder, "rule", rule, None, 1.0, seed)
                 for depth in study["depths"][encoder]:
                     yield Run(setup, encoder, "depth", "first", depth, 1.0, seed)
+                yield Run(setup, encoder, "random", "first", study["encoders"][encoder]["depth"], 1.0, seed)

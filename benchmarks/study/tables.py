@@ -14,25 +14,26 @@ from terratorch_simpler.report.facts import block_ranges
 from terratorch_simpler.sweep.rows import write_csv
 
 
-def write_results(folder: Path, study: Mapping[str, Any], results: Results) -> None:
-    """Write ``results.csv``, a line a run, and ``tables.md``."""
+def write_results(folder: Path, study: Mapping[str, Any], results: Results, place: str) -> None:
+    """Write ``results.csv``, a line a run, and ``tables.md``, which says first where they come from."""
     rows = [{**run._asdict(), **found, "kept": " ".join(map(str, found["kept"]))} for run, found in results.items()]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     write_csv(rows, columns, folder / "results.csv")
     with whole_file(folder / "tables.md") as part:
-        part.write_text(tables(study, results))
+        part.write_text(f"{place}:\n\n{tables(study, results)}")
 
 
 def tables(study: Mapping[str, Any], results: Results) -> str:
     """All tables, in Markdown: the gate first, then every set-up that passed."""
     gates = judge_gate(study, results)
     lines = ["### The gate", ""]
-    lines += head("set-up", "pretrained", "random", "difference", "standard error", "counts")
+    lines += head("set-up", "pretrained", "random", "difference", "standard error", "seeds", "counts")
     for gate in gates:
         gain = gate.pretrained - gate.random
         passed = "yes" if gate.passed else "no"
         lines.append(
-            f"| `{gate.setup}` | {gate.pretrained:.3f} | {gate.random:.3f} | {gain:+.3f} | {gate.error:.3f} | {passed} |"
+            f"| `{gate.setup}` | {gate.pretrained:.3f} | {gate.random:.3f} | {gain:+.3f} | {gate.error:.3f} "
+            f"| {len(study['seeds'])} | {passed} |"
         )
     for gate in gates:
         if gate.passed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shlex
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import record
+from benchmarks.study.data import COVER
 from benchmarks.study.runs import Run
 from benchmarks.study.tables import write_results
 from terratorch_simpler.files import whole_file
@@ -31,10 +34,13 @@ class Work:
         self._study, self._data, self._folder, self._jobs = study, data, folder, jobs
 
     def results(self) -> dict[Run, dict[str, Any]]:
-        """What is done."""
+        """What is done, as the study is set now."""
+        return {Run(**row["run"]): row["found"] for row in self._files()}
+
+    def _files(self) -> list[dict[str, Any]]:
         files = sorted((self._folder / "runs").glob("*.json"))
         read = [json.loads(file.read_text()) for file in files]
-        return {Run(**row["run"]): row["found"] for row in read}
+        return [row for row in read if row["settings"] == settings(Run(**row["run"]), self._study)]
 
     def do(self, runs: Iterable[Run]) -> None:
         """Do the runs that are missing, each once."""
@@ -43,7 +49,12 @@ class Work:
         for count, (run, found) in enumerate(self._found(missing), 1):
             score, seconds = found["test_miou"], found["seconds"]
             print(f"{count}/{len(missing)} {run.key}: {score:.3f}, {seconds:.0f} s", flush=True)
-            write_results(self._folder, self._study, self.results())
+            write_results(self._folder, self._study, self.results(), self._place())
+
+    def _place(self) -> str:
+        """Command, commits and machines of all runs."""
+        words = ["python", "-m", "benchmarks.study", "DATA", "-o", "OUT"]
+        return record.place(shlex.join(words), [row["made"] for row in self._files()])
 
     def _found(self, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
         given = (self._study, self._data, self._folder)
@@ -57,11 +68,21 @@ class Work:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
+def settings(run: Run, study: dict[str, Any]) -> dict[str, Any]:
+    """What a run depends on, itself aside: where that changed, its result counts no more."""
+    shared = {key: study[key] for key in ("backbone", "means", "stds", "batch_size", "slimmable")}
+    named = {"setup": study["setups"].get(run.setup), "encoder": study["encoders"].get(run.encoder)}
+    return {**shared, **named, "classes": list(COVER)}
+
+
 def do_one(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[str, Any]:
     """One run, kept as a file once it is done."""
     from benchmarks.study.finetune import finetune  # TerraTorch takes its time to import
 
     found = finetune(run, study, data, folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    made = {"commit": record.commit(), "machine": record.machine(device)}
+    row = {"run": run._asdict(), "settings": settings(run, study), "found": found, "made": made}
     with whole_file(folder / "runs" / f"{run.key}.json") as part:
-        part.write_text(json.dumps({"run": run._asdict(), "found": found}))
+        part.write_text(json.dumps(row))
     return found
