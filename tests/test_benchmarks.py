@@ -139,9 +139,9 @@ def test_tables_tell_regret():
     runs = [*gate_runs(STUDY), *study_runs(STUDY, ["cover_frozen"], {"deep12": 2})]
     results = scored(runs, lambda run: (run.depth or 2) / 20 - 0.3 * (run.variant == "random") + 0.01 * run.seed)
     text = tables(STUDY, results)
-    assert "Best depth: 12 (0.610)" in text
-    assert "| simpler | 0-1 | 0.110 ± 0.010 | +0.500 | +0.000 |" in text
-    assert "| 6 | 0.310 ± 0.010 | 50.8% | 0.010 ± 0.010 | 0.310 ± 0.010 | 1 | 1 |" in text
+    assert "Best depth: 12 (0.620)" in text
+    assert "| simpler | 0-1 | 0.120 ± 0.016 | +0.500 | +0.000 |" in text
+    assert "| 6 | 0.320 ± 0.016 | 51.6% | 0.020 ± 0.016 | 0.320 ± 0.016 | 1 | 1 |" in text
 
 
 @pytest.fixture(scope="module")

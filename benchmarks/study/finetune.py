@@ -80,6 +80,7 @@ def finetune(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[
     start = clock()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SimplerWarning)
+        warnings.filterwarnings("ignore", "The ``compute`` method", UserWarning)  # TerraTorch's, since nothing is validated
         trainer.fit(task, datamodule=datamodule)
     backbone = find_backbone(task)
     seconds = clock() - start

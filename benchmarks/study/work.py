@@ -30,8 +30,9 @@ class Work:
     """
 
     def __init__(self, study: dict[str, Any], data: Path, folder: Path, jobs: int) -> None:
-        """Nothing is started."""
+        """Start nothing yet."""
         self._study, self._data, self._folder, self._jobs = study, data, folder, jobs
+        self._commit = record.commit()  # of the code that runs: the working tree may change on the way
 
     def results(self) -> dict[Run, dict[str, Any]]:
         """What is done, as the study is set now."""
@@ -57,7 +58,7 @@ class Work:
         return record.place(shlex.join(words), [row["made"] for row in self._files()])
 
     def _found(self, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-        given = (self._study, self._data, self._folder)
+        given = (self._study, self._data, self._folder, self._commit)
         if self._jobs == 1:
             yield from ((run, do_one(run, *given)) for run in runs)
             return
@@ -75,13 +76,13 @@ def settings(run: Run, study: dict[str, Any]) -> dict[str, Any]:
     return {**shared, **named, "classes": list(COVER)}
 
 
-def do_one(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[str, Any]:
+def do_one(run: Run, study: dict[str, Any], data: Path, folder: Path, commit: str) -> dict[str, Any]:
     """One run, kept as a file once it is done."""
     from benchmarks.study.finetune import finetune  # TerraTorch takes its time to import
 
     found = finetune(run, study, data, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made = {"commit": record.commit(), "machine": record.machine(device)}
+    made = {"commit": commit, "machine": record.machine(device)}
     row = {"run": run._asdict(), "settings": settings(run, study), "found": found, "made": made}
     with whole_file(folder / "runs" / f"{run.key}.json") as part:
         part.write_text(json.dumps(row))
