@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -111,12 +112,15 @@ def fit(folder: Path, data: Path, name: str, trainer: dict[str, Any], keep: int 
     if done.returncode:
         raise SystemExit(f"terratorch fit ended with {done.returncode}:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(times.read_text())
+    said = re.search(r"Compared the blocks over .* in ([\d.]+) s;", done.stdout + done.stderr)
+    if said:
+        found["pass_s"] = float(said[1])
     for plan in folder.rglob("plan.json"):
         found["kept"] = len(json.loads(plan.read_text())["kept_blocks"])
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Time both encoders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     record.add_arguments(parser)
@@ -125,7 +129,7 @@ def main() -> None:
     parser.add_argument("--encoders", nargs="+", choices=sorted(CASES), default=sorted(CASES, reverse=True))
     parser.add_argument("--batches", type=int, default=4, help="timed batches of the larger encoder on a CPU")
     parser.add_argument("--keep", type=int, default=5, help="blocks of the larger encoder, whose weights are random here")
-    settings = parser.parse_args()
+    settings = parser.parse_args(arguments)
     images = len((settings.data / "splits" / "train.txt").read_text().split())
     rows = []
     for name in settings.encoders:
@@ -150,13 +154,14 @@ def main() -> None:
             "tiles": images,
             "kept": found["selected"]["kept"] if case.chosen else settings.keep,
             "selection_s": selection,
+            "of_that_pass_s": found["selected"]["pass_s"],
             "training_intact_s": steps * per_step["intact"],
             "training_cut_s": steps * cut,
             "share_of_intact": selection / (steps * per_step["intact"]),
             "share_of_cut": selection / (steps * cut),
             "training": "whole" if whole else f"scaled up from {settings.batches} batches",
         })  # fmt: skip
-    path = record.save("share_of_training", settings, rows)
+    path = record.save("share_of_training", settings, rows, arguments)
     record.show(f"selection beside {settings.epochs} epochs", rows)
     print(path)
 

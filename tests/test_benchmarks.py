@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import cka_packages, evidence, record, speed
+from benchmarks import cka_packages, evidence, record, share_of_training, speed
 from benchmarks.study.__main__ import HERE
 from benchmarks.study.__main__ import main as run_study
 from benchmarks.study.data import labelled, read_split
@@ -144,19 +144,37 @@ def test_tables_tell_regret():
     assert "| 6 | 0.320 ± 0.016 | 51.6% | 0.020 ± 0.016 | 0.320 ± 0.016 | 1 | 1 |" in text
 
 
+def fewer_tiles(shared_data, tiles, **counts):
+    """A data set of the first tiles of each split."""
+    tiles.mkdir(parents=True)
+    for name in ("images", "landcover", "water_mask"):
+        (tiles / name).symlink_to(shared_data / "hls_water" / name)
+    (tiles / "splits").mkdir()
+    for split, count in counts.items():
+        (tiles / f"splits/{split}.txt").write_text("\n".join(read_split(shared_data / "hls_water", split)[:count]))
+
+
+def test_share_of_training_is_that_of_real_runs(shared_data, tmp_path):
+    """Fits twice: with the selection, and with the intact encoder."""
+    data = tmp_path / "hls_water"
+    fewer_tiles(shared_data, data, train=40, val=2, test=2)
+    only = "--device cpu --epochs 2 --encoders prithvi_eo_v2_tiny_tl"
+    share_of_training.main([*only.split(), "--data", str(data), "-o", str(tmp_path)])
+    [row] = json.loads((tmp_path / "share_of_training-cpu.json").read_text())["rows"]
+    assert row["tiles"] == 40
+    assert 1 <= row["kept"] <= 12
+    assert 0 < row["of_that_pass_s"] < row["selection_s"] < row["training_intact_s"] + row["selection_s"]
+    assert row["share_of_intact"] == pytest.approx(row["selection_s"] / row["training_intact_s"])
+    assert row["share_of_cut"] == pytest.approx(row["selection_s"] / row["training_cut_s"])
+
+
 @pytest.fixture(scope="module")
 def small_study(shared_data, tmp_path_factory):
     """One set-up of each kind, one epoch, two seeds, a dozen tiles."""
     folder = tmp_path_factory.mktemp("study")
-    tiles = folder / "data" / "hls_water"
-    tiles.mkdir(parents=True)
-    for name in ("images", "landcover", "water_mask"):
-        (tiles / name).symlink_to(shared_data / "hls_water" / name)
+    fewer_tiles(shared_data, folder / "data" / "hls_water", train=40, val=2, test=4)
     for name in ("ukis_csmask", "scenes"):
         (folder / "data" / name).symlink_to(shared_data / name)
-    (tiles / "splits").mkdir()
-    for split, count in (("train", 40), ("val", 2), ("test", 4)):
-        (tiles / f"splits/{split}.txt").write_text("\n".join(read_split(shared_data / "hls_water", split)[:count]))
     few = {"labels": 4, "epochs": 1}
     study = STUDY | {
         "seeds": [0, 1],

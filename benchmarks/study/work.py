@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shlex
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -64,7 +66,7 @@ class Work:
             return
         threads = max(1, torch.get_num_threads() // self._jobs)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self._jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        with ProcessPoolExecutor(self._jobs, context, initializer=_begin, initargs=(threads,)) as pool:
             futures = {pool.submit(do_one, run, *given): run for run in runs}
             yield from ((futures[future], future.result()) for future in as_completed(futures))
 
@@ -87,3 +89,16 @@ def do_one(run: Run, study: dict[str, Any], data: Path, folder: Path, commit: st
     with whole_file(folder / "runs" / f"{run.key}.json") as part:
         part.write_text(json.dumps(row))
     return found
+
+
+def _begin(threads: int) -> None:
+    """Set up a process that does runs: it ends with the one that started it, even if that was killed."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
