@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from terratorch_simpler.errors import ExportError
+from terratorch_simpler.errors import ExportError, SimplerWarning
 from terratorch_simpler.export.trained import Trained, answer, difference
 from terratorch_simpler.files import whole_file
 from terratorch_simpler.similarity import full_float32
@@ -95,7 +95,13 @@ def _trace(model: nn.Module, images: tuple[Tensor, ...]) -> tuple[torch.export.E
             return torch.export.export(model, images, dynamic_shapes=dynamic, strict=False), images
         except Exception:  # a fixed batch is the next best thing
             images = tuple(image[:1] for image in images)
-            return torch.export.export(model, images, strict=False), images
+            program = torch.export.export(model, images, strict=False)
+    msg = (
+        f"Found a graph that PyTorch {torch.__version__} ties to one image (TerraTorch pads each by itself, or PyTorch is "
+        "old), expected any number: the graph takes one image at a time."
+    )
+    warnings.warn(msg, SimplerWarning, stacklevel=3)
+    return program, images
 
 
 def _write_pt2(program: torch.export.ExportedProgram, images: tuple[Tensor, ...], path: Path) -> list[Tensor]:
