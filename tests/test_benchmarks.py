@@ -140,8 +140,8 @@ def test_tables_tell_regret():
     results = scored(runs, lambda run: (run.depth or 2) / 20 - 0.3 * (run.variant == "random") + 0.01 * run.seed)
     text = tables(STUDY, results)
     assert "Best depth: 12 (0.620)" in text
-    assert "| simpler | 0-1 | 0.120 ± 0.016 | +0.500 | +0.000 |" in text
-    assert "| 6 | 0.320 ± 0.016 | 51.6% | 0.020 ± 0.016 | 0.320 ± 0.016 | 1 | 1 |" in text
+    assert "| simpler | 0-1 | 0.120 ± 0.016 | +0.500 | -0.500 ± 0.000 | +0.000 ± 0.000 |" in text
+    assert "| 6 | 0.320 ± 0.016 | 51.6% | -0.300 ± 0.000 | 0.020 ± 0.016 | +0.000 ± 0.000 | 1 | 1 |" in text
 
 
 def fewer_tiles(shared_data, tiles, **counts):

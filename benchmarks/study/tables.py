@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ def depth_table(study: Mapping[str, Any], results: Results, setup: str, encoder:
     scores: dict[tuple[str, int | None], list[Mapping[str, Any]]] = defaultdict(list)
     for run, found in results.items():
         if run.setup == setup and run.encoder == encoder and run.rule == "first" and run.width == 1:
-            scores[run.variant, run.depth].append(found)
+            scores[run.variant, run.depth].append({**found, "seed": run.seed})
     full = study["encoders"][encoder]["depth"]
     if ("depth", full) not in scores:
         return []
@@ -57,7 +58,7 @@ def depth_table(study: Mapping[str, Any], results: Results, setup: str, encoder:
         "",
         f"### {setup}, {encoder}: every depth",
         "",
-        *head("blocks", "test mIoU", "of full depth", "random init", "recovery", "training s", "step MiB"),
+        *head("blocks", "test mIoU", "of full depth", "gain", "random init", "recovery's gain", "training s", "step MiB"),
     ]
     means = {}
     for depth in study["depths"][encoder]:
@@ -65,24 +66,26 @@ def depth_table(study: Mapping[str, Any], results: Results, setup: str, encoder:
             continue
         found = scores["depth", depth]
         means[depth] = mean(found)
-        others = [spread(scores[variant, depth]) for variant in ("random", "recovery")]
+        against_whole = gain(found, scores["depth", full])
+        recovered = gain(scores["recovery", depth], found)
         seconds = statistics.mean(row["seconds"] for row in found)
         memory = statistics.mean(row["step_bytes"] for row in found) / 2**20
         lines.append(
-            f"| {depth} | {spread(found)} | {means[depth] / whole:.1%} | {' | '.join(others)} "
-            f"| {seconds:.0f} | {memory:.0f} |"
+            f"| {depth} | {spread(found)} | {means[depth] / whole:.1%} | {against_whole} "
+            f"| {spread(scores['random', depth])} | {recovered} | {seconds:.0f} | {memory:.0f} |"
         )
     best = max(means, key=lambda depth: means[depth])
     lines += ["", f"Best depth: {best} ({means[best]:.3f}). Regret is what a choice loses against it.", ""]
-    lines += head("rule", "kept blocks", "test mIoU", "regret", "regret against as many first blocks")
+    lines += head("rule", "kept blocks", "test mIoU", "regret", "gain on full depth", "gain on as many first blocks")
     picked: dict[tuple[str, tuple[int, ...]], list[Mapping[str, Any]]] = defaultdict(list)
     for run, found in results.items():
         if run.setup == setup and run.encoder == encoder and run.variant == "rule":
-            picked[run.rule, tuple(found["kept"])].append(found)
+            picked[run.rule, tuple(found["kept"])].append({**found, "seed": run.seed})
     for (rule, kept), found in sorted(picked.items(), key=lambda item: (len(item[0][1]), item[0])):
-        equal = means.get(len(kept))
-        against = "-" if equal is None else f"{equal - mean(found):+.3f}"
-        lines.append(f"| {rule} | {block_ranges(kept)} | {spread(found)} | {means[best] - mean(found):+.3f} | {against} |")
+        lines.append(
+            f"| {rule} | {block_ranges(kept)} | {spread(found)} | {means[best] - mean(found):+.3f} "
+            f"| {gain(found, scores['depth', full])} | {gain(found, scores['depth', len(kept)])} |"
+        )
     return lines
 
 
@@ -90,22 +93,21 @@ def variant_table(study: Mapping[str, Any], results: Results, setup: str) -> lis
     """Everything else beside the same number of first blocks at full width."""
     main = study["gate"]["encoder"]
     lines = ["", f"### {setup}: width, LoRA, several widths, and a shallow encoder pretrained as such", ""]
-    lines += head("what", "blocks", "width", "test mIoU", "parameters", "first blocks, full width")
+    lines += head("what", "blocks", "width", "test mIoU", "parameters", "gain on as many first blocks of full width")
     groups: dict[tuple[str, int | None, float], list[Mapping[str, Any]]] = defaultdict(list)
     for run, found in results.items():
         if run.setup == setup and (run.encoder == main or run.variant == "shallow"):
-            groups[run.variant, run.depth, run.width].append(found)
+            groups[run.variant, run.depth, run.width].append({**found, "seed": run.seed})
             for key, score in found.items():
                 if key.startswith("test_miou_"):
-                    lent = {"test_miou": score, "parameters": None}
+                    lent = {"test_miou": score, "parameters": None, "seed": run.seed}
                     groups[run.variant, run.depth, float(key.removeprefix("test_miou_"))].append(lent)
     for (variant, depth, width), found in sorted(groups.items(), key=str):
         if variant in ("shallow", "width", "lora", "slimmable"):
             parameters = found[0]["parameters"]
             count = "-" if parameters is None else f"{parameters / 1e6:.2f} M"
-            lines.append(
-                f"| {variant} | {depth} | {width:g} | {spread(found)} | {count} | {spread(groups['depth', depth, 1.0])} |"
-            )
+            against = gain(found, groups["depth", depth, 1.0])
+            lines.append(f"| {variant} | {depth} | {width:g} | {spread(found)} | {count} | {against} |")
     return lines
 
 
@@ -125,3 +127,17 @@ def spread(rows: Sequence[Mapping[str, Any]]) -> str:
     if not scores:
         return "-"
     return f"{statistics.mean(scores):.3f}" + (f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else "")
+
+
+def gain(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and standard error of the differences of test mIoU, seed by seed."""
+    against = {row["seed"]: row["test_miou"] for row in others}
+    differences = [row["test_miou"] - against[row["seed"]] for row in rows if row["seed"] in against]
+    if not differences:
+        return "-"
+    return f"{statistics.mean(differences):+.3f}" + (f" ± {error(differences):.3f}" if len(differences) > 1 else "")
+
+
+def error(values: Sequence[float]) -> float:
+    """Standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))
