@@ -1,4 +1,4 @@
-"""Tables of docs/evidence.md, made anew from the results that are kept.
+"""Tables and picture of docs/evidence.md, made anew from the results that are kept.
 
     python -m benchmarks.evidence
 
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.study.picture import draw
 from terratorch_simpler.files import whole_file
 
 PAGE = record.ROOT / "docs" / "evidence.md"
+PICTURE = PAGE.with_suffix(".png")
 PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 STUDY = "study"
 HIDDEN = {"compile": False}
@@ -71,8 +73,9 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page and its picture anew."""
     text = fill(PAGE.read_text(), record.RESULTS)
+    draw(record.RESULTS / STUDY / "results.csv", PICTURE)
     with whole_file(PAGE) as part:
         part.write_text(text)
     print(PAGE)

@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--decoders", nargs="+", choices=sorted(BARS), default=["linear", "upernet64", "upernet", "unet"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512], help="sides of the image in pixels")
     parser.add_argument("--batches", nargs="+", type=int, help="one for each size; by default 2, on a GPU 32 and 8")
-    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], help="by default fp32, on a GPU bf16 as well")
     parser.add_argument("--compile", nargs="+", choices=["false", "true"], default=["false"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="also where the time of the cut model goes")
@@ -244,10 +244,9 @@ def main(arguments: list[str] | None = None) -> None:
     batches = settings.batches or ([32, 8] if settings.device.type == "cuda" else [2, 2])[: len(settings.sizes)]
     if len(batches) != len(settings.sizes):
         parser.error(f"Found {len(batches)} batches for {len(settings.sizes)} sizes, expected one for each: give --batches.")
+    precisions = settings.precisions or (["fp32", "bf16"] if settings.device.type == "cuda" else ["fp32"])
     rows, profiles = [], []
-    chosen = itertools.product(
-        zip(settings.sizes, batches, strict=True), settings.precisions, settings.compile, settings.decoders
-    )
+    chosen = itertools.product(zip(settings.sizes, batches, strict=True), precisions, settings.compile, settings.decoders)
     for (size, batch), precision, compiled, decoder in chosen:
         case = {"decoder": decoder, "size": size, "batch": batch, "precision": precision, "compile": compiled == "true"}
         full, cut = (

@@ -12,8 +12,9 @@ from benchmarks import cka_packages, evidence, record, share_of_training, speed
 from benchmarks.study.__main__ import HERE
 from benchmarks.study.__main__ import main as run_study
 from benchmarks.study.data import labelled, read_split
+from benchmarks.study.picture import draw, figure
 from benchmarks.study.runs import Run, gate_runs, judge_gate, study_runs
-from benchmarks.study.tables import tables
+from benchmarks.study.tables import tables, write_results
 from benchmarks.study.work import Work
 
 
@@ -142,6 +143,34 @@ def test_tables_tell_regret():
     assert "Best depth: 12 (0.620)" in text
     assert "| simpler | 0-1 | 0.120 ± 0.016 | +0.500 | -0.500 ± 0.000 | +0.000 ± 0.000 |" in text
     assert "| 6 | 0.320 ± 0.016 | 51.6% | -0.300 ± 0.000 | 0.020 ± 0.016 | +0.000 ± 0.000 | 1 | 1 |" in text
+
+
+def test_picture_tells_gains_seed_by_seed(tmp_path):
+    """Full depth scores .6 more than none, whatever the seed; SIMPLER keeps 2 blocks."""
+    runs = [*gate_runs(STUDY), *study_runs(STUDY, ["cover_frozen"], {"deep12": 2})]
+    results = scored(runs, lambda run: (run.depth or 2) / 20 - 0.3 * (run.variant == "random") + 0.01 * run.seed)
+    for run, found in results.items():
+        found["kept"] = range(run.depth or 2)
+    write_results(tmp_path, STUDY, results, "here")
+    with (tmp_path / "results.csv").open() as file:
+        drawn = figure(list(csv.DictReader(file)))
+    panels = {axes.get_title(): axes for axes in drawn.axes}
+    assert panels.keys() == {"cover_frozen, deep12", "cover_frozen, deep24"}
+    lines = {bars.get_label(): bars.lines[0] for bars in panels["cover_frozen, deep12"].containers}
+    depths, gains = lines["pretrained, first blocks"].get_data()
+    assert list(depths) == STUDY["depths"]["deep12"]
+    assert list(gains) == pytest.approx([(depth - 12) / 20 for depth in depths])
+    assert list(lines["random weights, first blocks"].get_ydata()) == pytest.approx([-0.75, -0.6, -0.45, -0.3])
+    rules = {points.get_label(): points.get_offsets() for points in panels["cover_frozen, deep12"].collections}
+    assert rules["simpler"].tolist() == [[2, pytest.approx(-0.5)]]
+    draw(tmp_path / "results.csv", tmp_path / "depths.png")
+    assert (tmp_path / "depths.png").stat().st_size > 10_000
+
+
+def test_no_picture_of_the_gate_alone(tmp_path):
+    write_results(tmp_path, STUDY, scored(gate_runs(STUDY), lambda run: 0.5), "here")
+    draw(tmp_path / "results.csv", tmp_path / "depths.png")
+    assert not (tmp_path / "depths.png").exists()
 
 
 def fewer_tiles(shared_data, tiles, **counts):
