@@ -21,7 +21,7 @@ from terratorch_simpler.demo.scenes import write_scenes
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.set_num_threads(1)
-# Lightning decides when it is imported whether what it says can be captured: here always, whatever pytest has set up by then.
+# Lightning decides when it is imported whether what it says can be captured: here always, whatever pytest set up by then.
 logging.getLogger("lightning.pytorch").propagate = True
 
 
