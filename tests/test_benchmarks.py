@@ -207,6 +207,7 @@ def small_study(shared_data, tmp_path_factory):
     few = {"labels": 4, "epochs": 1}
     study = STUDY | {
         "seeds": [0, 1],
+        "deep_seeds": [0],
         "encoders": {"deep12": STUDY["encoders"]["deep12"], "shallow6": {"depth": 2, "steps": 2}},
         "setups": {name: STUDY["setups"][name] | few for name in ("cover_frozen", "cover_few")},
         "gate": {"encoder": "deep12", "margin": -2.0, "errors": -1e9},  # all pass

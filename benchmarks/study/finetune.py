@@ -55,7 +55,7 @@ def finetune(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[
         loss="ce",
         ignore_index=IGNORED,
         optimizer="AdamW",
-        lr=setup.lr,
+        lr=study["lora_lr"] if run.variant == "lora" else setup.lr,
         optimizer_hparams={"weight_decay": 0.05},
         freeze_backbone=setup.freeze,
         class_names=setup.classes,

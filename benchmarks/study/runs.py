@@ -115,7 +115,7 @@ def study_runs(study: Mapping[str, Any], setups: Sequence[str], simpler_depth: M
                 yield Run(setup, main, "slimmable", "first", full, 1.0, seed)
     for setup in setups:
         for encoder in deep:
-            for seed in study["seeds"]:
+            for seed in study["deep_seeds"]:
                 for rule in study["rules"]:
                     yield Run(setup, encoder, "rule", rule, None, 1.0, seed)
                 for depth in study["depths"][encoder]:

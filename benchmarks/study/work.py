@@ -74,6 +74,8 @@ class Work:
 def settings(run: Run, study: dict[str, Any]) -> dict[str, Any]:
     """What a run depends on, itself aside: where that changed, its result counts no more."""
     shared = {key: study[key] for key in ("backbone", "means", "stds", "batch_size", "slimmable")}
+    if run.variant == "lora":
+        shared["lora_lr"] = study["lora_lr"]
     named = {"setup": study["setups"].get(run.setup), "encoder": study["encoders"].get(run.encoder)}
     return {**shared, **named, "classes": list(COVER)}
 
