@@ -15,7 +15,7 @@ from benchmarks.study.data import labelled, read_split
 from benchmarks.study.picture import draw, figure
 from benchmarks.study.runs import Run, gate_runs, judge_gate, study_runs
 from benchmarks.study.tables import tables, write_results
-from benchmarks.study.work import Work
+from benchmarks.study.work import Work, settings
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +258,16 @@ def test_study_goes_on_where_it_ended(small_study, capsys):
     assert "1/1 cover_few-deep12-depth-first-1" in capsys.readouterr().out
 
 
+def test_result_of_other_settings_counts_no_more(tmp_path):
+    run = next(gate_runs(STUDY))
+    row = {"run": run._asdict(), "settings": settings(run, STUDY), "found": {"test_miou": 0.5}}
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / f"{run.key}.json").write_text(json.dumps(row))
+    assert Work(STUDY, tmp_path, tmp_path, 1).results() == {run: {"test_miou": 0.5}}
+    other = STUDY | {"setups": {name: setup | {"labels": 7} for name, setup in STUDY["setups"].items()}}
+    assert not Work(other, tmp_path, tmp_path, 1).results()
+
+
 def test_labels_are_training_tiles(shared_data):
     data = shared_data / "hls_water"
     chosen = labelled(data, 32, 0)
@@ -268,7 +278,7 @@ def test_labels_are_training_tiles(shared_data):
 
 
 def test_results_hold_no_paths_of_the_machine(tmp_path):
-    settings = argparse.Namespace(device=torch.device("cpu"), output=tmp_path, data=tmp_path / "tiles")
-    path = record.save("speed", settings, [], ["--data", str(tmp_path / "tiles"), "-o", str(tmp_path)])
+    asked = argparse.Namespace(device=torch.device("cpu"), output=tmp_path, data=tmp_path / "tiles")
+    path = record.save("speed", asked, [], ["--data", str(tmp_path / "tiles"), "-o", str(tmp_path)])
     assert str(tmp_path) not in path.read_text()
     assert json.loads(path.read_text())["command"] == "python -m benchmarks.speed --data DATA/tiles"

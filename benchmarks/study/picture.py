@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.study.tables import error
+from benchmarks.study.runs import standard_error
 from terratorch_simpler.files import whole_file
 
 Rows = list[Mapping[str, str]]
@@ -77,7 +77,7 @@ def _panel(axes: Axes, rows: Rows) -> None:
     for name, color, label in LINES:
         depths = sorted(count for found, count in gains if found == name)
         means = [statistics.mean(gains[name, depth]) for depth in depths]
-        errors = [error(gains[name, depth]) if len(gains[name, depth]) > 1 else 0.0 for depth in depths]
+        errors = [standard_error(gains[name, depth]) if len(gains[name, depth]) > 1 else 0.0 for depth in depths]
         axes.errorbar(depths, means, errors, color=color, label=label, marker=".", capsize=2, linewidth=1.5)
     for rule, marker in MARKERS.items():
         points = {count: statistics.mean(values) for (name, count), values in gains.items() if name == rule}

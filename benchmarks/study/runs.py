@@ -72,10 +72,15 @@ def judge_gate(study: Mapping[str, Any], results: Results) -> list[Gate]:
         )
         differences = [one - other for one, other in zip(pretrained, random, strict=True)]
         difference = statistics.mean(differences)
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        error = standard_error(differences)
         passed = difference >= gate["margin"] and difference >= gate["errors"] * error
         found.append(Gate(setup, statistics.mean(pretrained), statistics.mean(random), error, passed))
     return found
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def study_runs(study: Mapping[str, Any], setups: Sequence[str], simpler_depth: Mapping[str, int]) -> Iterator[Run]:

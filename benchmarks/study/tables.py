@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.runs import Results, judge_gate
+from benchmarks.study.runs import Results, judge_gate, standard_error
 from terratorch_simpler.files import whole_file
 from terratorch_simpler.report.facts import block_ranges
 from terratorch_simpler.sweep.rows import write_csv
@@ -135,9 +134,4 @@ def gain(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]])
     differences = [row["test_miou"] - against[row["seed"]] for row in rows if row["seed"] in against]
     if not differences:
         return "-"
-    return f"{statistics.mean(differences):+.3f}" + (f" ± {error(differences):.3f}" if len(differences) > 1 else "")
-
-
-def error(values: Sequence[float]) -> float:
-    """Standard error of the mean."""
-    return statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(differences):+.3f}" + (f" ± {standard_error(differences):.3f}" if len(differences) > 1 else "")
