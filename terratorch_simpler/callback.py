@@ -1,4 +1,4 @@
-"""SimplerCallback: cuts the encoder in ``setup``, before the optimizer exists and before weights are restored."""
+"""SimplerCallback: prunes the encoder in ``setup``, before weights are restored and before training starts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -25,6 +26,7 @@ from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.files import whole_file
 from terratorch_simpler.measure import Measurement, Tokens
+from terratorch_simpler.optimizers import ParameterChange, dropped_parameters, updated_optimizers
 from terratorch_simpler.plan import RECOVERIES, SlimmingPlan, resolve_width
 from terratorch_simpler.plan_cache import PlanCache
 from terratorch_simpler.processes import Processes
@@ -133,6 +135,7 @@ class SimplerCallback(Callback):
         self.written: Path | None = None
         self._backbone: SimplerBackbone | None = None
         self._signals: StopSignals | None = None
+        self._optimizer_changes: list[ParameterChange] = []
         self._how = Selection(
             criterion=build_criterion(criterion, drop_blocks),
             bounds=Bounds(min_depth, max_depth),
@@ -162,6 +165,15 @@ class SimplerCallback(Callback):
         refuse_copies(self, trainer, backbone)
         if self.export and not trainer.fast_dev_run:
             _check_export(trainer, backbone, min(self._how.width, backbone.width))  # before hours of training
+        with updated_optimizers(pl_module) as changes:
+            self._prune(trainer, pl_module, backbone)
+        self._optimizer_changes = changes
+        if self.export and not trainer.fast_dev_run:
+            _check_export(trainer, backbone, backbone.width)  # a plan or a checkpoint has brought a width
+        self._backbone = backbone
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> None:
+        """Take the shape of the checkpoint to resume from, or that which the encoder has already, or choose one."""
         checkpoint = _checkpoint_to_resume(trainer)
         if checkpoint is not None:
             backbone.match_checkpoint(read_shape(checkpoint, trainer.strategy.checkpoint_io))
@@ -173,9 +185,13 @@ class SimplerCallback(Callback):
             if self._how.width != 1:
                 backbone.at_width(self._how.width)  # refuses layers that cannot be narrowed, before anything is streamed
             self._cut(trainer, pl_module, backbone)
-        if self.export and not trainer.fast_dev_run:
-            _check_export(trainer, backbone, backbone.width)  # a plan or a checkpoint has brought a width
-        self._backbone = backbone
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Fit the state of the optimizers to the pruned model."""
+        states = checkpoint.get("optimizer_states") or []
+        if len(states) == len(self._optimizer_changes):
+            for change, state in zip(self._optimizer_changes, states, strict=True):
+                change.convert_state(state)
 
     def state_dict(self) -> dict[str, Any]:
         """The shape, for strategies whose checkpoints hold the weights elsewhere; other checkpoints need it not."""
@@ -184,9 +200,10 @@ class SimplerCallback(Callback):
         buffers = dict(self._backbone.named_buffers(recurse=False))
         return {key: buffers[key].tolist() for key in SHAPE_KEYS if key in buffers}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the deployment file loadable: TerraTorch drops all callbacks there, and with them our import."""
         self._release_signals()  # Lightning's own handlers come next
+        _check_optimizers(trainer, pl_module)
         folder = trainer.log_dir  # a collective call, so on every rank
         path = Path(folder or trainer.default_root_dir) / DEPLOY_CONFIG
         written_now = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
@@ -283,6 +300,22 @@ def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) ->
                 f"{name} first."
             )
             raise ConfigurationError(msg)
+
+
+def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse an optimizer that was made before the encoder was pruned, and where nobody finds it.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        return  # parameters are other objects there
+    if dropped := dropped_parameters(trainer.optimizers, pl_module):
+        msg = (
+            f"The optimizer holds {dropped} tensors that are no part of the pruned {type(pl_module).__name__}, since it was "
+            "made before the encoder was pruned: make it in configure_optimizers."
+        )
+        raise ConfigurationError(msg)
 
 
 def _check_export(trainer: Trainer, backbone: SimplerBackbone, width: float) -> None:

@@ -122,6 +122,38 @@ class Fingerprint(Callback):
         (self.folder / f"trained.{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
+class Trained(Callback):
+    """Writes, at the end of training, which tensors have moved and what the optimizer holds."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        self.before = {}
+
+    def on_train_start(self, trainer, pl_module):
+        self.before = {name: value.detach().clone() for name, value in pl_module.named_parameters()}
+
+    def on_train_end(self, trainer, pl_module):
+        names = {id(value): name for name, value in pl_module.named_parameters()}
+        [optimizer] = trainer.optimizers
+        groups = [
+            {"lr": group["initial_lr"] if "initial_lr" in group else group["lr"],
+             "held": [names.get(id(value), "not of the model") for value in group["params"]]}
+            for group in optimizer.param_groups
+        ]  # fmt: skip
+        found = {
+            "names": list(names.values()),
+            "trainable": [name for name, value in pl_module.named_parameters() if value.requires_grad],
+            "unchanged": [name for name, value in pl_module.named_parameters() if torch.equal(value, self.before[name])],
+            "groups": groups,
+            "state": sum(value in optimizer.state for group in optimizer.param_groups for value in group["params"]),
+            "stale_state": len(set(map(id, optimizer.state)) - set(names)),
+            "kept": list(find_backbone(pl_module).kept),
+            "width": find_backbone(pl_module).width,
+            "step": trainer.global_step,
+        }
+        (self.folder / f"moved.{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
 class RestoresLast(DDPStrategy):
     """Reads checkpoints after the model was wrapped and the optimizer made, as FSDP and DeepSpeed do."""
 

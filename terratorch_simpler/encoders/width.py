@@ -81,7 +81,11 @@ class Narrowing:
         for layer, name, dim, positions in self.cuts:
             tensor = getattr(layer, name)
             taken = tensor.detach().index_select(dim, positions)
-            setattr(layer, name, nn.Parameter(taken, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else taken)
+            if isinstance(tensor, nn.Parameter):
+                tensor.grad = None
+                tensor.data = taken  # the same object: an optimizer that exists already goes on training it
+            else:
+                setattr(layer, name, taken)
         for layer, name, value in self.settings:
             _set(layer, name, value)
 
