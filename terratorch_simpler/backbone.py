@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from terratorch_simpler.encoders import (
@@ -22,36 +23,9 @@ from terratorch_simpler.encoders import (
     find_adapter,
 )
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, DepthError, PlanError
-from terratorch_simpler.plan import LARGEST_DEPTH, SlimmingPlan, feature_position, is_width, resolve_keep, resolve_width
-from terratorch_simpler.recovery import LARGEST_WIDTH, SpanMap, TokenMap, spans_between
-
-KEPT_KEY = "kept_blocks"
-DEPTH_KEY = "total_blocks"
-WIDTHS_KEY = "kept_widths"
-REPAIRED_KEY = "repaired"
-SHAPE_KEYS = (KEPT_KEY, DEPTH_KEY, WIDTHS_KEY, REPAIRED_KEY)
-"""Buffers that tell the shape; the last two are there only if there is something to tell."""
-MOST_WIDTHS = 100
-"""At which one encoder is trained; nobody waits for as many."""
-
-
-class Shape(NamedTuple):
-    """What is left of an encoder, as a checkpoint says it.
-
-    Attributes:
-        kept: Kept blocks, numbered as in the intact encoder.
-        total: Blocks of the intact encoder.
-        width: Kept share of the units of every attention head and MLP.
-        trained_widths: Widths at which the same weights were trained; empty after ordinary training.
-        repaired: Maps in the place of dropped ranges: the state before the range (0 is the input of the first block, l the
-            output of block l), the width of a token, and whether class and register tokens have a map of their own.
-    """
-
-    kept: tuple[int, ...]
-    total: int
-    width: float = 1.0
-    trained_widths: tuple[float, ...] = ()
-    repaired: tuple[tuple[int, int, int], ...] = ()
+from terratorch_simpler.plan import SlimmingPlan, feature_position, resolve_keep, resolve_width
+from terratorch_simpler.recovery import SpanMap, TokenMap
+from terratorch_simpler.shape import EXTRA_KEY, Shape, pop_shape
 
 
 class SimplerBackbone(nn.Module):
@@ -60,11 +34,12 @@ class SimplerBackbone(nn.Module):
     Feature i of the intact encoder is answered by kept block ceil((i + 1) k / L) - 1, so the list of features keeps its
     length and necks, indices and decoders built for the intact encoder go on working. The final norm follows the last
     kept block, so every index that maps to it receives the normed tensor, as in an encoder built with k blocks.
-    When nothing is cut the features are those of the inner encoder, bit for bit.
+    When nothing is cut the features are those of the inner encoder, bit for bit. Attributes and methods of the encoder are
+    reachable; ``out_indices`` is in the numbering of the intact encoder.
 
-    The kept blocks, and a width below 1, are buffers, so every checkpoint says what shape it has; loading one cuts, or grows
-    back, to match before the weights of the blocks are read. One that was trained at several widths is loaded at the width
-    that the backbone was built with.
+    The kept blocks and the width are the module's extra state, so every checkpoint says what shape it has; loading one cuts,
+    or grows back, to match before the weights of the blocks are read. One that was trained at several widths is loaded at
+    the width that the backbone was built with. Weights that do not tell a shape are loaded into the present one.
 
     Args:
         encoder: Encoder of a supported family, with all its blocks.
@@ -111,7 +86,6 @@ class SimplerBackbone(nn.Module):
             feature_position(index, self.full_num_blocks, self.full_num_blocks)  # refuses what does not exist
         self.out_channels = [channels[i] for i in self._out_indices]
         self._plan: SlimmingPlan | None = None
-        self.register_buffer(DEPTH_KEY, torch.tensor(self.full_num_blocks))
         self._set_kept(tuple(range(self.full_num_blocks)))
         self._set_widths(1.0, ())
         self.recovery = nn.ModuleDict()
@@ -172,6 +146,11 @@ class SimplerBackbone(nn.Module):
     def fewest_blocks(self) -> int:
         """Fewest blocks that an encoder of this family works with."""
         return self._adapter.fewest_blocks
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Blocks whose features are returned, numbered as in the intact encoder."""
+        return list(self._out_indices)
 
     @property
     def feature_positions(self) -> tuple[int, ...]:
@@ -333,9 +312,8 @@ class SimplerBackbone(nn.Module):
             handle.remove()
         self._handles.clear()
         self.recovery.clear()
-        self._buffers.pop(REPAIRED_KEY, None)
         self._repaired = ()
-        device = self.get_buffer(DEPTH_KEY).device
+        device = next(self.encoder.parameters()).device
         # Where the encoder is frozen (LoRA, freeze_backbone), so is what stands for a part of it.
         trainable = all(parameter.requires_grad for parameter in self.blocks.parameters())
         prefix = self.prefix_tokens
@@ -344,9 +322,7 @@ class SimplerBackbone(nn.Module):
             position = self._kept.index(before - 1) if before else -1
             self._handles.append(self._adapter.insert(self.encoder, position, token_map))
             self.recovery[str(before)] = token_map
-        if maps:
-            self._repaired = tuple((before, len(one.patch), int(one.special is not None)) for before, one in maps.items())
-            self.register_buffer(REPAIRED_KEY, torch.tensor(self._repaired, device=device))
+        self._repaired = tuple((before, len(one.patch), int(one.special is not None)) for before, one in maps.items())
 
     def at_width(self, width: float) -> Narrowing:
         """What changes at another width, to be lent for single forward passes.
@@ -396,11 +372,6 @@ class SimplerBackbone(nn.Module):
 
     def _set_widths(self, width: float, trained: Sequence[float]) -> None:
         self._width, self._trained_widths = width, tuple(trained)
-        self._buffers.pop(WIDTHS_KEY, None)
-        if trained or width != 1:
-            # As bits: precisions such as bf16-true would round a buffer of floating-point numbers.
-            bits = torch.tensor(trained or [width], dtype=torch.float64).view(torch.int64)
-            self.register_buffer(WIDTHS_KEY, bits.to(self.get_buffer(DEPTH_KEY).device))
 
     def _reshape(self, kept: tuple[int, ...]) -> None:
         # A block that is not there any more is grown as a copy of the first one: same shape, weights to be loaded.
@@ -411,8 +382,6 @@ class SimplerBackbone(nn.Module):
 
     def _set_kept(self, kept: tuple[int, ...]) -> None:
         self._kept = kept
-        device = self.get_buffer(DEPTH_KEY).device
-        self.register_buffer(KEPT_KEY, torch.tensor(kept, device=device))
         self._positions = [feature_position(i, len(kept), self.full_num_blocks) for i in self._out_indices]
 
     @property
@@ -466,11 +435,22 @@ class SimplerBackbone(nn.Module):
             self.encoder.requires_grad_(False)
         self.recovery.requires_grad_(False)
 
+    def get_extra_state(self) -> Tensor:
+        """The shape, for checkpoints: not as buffers, which averaging of weights would average."""
+        return self.shape.as_tensor()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing is left to do: the shape has to be there before the weights of the blocks are loaded."""
+
     def __getattr__(self, name: str) -> Any:
-        """Offer ``prepare_features_for_image_model`` only if the encoder does: TerraTorch asks whether it exists."""
-        if name == "prepare_features_for_image_model":
-            return getattr(self.encoder, name)
-        return super().__getattr__(name)
+        """Attributes of the encoder, where this module has none of that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            encoder = vars(self).get("_modules", {}).get("encoder")  # not there yet while a copy is made
+            if encoder is None:
+                raise
+        return getattr(encoder, name)
 
     def extra_repr(self) -> str:
         """Name, depth and width."""
@@ -483,105 +463,27 @@ def _by_path(encoder: nn.Module, path: str) -> EncoderAdapter:
     return adapter
 
 
-def shape_in_checkpoint(state_dict: Mapping[str, Tensor], source: str) -> Shape:
-    """Shape of the encoder that a checkpoint says it has.
-
-    Args:
-        state_dict: Weights of a whole model.
-        source: Where they came from, for messages.
-
-    Raises:
-        CheckpointError: If there is no SimplerBackbone in it, or what it says is damaged.
-    """
-    for key, kept in state_dict.items():
-        if (
-            key.rpartition(".")[2] == KEPT_KEY
-            and (total := state_dict.get(key.removesuffix(KEPT_KEY) + DEPTH_KEY)) is not None
-        ):
-            blocks, number = _plain_depth(kept, total, source)
-            widths = _plain_widths(state_dict.get(key.removesuffix(KEPT_KEY) + WIDTHS_KEY), source)
-            repaired = _plain_repairs(state_dict.get(key.removesuffix(KEPT_KEY) + REPAIRED_KEY), blocks, number, source)
-            return Shape(blocks, number, widths[-1], widths if len(widths) > 1 else (), repaired)
-    msg = (
-        f"Found no '{KEPT_KEY}' in checkpoint {source}, expected one written with a 'simpler_' backbone: remove 'simpler_' "
-        "and the callback to go on with it, or start a new run."
-    )
-    raise CheckpointError(msg)
-
-
-def _plain_depth(kept: Tensor, total: Tensor, source: str) -> tuple[tuple[int, ...], int]:
-    integers = {kept.dtype, total.dtype} <= {torch.int64, torch.int32}
-    if kept.ndim != 1 or total.numel() != 1 or not 0 < len(kept) <= LARGEST_DEPTH or not integers:
-        msg = (
-            f"Found '{KEPT_KEY}' of shape {tuple(kept.shape)} and type {kept.dtype} in checkpoint {source}, expected a list "
-            "of block numbers: the checkpoint is damaged, take an earlier one."
-        )
-        raise CheckpointError(msg)
-    blocks, number = [int(block) for block in kept.tolist()], int(total)
-    ascending = all(low < high for low, high in zip([-1, *blocks], [*blocks, number], strict=True))
-    if not ascending or number > LARGEST_DEPTH:
-        msg = (
-            f"Found '{KEPT_KEY}' {blocks} of {number} blocks in checkpoint {source}, expected ascending block numbers of "
-            "that encoder: the checkpoint is damaged, take an earlier one."
-        )
-        raise CheckpointError(msg)
-    return tuple(blocks), number
-
-
-def _plain_widths(bits: Tensor | None, source: str) -> tuple[float, ...]:
-    if bits is None:
-        return (1.0,)
-    if bits.ndim == 1 and bits.dtype == torch.int64 and 0 < len(bits) <= MOST_WIDTHS:
-        found = bits.cpu().view(torch.float64).tolist()
-        if all(map(is_width, found)) and found == sorted(set(found)):
-            return tuple(found)
-    msg = (
-        f"Found '{WIDTHS_KEY}' of shape {tuple(bits.shape)} and type {bits.dtype} in checkpoint {source}, expected the bits "
-        "of ascending numbers above 0 and at most 1: the checkpoint is damaged, take an earlier one."
-    )
-    raise CheckpointError(msg)
-
-
-def _plain_repairs(
-    repaired: Tensor | None, kept: Sequence[int], total: int, source: str
-) -> tuple[tuple[int, int, int], ...]:
-    if repaired is None:
-        return ()
-    befores = [before for before, _ in spans_between(kept, total)]
-    if repaired.dtype == torch.int64 and repaired.shape == (len(befores), 3) and repaired[:, 0].tolist() == befores:
-        found = tuple((int(before), int(width), int(special)) for before, width, special in repaired.tolist())
-        if len({width for _, width, _ in found}) == 1 and all(
-            0 < width <= LARGEST_WIDTH and special in (0, 1) for _, width, special in found
-        ):
-            return found
-    msg = (
-        f"Found '{REPAIRED_KEY}' of shape {tuple(repaired.shape)} and type {repaired.dtype} in checkpoint {source}, "
-        "expected a state, a width and a flag for each dropped range: the checkpoint is damaged, take an earlier one."
-    )
-    raise CheckpointError(msg)
-
-
 def _blank_map(width: int, special: bool) -> SpanMap:
     """A map whose weights are to be loaded."""
     return SpanMap(torch.eye(width), torch.eye(width) if special else None)
 
 
 def _match_checkpoint(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    _local_metadata: object,
-    strict: bool,
-    *_lists: list[str],
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _local_metadata: object, *_strict_and_lists: object
 ) -> None:
-    """Reshape the backbone to the checkpoint before its children are visited."""
+    """Reshape the backbone to the checkpoint before its children are visited.
+
+    PyTorch always says that loading is strict here, and complains afterwards itself of what is missing.
+    """
     assert isinstance(module, SimplerBackbone)
-    own = {key: state_dict[prefix + key] for key in SHAPE_KEYS if prefix + key in state_dict}
-    if not own and not strict:
+    shape = pop_shape(state_dict, prefix, f"at '{prefix}'")
+    if shape is None:
+        _refuse_plain(module, state_dict, prefix)
         return
-    shape = shape_in_checkpoint(own, f"at '{prefix}'")
+    state_dict[f"{prefix}{EXTRA_KEY}"] = shape.as_tensor()
     if shape.total == module.full_num_blocks:  # otherwise that is the clearer thing to say
         _check_shapes(module, state_dict, f"{prefix}encoder.", shape.width)
+        _check_blocks(module, state_dict, f"{prefix}encoder.", shape)
         _check_maps(shape, state_dict, f"{prefix}recovery.")
     wanted = module.width if shape.trained_widths else shape.width
     if wanted != shape.width and wanted not in shape.trained_widths:
@@ -592,6 +494,35 @@ def _match_checkpoint(
         raise CheckpointError(msg)
     module.match_checkpoint(shape)
     module._wanted_width = wanted
+
+
+def _refuse_plain(module: SimplerBackbone, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Refuse the weights of the same encoder without a SimplerBackbone: none of them would be loaded."""
+    names = [name for name, _ in module.encoder.named_parameters()]
+    plain = sum(f"{prefix}{name}" in state_dict for name in names)
+    own = sum(f"{prefix}encoder.{name}" in state_dict for name in names)
+    if plain > max(own, len(names) // 2):
+        msg = (
+            f"The checkpoint holds '{module.name}' without 'simpler_' ({plain} weights at '{prefix}'), expected one written "
+            "with it: give the file as backbone_ckpt_path, or load it into the attribute encoder of the backbone."
+        )
+        raise CheckpointError(msg)
+
+
+def _check_blocks(module: SimplerBackbone, state_dict: Mapping[str, Any], prefix: str, shape: Shape) -> None:
+    """Refuse a checkpoint that says its shape but lacks blocks that would have to be grown for it."""
+    if (shape.kept, shape.width) == (module.kept, module.width):
+        return
+    stack = next(name for name, part in module.encoder.named_modules() if part is module.blocks)
+    held = {
+        key.removeprefix(f"{prefix}{stack}.").partition(".")[0] for key in state_dict if key.startswith(f"{prefix}{stack}.")
+    }
+    if missing := [block for position, block in enumerate(shape.kept) if str(position) not in held]:
+        msg = (
+            f"The checkpoint says that '{module.name}' keeps the blocks {list(shape.kept)} and holds no weights of "
+            f"{missing}, expected those of all: it is damaged, take an earlier one."
+        )
+        raise CheckpointError(msg)
 
 
 def _check_maps(shape: Shape, state_dict: Mapping[str, Tensor], prefix: str) -> None:
@@ -620,6 +551,8 @@ def _listed(widths: Sequence[float]) -> str:
 
 def _check_shapes(module: SimplerBackbone, state_dict: Mapping[str, Tensor], prefix: str, width: float) -> None:
     """Refuse a checkpoint of an encoder that differs in more than depth and width."""
+    if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
+        return  # holds parts of its weights only
     changed = {} if width == module.width else module.at_width(width).shapes()
     for key, value in module.encoder.state_dict(keep_vars=True).items():
         other, shape = state_dict.get(prefix + key), changed.get(id(value), value.shape)

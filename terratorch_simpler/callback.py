@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
-from terratorch_simpler.backbone import SHAPE_KEYS, SimplerBackbone
+from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
@@ -174,9 +174,11 @@ class SimplerCallback(Callback):
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> None:
         """Take the shape of the checkpoint to resume from, or that which the encoder has already, or choose one."""
-        checkpoint = _checkpoint_to_resume(trainer)
+        checkpoint, weights_only = _checkpoint_to_resume(trainer)
         if checkpoint is not None:
-            backbone.match_checkpoint(read_shape(checkpoint, trainer.strategy.checkpoint_io))
+            with Processes.of_run() as processes:
+                shape = processes.once(lambda: read_shape(checkpoint, trainer.strategy.checkpoint_io, weights_only))
+            backbone.match_checkpoint(shape)
             rank_zero_info(f"Resuming with {_held(backbone)} as in {checkpoint}; nothing is selected again.")
         elif backbone.num_blocks < backbone.full_num_blocks or backbone.width < 1:
             backbone.set_width(min(self._how.width, backbone.width))
@@ -195,10 +197,7 @@ class SimplerCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The shape, for strategies whose checkpoints hold the weights elsewhere; other checkpoints need it not."""
-        if self._backbone is None:
-            return {}
-        buffers = dict(self._backbone.named_buffers(recurse=False))
-        return {key: buffers[key].tolist() for key in SHAPE_KEYS if key in buffers}
+        return {} if self._backbone is None else self._backbone.shape.as_plain()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the deployment file loadable: TerraTorch drops all callbacks there, and with them our import."""
@@ -293,13 +292,18 @@ def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) ->
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     name = type(own).__name__
     for callback in callbacks[: callbacks.index(own)]:
-        held = [part for value in vars(callback).values() if isinstance(value, nn.Module) for part in value.modules()]
-        if any(isinstance(part, SimplerBackbone) and part is not backbone for part in held):
+        if any(part is not backbone for part in backbones_of(callback)):
             msg = (
                 f"Found {type(callback).__name__}, which has copied the uncut model, before {name}, expected it after: list "
                 f"{name} first."
             )
             raise ConfigurationError(msg)
+
+
+def backbones_of(callback: Callback) -> list[SimplerBackbone]:
+    """Backbones in the modules that a callback holds, such as the averaged model of WeightAveraging."""
+    modules = [value for value in vars(callback).values() if isinstance(value, nn.Module)]
+    return [part for module in modules for part in module.modules() if isinstance(part, SimplerBackbone)]
 
 
 def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -350,8 +354,8 @@ def _held(backbone: SimplerBackbone) -> str:
     return f"{backbone.num_blocks} of {backbone.full_num_blocks} blocks{width}"
 
 
-def _checkpoint_to_resume(trainer: Trainer) -> str | os.PathLike[str] | None:
-    """The checkpoint this fit resumes from, or None.
+def _checkpoint_to_resume(trainer: Trainer) -> tuple[str | os.PathLike[str] | None, bool]:
+    """The checkpoint this fit resumes from, or None, and whether it may hold tensors and plain values only.
 
     Lightning resolves ``ckpt_path`` ("last", "hpc", a file) into a local variable of ``Trainer._run`` and tells no
     callback before the weights are restored. Without it the encoder would be measured again for nothing; the result
@@ -360,9 +364,9 @@ def _checkpoint_to_resume(trainer: Trainer) -> str | os.PathLike[str] | None:
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
-            return frame.f_locals.get("ckpt_path")
+            return frame.f_locals.get("ckpt_path"), frame.f_locals.get("weights_only") is not False
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return None, True
 
 
 def _log_page(trainer: Trainer, plan: SlimmingPlan, page: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from lightning.fabric.plugins.io import CheckpointIO
 from torch import Tensor, nn
 
-from terratorch_simpler.backbone import DEPTH_KEY, KEPT_KEY, SHAPE_KEYS, Shape, shape_in_checkpoint
 from terratorch_simpler.errors import CheckpointError
 from terratorch_simpler.files import load_tensors
+from terratorch_simpler.shape import DEPTH_KEY, KEPT_KEY, Shape, shape_in, shape_of_callback
 
 FILES_IN_FOLDERS = (
     "meta.pt",  # FSDP with sharded state
@@ -21,6 +22,9 @@ FILES_IN_FOLDERS = (
     "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt",  # DeepSpeed, stage 3
 )
 """Where strategies that write folders keep what is not a sharded tensor."""
+
+CHECKED_BYTES = 2**20
+"""Records of a file up to this size are compared with their checksums even if the weights stay on the disk."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -42,14 +46,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def read_shape(path: str | os.PathLike[str], checkpoint_io: CheckpointIO) -> Shape:
+def read_shape(path: str | os.PathLike[str], checkpoint_io: CheckpointIO, weights_only: bool = True) -> Shape:
     """Shape of the encoder that a run resumes with, before the strategy restores it.
 
-    FSDP and DeepSpeed wrap the model and make the optimizer before they read the weights, so it has to be cut by then.
+    FSDP and DeepSpeed wrap the model before they read the weights, so it has to be pruned by then. Of a local file no
+    weights are read: they stay on the disk, whatever their size.
 
     Args:
         path: A file, or the folder that FSDP or DeepSpeed has written.
         checkpoint_io: Reads what is not a local file.
+        weights_only: Whether to refuse anything but tensors and plain values, as the fit that resumes does.
 
     Raises:
         CheckpointError: If it is damaged, or not of a SimplerBackbone.
@@ -57,14 +63,29 @@ def read_shape(path: str | os.PathLike[str], checkpoint_io: CheckpointIO) -> Sha
     local = Path(path)
     if local.is_dir():
         return _shape_in_folder(local)
-    if local.exists():
-        content = read_checkpoint(path)
-    else:
-        try:
-            content = checkpoint_io.load_checkpoint(path, weights_only=True)
-        except Exception as err:
-            raise _unreadable(path, err) from err
-    return shape_in_checkpoint(_weights(content, path), str(path))
+    try:
+        if local.exists():
+            content = load_mapped(local, weights_only)
+        else:
+            content = checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+    except Exception as err:  # a damaged file raises anything
+        raise _unreadable(path, err) from err
+    return shape_in(_weights(content, path), str(path))
+
+
+def load_mapped(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
+    """Load a file that ``torch.save`` has written, with weights that stay on the disk until they are used.
+
+    Raises:
+        Exception: Of any kind, if the file is damaged or holds what is not allowed.
+    """
+    if not zipfile.is_zipfile(path):  # PyTorch before 1.6
+        return torch.load(path, map_location="cpu", weights_only=weights_only)
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.CRC and entry.file_size <= CHECKED_BYTES:
+                archive.read(entry)
+    return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
 def load_weights(task: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
@@ -101,7 +122,7 @@ def load_at_full_depth(task: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: If it is damaged, of another model, or of one that was cut.
     """
     weights = _weights(read_checkpoint(path), path)
-    shape = shape_in_checkpoint(weights, str(path))
+    shape = shape_in(weights, str(path))
     if shape != Shape(tuple(range(shape.total)), shape.total):
         msg = (
             f"Found a checkpoint of {len(shape.kept)} of {shape.total} blocks and width {shape.width:g} at {path}, expected "
@@ -118,8 +139,7 @@ def _shape_in_folder(folder: Path) -> Shape:
             states = callbacks.values() if isinstance(callbacks, Mapping) else ()
             for state in states:
                 if isinstance(state, Mapping) and {KEPT_KEY, DEPTH_KEY} <= state.keys():
-                    as_weights = {key: torch.as_tensor(state[key]) for key in SHAPE_KEYS if key in state}
-                    return shape_in_checkpoint(as_weights, str(folder))
+                    return shape_of_callback(state, str(folder))
     msg = (
         f"Found nothing in {folder} that tells which blocks were kept, expected a folder that FSDP or DeepSpeed has written "
         "in a run with SimplerCallback: give a checkpoint file."
@@ -127,9 +147,9 @@ def _shape_in_folder(folder: Path) -> Shape:
     raise CheckpointError(msg)
 
 
-def _weights(content: Mapping[str, Any], path: object) -> Mapping[str, Tensor]:
-    weights = content.get("state_dict")
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+def _weights(content: object, path: object) -> Mapping[str, Any]:
+    weights = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping):
         msg = f"Found no state_dict in {path}, expected a checkpoint written by terratorch fit: give one of these."
         raise CheckpointError(msg)
     return weights

@@ -74,7 +74,7 @@ class ParameterChange:
                 group["param_names"] = [name for name, _ in now]
 
     def convert_state(self, state: dict[str, Any]) -> None:
-        """Convert the state of an optimizer that still holds what was dropped, as checkpoints of version 0.1.0 do.
+        """Convert the state of an optimizer that still holds what was dropped, as earlier checkpoints do.
 
         Args:
             state: An optimizer's ``state_dict``, changed in place; left alone if it has the present number of parameters.

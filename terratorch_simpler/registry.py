@@ -16,6 +16,7 @@ from torch import nn
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.encoders import refuse_by_name
 from terratorch_simpler.plan import resolve_width
+from terratorch_simpler.pretrained import check_loaded, load_pruned, take_pruned_weights
 
 SOURCE = "simpler"
 
@@ -79,18 +80,22 @@ class SimplerSource:
         width = 1.0 if width is None else resolve_width(width)  # before weights are fetched
         if isinstance(kwargs.get("pretrained"), str):
             kwargs["pretrained"] = yaml.safe_load(kwargs["pretrained"])  # 'false' would be taken for true
+        weights = take_pruned_weights(name, kwargs)
         encoder = self._others().build(name, *args, **kwargs)
-        return SimplerBackbone(
+        if weights is None:
+            check_loaded(encoder, name, kwargs)
+        backbone = SimplerBackbone(
             encoder,
             name=name,
             out_indices=out_indices,
-            keep=keep,
-            plan=plan,
-            width=width,
+            **({"keep": keep, "plan": plan, "width": width} if weights is None else {}),
             # DINOv3 takes its weights from ckpt_path alone; whether they are any good is not known here.
             pretrained=None if "pretrained" not in kwargs and kwargs.get("ckpt_path") else bool(kwargs.get("pretrained")),
             block_path=block_path,
         )
+        if weights is not None:
+            load_pruned(backbone, weights, keep, plan, width)
+        return backbone
 
 
 class NarrowQKVSep(peft_utils.QKVSep):

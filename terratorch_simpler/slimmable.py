@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.callback import refuse_copies
+from terratorch_simpler.callback import backbones_of, refuse_copies
 from terratorch_simpler.encoders import Narrowing
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.plan import resolve_width
@@ -69,7 +69,10 @@ class SlimmableTraining(Callback):
         """Have the task's steps run at several widths; by now the encoder is cut and on its device."""
         backbone = find_backbone(pl_module)
         self._check_width(backbone)
-        backbone.mark_trained_widths(self.widths)  # a checkpoint that was resumed from may have said otherwise
+        # A checkpoint that was resumed from may have said otherwise, to an averaged copy as well.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for one in [backbone, *(copy for callback in callbacks for copy in backbones_of(callback))]:
+            one.mark_trained_widths(self.widths)
         self._narrow = {width: backbone.at_width(width) for width in self.widths[:-1]}
         training, validation = pl_module.training_step, pl_module.validation_step
         pl_module.training_step = self._several(trainer, pl_module, training)  # type: ignore[method-assign]

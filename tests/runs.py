@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from terratorch.tasks import SemanticSegmentationTask
-from torch.distributed.fsdp import fully_shard
+from timm.models.vision_transformer import Block
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from terratorch_simpler.processes import Processes
 from terratorch_simpler.selection import find_backbone
@@ -160,6 +161,23 @@ class RestoresLast(DDPStrategy):
     @property
     def restore_checkpoint_after_setup(self):
         return True
+
+
+def fsdp_on_cpu(_rank) -> None:
+    """Let FSDP shard on a CPU: PyTorch asks for an explicit device there."""
+    original = FullyShardedDataParallel.__init__
+
+    def init(self, module, *args, device_id=None, **kwargs):
+        original(self, module, *args, device_id=torch.device("cpu") if device_id is None else device_id, **kwargs)
+
+    FullyShardedDataParallel.__init__ = init
+
+
+class CpuFSDP(FSDPStrategy):
+    """Lightning refuses its own class on a CPU, and no other."""
+
+    def __init__(self, state_dict_type: str = "full"):
+        super().__init__(state_dict_type=state_dict_type, auto_wrap_policy={Block})
 
 
 class ShardedTask(SemanticSegmentationTask):

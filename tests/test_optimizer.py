@@ -272,7 +272,7 @@ def steps(module, optimizer, count=2):
 
 
 def test_the_state_of_an_optimizer_that_still_holds_dropped_blocks_is_converted(task):
-    """Checkpoints of version 0.1.0 hold the state of all parameters of the intact model."""
+    """Earlier checkpoints hold the state of all parameters of the intact model."""
     old = task()
     optimizer = torch.optim.AdamW(old.parameters(), lr=1e-3)
     find_backbone(old).keep_blocks([0, 3, 7])

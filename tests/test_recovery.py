@@ -17,7 +17,9 @@ from terratorch_simpler.measure import borrowed, measure
 from terratorch_simpler.measure.repairs import HELD_OUT
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.recovery import RIDGE, SpanMap, SpanSums, spans_between
+from terratorch_simpler.shape import SHAPE_KEYS
 from terratorch_simpler.similarity import full_float32
+from tests.checkpoints import as_buffers, changed
 from tests.families import FAMILIES, wrapped
 from tests.memory import Tiles, land
 from tests.planted import idle, random_statistics
@@ -394,21 +396,24 @@ def test_checkpoints_bring_their_maps(build, into):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"repaired": torch.tensor([[3, 48, 1]])}, "Found 'repaired' of shape"),
-        ({"repaired": torch.tensor([[3, 48, 1], [7, 48, 1]])}, "Found 'repaired' of shape"),
-        ({"repaired": torch.tensor([[3, 48, 1], [8, 48, 2]])}, "Found 'repaired' of shape"),
-        ({"repaired": torch.tensor([[3, 48, 1], [8, 47, 1]])}, "Found 'repaired' of shape"),
-        ({"repaired": torch.tensor([[3, 2**40, 1], [8, 2**40, 1]])}, "Found 'repaired' of shape"),
-        ({"repaired": torch.tensor([[3, 48, 1.5], [8, 48, 1]])}, "Found 'repaired' of shape"),
-        ({"repaired": torch.tensor([[3, 16384, 1], [8, 16384, 1]])}, "Found no map of 16384 x 16384"),
+        ({"repaired": [[3, 48, 1]]}, "has 'repaired' "),
+        ({"repaired": [[3, 48, 1], [7, 48, 1]]}, "has 'repaired' "),
+        ({"repaired": [[3, 48, 1], [8, 48, 2]]}, "has 'repaired' "),
+        ({"repaired": [[3, 48, 1], [8, 47, 1]]}, "has 'repaired' "),
+        ({"repaired": [[3, 2**40, 1], [8, 2**40, 1]]}, "has 'repaired' "),
+        ({"repaired": [[3, 48, 1.5], [8, 48, 1]]}, "has '"),
+        ({"repaired": [[3, 16384, 1], [8, 16384, 1]]}, "Found no map of 16384 x 16384"),
         ({"recovery.3.patch.weight": None}, r"Found no map of 48 x 48 for 'recovery\.3'"),
-        ({"kept_blocks": torch.tensor([0, 1, 2, 6, 8])}, "Found 'repaired' of shape"),
+        ({"kept_blocks": [0, 1, 2, 6, 8]}, "has 'repaired' "),
     ],
 )
-def test_damaged_repairs_are_refused(build, change, message):
+@pytest.mark.parametrize("form", ["extra state", "buffers"])
+def test_damaged_repairs_are_refused(build, change, message, form):
     trained, kept = small(build), [0, 1, 2, 6, 7]
     trained.slim(plan_of(trained, kept, maps_for(trained, land(40), kept)))
-    state = {**trained.state_dict(), **change}
+    said = {key: value for key, value in change.items() if key in SHAPE_KEYS}
+    state = {**changed(trained.state_dict(), **said), **{key: value for key, value in change.items() if key not in said}}
+    state = as_buffers(state) if form == "buffers" else state
     other = small(build)
     with pytest.raises(CheckpointError, match=message):
         other.load_state_dict({key: value for key, value in state.items() if value is not None})

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from terratorch.cli_tools import LightningInferenceModel
@@ -16,6 +16,7 @@ from terratorch_simpler import SimplerCallback, SlimmableTraining
 from terratorch_simpler.cli import main
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
 from terratorch_simpler.export.trained import answer, difference
+from terratorch_simpler.shape import shape_in
 from terratorch_simpler.similarity import full_float32
 from tests.extras import needs_peft
 from tests.runs import Command, config
@@ -301,7 +302,7 @@ def test_two_processes_train_the_same_weights(scenes, tmp_path):
     assert command.wait() == [0, 0], command.output()
     first, second = (json.loads((tmp_path / f"trained.{rank}.json").read_text()) for rank in range(2))
     assert first["weights"] == second["weights"]
-    assert any(name.endswith("kept_widths") for name in first["weights"])
+    assert any(name.endswith("_extra_state") for name in first["weights"])
 
 
 @pytest.mark.parametrize("widths", [[], [0.5], [0.5, 0.5], [0.5, 0.5, 1.0]])
@@ -326,3 +327,20 @@ def test_sharded_weights_are_refused(trainer, task, datamodule, monkeypatch):
     monkeypatch.setattr(type(run), "strategy", FSDPStrategy())
     with pytest.raises(ConfigurationError, match="Found strategy FSDPStrategy, expected one that keeps weights whole"):
         run.callbacks[0].setup(run, task(), "fit")
+
+
+def test_averaged_weights_of_a_run_that_resumes_say_their_widths(task, datamodule, tmp_path):
+    def fit(seed, epochs, first, **kwargs):
+        module = task(seed=seed, backbone_embed_dim=48, backbone_num_heads=3)
+        saved = ModelCheckpoint(dirpath=tmp_path, filename=str(seed), enable_version_counter=False)
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=epochs, default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_train_batches=1, limit_val_batches=0,
+            callbacks=[*first, EMAWeightAveraging(decay=0.9), saved],
+        )  # fmt: skip
+        trainer.fit(module, datamodule=datamodule(), **kwargs)
+        return torch.load(tmp_path / f"{seed}.ckpt", weights_only=True)["state_dict"]
+
+    assert shape_in(fit(0, 1, []), "test").trained_widths == ()
+    resumed = fit(1, 2, [SlimmableTraining([0.5, 1.0])], ckpt_path=tmp_path / "0.ckpt")
+    assert shape_in(resumed, "test").trained_widths == (0.5, 1.0)

@@ -13,6 +13,7 @@ from terratorch_simpler.criteria.sls import MOST_ROWS, silhouettes
 from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
 from terratorch_simpler.selection import find_backbone, labelled_rows
 from tests import runs
+from tests.checkpoints import kept_in
 from tests.extras import needs_peft
 from tests.rasters import write
 
@@ -215,8 +216,7 @@ def test_a_plan_from_tuned_adapters_is_applied_to_a_new_run(tuned, places, tmp_p
     command = runs.Command(tmp_path / "again", again, "--trainer.max_epochs", "1")
     assert command.wait() == [0], command.output()[-3000:]
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    kept = next(value for name, value in state.items() if name.endswith("kept_blocks"))
-    assert kept.tolist() == list(plan.kept_blocks)
+    assert kept_in(state) == plan.kept_blocks
     assert main(["plan", "-c", str(config), "-o", str(tmp_path / "x"), "--ckpt_path",
                  str(tmp_path / "checkpoints" / "last.ckpt")]) == 1 or depth == 12  # fmt: skip
     if depth < 12:
@@ -226,7 +226,7 @@ def test_a_plan_from_tuned_adapters_is_applied_to_a_new_run(tuned, places, tmp_p
 @needs_peft
 @pytest.mark.parametrize(("content", "message"), [
     (b"nothing", "Found no readable checkpoint at"),
-    ({"state_dict": {}}, "Found no 'kept_blocks' in checkpoint"),
+    ({"state_dict": {}}, "has no 'kept_blocks', expected one written with a 'simpler_' backbone"),
     ({"state_dict": {INNER + "kept_blocks": torch.arange(12), INNER + "total_blocks": torch.tensor(12)}},
      "that do not fit the model"),
 ])  # fmt: skip

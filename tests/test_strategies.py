@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan
-from terratorch_simpler.backbone import Shape
 from terratorch_simpler.checkpoint import FILES_IN_FOLDERS, read_shape
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
+from terratorch_simpler.shape import Shape
 from tests.runs import Command, config
 
 pytestmark = pytest.mark.filterwarnings(
@@ -94,7 +94,7 @@ def test_checkpoint_folder_that_tells_no_shape_is_refused(tmp_path, content):
 @pytest.mark.parametrize("kept", [[3, 1], [1, 1], [-1, 2], [0, 12], [], [0.5], [[0]]])
 def test_checkpoint_folder_with_a_shape_that_makes_no_sense_is_refused(tmp_path, kept):
     torch.save({"callbacks": {"x": {"kept_blocks": kept, "total_blocks": 12}}}, tmp_path / "meta.pt")
-    with pytest.raises(CheckpointError, match="the checkpoint is damaged, take an earlier one"):
+    with pytest.raises(CheckpointError, match="it is damaged, take an earlier one"):
         read_shape(tmp_path, Reader())
 
 

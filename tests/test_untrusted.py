@@ -13,10 +13,12 @@ from rich.console import Console
 
 from terratorch_simpler import SlimmingPlan
 from terratorch_simpler import plan as plan_module
-from terratorch_simpler.backbone import Shape, SimplerBackbone
+from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.checkpoint import read_checkpoint, read_shape
 from terratorch_simpler.errors import CheckpointError, DepthError, PlanError
 from terratorch_simpler.report import full_table, report_page
+from terratorch_simpler.shape import Shape
+from tests.checkpoints import as_buffers, changed, said
 
 BLOCKS = 4
 PLAN = SlimmingPlan(
@@ -206,7 +208,7 @@ def test_blocks_that_a_plan_keeps_are_the_blocks_that_are_kept(small, data):
         backbone.slim(plan)
     except DepthError:
         pytest.fail("a plan that was read did not fit")
-    assert list(backbone.kept) == kept == backbone.get_buffer("kept_blocks").tolist()
+    assert list(backbone.kept) == kept == said(backbone.state_dict()["_extra_state"])["kept_blocks"]
     assert len(backbone.blocks) == len(kept)
 
 
@@ -245,7 +247,7 @@ def flip(content: bytes, at: int, bits: int) -> bytes:
 @given(data=st.data())
 def test_checkpoint_with_other_bytes(files, checkpoint, data):
     whole = checkpoint.read_bytes()
-    with zipfile.ZipFile(checkpoint) as archive:  # half of the examples hit what tells the shape
+    with zipfile.ZipFile(checkpoint) as archive:  # half of the examples hit what tells where things are
         pickled = next(entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
     start, end = pickled.header_offset, pickled.header_offset + pickled.file_size + 200
     at = data.draw(st.integers(start, end) | st.integers(0, len(whole) - 1))
@@ -256,7 +258,7 @@ def test_checkpoint_with_other_bytes(files, checkpoint, data):
 def test_every_bit_of_the_kept_blocks_counts(files, checkpoint):
     """PyTorch itself reads another block or weight from such a file and says nothing."""
     whole = checkpoint.read_bytes()
-    kept = torch.tensor([0, 2]).numpy().tobytes()
+    kept = b'{"kept_blocks": [0, 2], "total_blocks": 4}'
     assert whole.count(kept) == 1
     at = whole.index(kept)
     for bit in range(8 * len(kept)):
@@ -304,9 +306,12 @@ SHAPES = st.lists(st.integers(-2, 6), max_size=6) | st.lists(st.floats(allow_nan
 @given(kept=SHAPES, total=st.integers(-1, 2**40) | st.floats())
 def test_checkpoint_that_says_any_shape(files, small, kept, total):
     backbone = _once(small)
-    state = {**backbone.state_dict(), "kept_blocks": torch.tensor(kept), "total_blocks": torch.tensor(total)}
+    state = {**as_buffers(backbone.state_dict()), "kept_blocks": torch.tensor(kept), "total_blocks": torch.tensor(total)}
     torch.save({"state_dict": {f"e.{name}": value for name, value in state.items()}}, files / "said.ckpt")
     shape = shape_of(files / "said.ckpt")
+    state = changed(backbone.state_dict(), kept_blocks=kept, total_blocks=total)
+    torch.save({"state_dict": {f"e.{name}": value for name, value in state.items()}}, files / "said.ckpt")
+    assert shape_of(files / "said.ckpt") == shape
     if shape is None:
         return
     assert shape == Shape(tuple(kept), total)

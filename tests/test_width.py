@@ -26,7 +26,7 @@ from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan
-from terratorch_simpler.backbone import Shape, SimplerBackbone
+from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.encoders import Narrowing
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError, UnsupportedEncoderError
@@ -34,7 +34,9 @@ from terratorch_simpler.export import export_graph, export_plain, load_trained
 from terratorch_simpler.measure import count_macs
 from terratorch_simpler.plan import units
 from terratorch_simpler.report import plan_table
+from terratorch_simpler.shape import Shape
 from terratorch_simpler.similarity import full_float32
+from tests.checkpoints import as_buffers, bits, changed, said
 from tests.extras import needs_onnx, needs_peft
 from tests.families import FAMILIES, wrapped
 from tests.runs import Command, config
@@ -414,7 +416,7 @@ def test_the_intact_encoder_is_untouched_by_a_width_of_one(build):
     plain, backbone = build("prithvi_eo_v2_tiny_tl"), build(width=1.0)
     state = backbone.state_dict()
     backbone.set_width(1.0)
-    assert "kept_widths" not in state
+    assert "kept_widths" not in said(state["_extra_state"])
     assert all(torch.equal(state[f"encoder.{name}"], value) for name, value in plain.state_dict().items())
     assert not any("intact_units" in vars(part) or "forward" in vars(part) for part in backbone.blocks.modules())
 
@@ -512,30 +514,32 @@ def test_the_width_survives_other_precisions(build, dtype):
     assert other.width == 0.3
 
 
-def bits(*widths):
-    return torch.tensor(widths, dtype=torch.float64).view(torch.int64)
-
-
 @pytest.mark.parametrize(
     "found",
     [bits(0.0), bits(-0.5), bits(1.5), bits(float("nan")), bits(0.5, 0.25), bits(), torch.tensor([0.5]), bits(0.5)[0]],
     ids=str,
 )
 def test_damaged_widths_are_said(build, found):
-    state = {**build(width=0.5).state_dict(), "kept_widths": found}
-    with pytest.raises(CheckpointError, match=r"Found 'kept_widths' of shape .*the checkpoint is damaged, take an earlier"):
+    state = {**as_buffers(build(width=0.5).state_dict()), "kept_widths": found}
+    with pytest.raises(CheckpointError, match=r"has 'kept_\w+' .*: it is damaged, take an earlier"):
+        build().load_state_dict(state)
+
+
+@pytest.mark.parametrize("found", [[0.0], [-0.5], [1.5], [float("nan")], [0.5, 0.25], [], ["0.5"], 0.5, {}], ids=str)
+def test_damaged_widths_of_the_present_form_are_said(build, found):
+    state = changed(build(width=0.5).state_dict(), kept_widths=found)
+    with pytest.raises(CheckpointError, match=r"has 'kept_widths' .*, expected ascending numbers above 0 and at most 1"):
         build().load_state_dict(state)
 
 
 def test_a_width_that_does_not_fit_the_weights_is_said(build):
-    state = {**build(width=0.5).state_dict(), "kept_widths": bits(0.25)}
+    state = changed(build(width=0.5).state_dict(), kept_widths=[0.25])
     with pytest.raises(CheckpointError, match=r"qkv.weight' of shape \(288, 192\) in the checkpoint, expected \(144, 192\)"):
         build().load_state_dict(state)
 
 
 def test_a_width_lost_from_a_checkpoint_is_said(build):
-    state = build(width=0.5).state_dict()
-    del state["kept_widths"]
+    state = changed(build(width=0.5).state_dict(), kept_widths=None)
     with pytest.raises(CheckpointError, match=r"qkv.weight' of shape \(288, 192\) in the checkpoint, expected \(576, 192\)"):
         build(width=0.5).load_state_dict(state)
 
