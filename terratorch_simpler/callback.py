@@ -23,7 +23,6 @@ from terratorch_simpler.backbone import SHAPE_KEYS, SimplerBackbone
 from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
-from terratorch_simpler.files import whole_file
 from terratorch_simpler.measure import Measurement, Tokens
 from terratorch_simpler.plan import RECOVERIES, SlimmingPlan, resolve_width
 from terratorch_simpler.plan_cache import PlanCache
@@ -47,7 +46,6 @@ PAGE_FILE = "report.html"
 INDEX_FILE = "tiles.json"
 PLAIN_FOLDER = "plain"
 FAST_DEV_RUN_TILES = 64
-DEPLOY_CONFIG = "config_deploy.yaml"
 
 
 class SimplerCallback(Callback):
@@ -185,16 +183,8 @@ class SimplerCallback(Callback):
         return {key: buffers[key].tolist() for key in SHAPE_KEYS if key in buffers}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Keep the deployment file loadable: TerraTorch drops all callbacks there, and with them our import."""
-        self._release_signals()  # Lightning's own handlers come next
-        folder = trainer.log_dir  # a collective call, so on every rank
-        path = Path(folder or trainer.default_root_dir) / DEPLOY_CONFIG
-        written_now = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if trainer.is_global_zero and written_now and path.is_file():
-            config = yaml.safe_load(path.read_text())
-            config["trainer"]["callbacks"] = [{"class_path": "terratorch_simpler.SimplerCallback"}]
-            with whole_file(path) as part:
-                part.write_text(yaml.safe_dump(config))
+        """Give the signals back: Lightning's own handlers come next."""
+        self._release_signals()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the best checkpoint, if asked to."""

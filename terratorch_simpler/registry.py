@@ -14,6 +14,7 @@ from terratorch.utils import InvalidModelError
 from torch import nn
 
 from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.deployment import keep_import
 from terratorch_simpler.encoders import refuse_by_name
 from terratorch_simpler.plan import resolve_width
 
@@ -72,6 +73,7 @@ class SimplerSource:
             msg = f"Found no backbone '{name}' behind 'simpler_{name}', expected a name that TerraTorch can build."
             raise InvalidModelError(msg)
         refuse_by_name(name)
+        keep_import()
         # Settings of model_args given on the command line arrive as text.
         keep, width, out_indices = (
             yaml.safe_load(value) if isinstance(value, str) else value for value in (keep, width, out_indices)

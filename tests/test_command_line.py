@@ -45,7 +45,8 @@ FORMS = {
     "a setting before a file, which overrides it": "-c whole.yaml --trainer.max_epochs 9 -c later.yaml",
     "negative values": "-c whole.yaml --trainer.devices -1 --data.init_args.no_label_replace=-1",
     "a class by its name": "-c whole.yaml --data GenericNonGeoSegmentationDataModule --data.batch_size 5 "
-    "--data.num_workers 0 --data.num_classes 6 --data.train_data_root a --data.val_data_root b --data.test_data_root c --data.img_grep *.tif",
+    "--data.num_workers 0 --data.num_classes 6 --data.train_data_root a --data.val_data_root b --data.test_data_root c "
+    "--data.img_grep *.tif",
     "a class by its name in the file": "-c short.yaml",
     "a list that grows": "-c whole.yaml --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/loss",
     "settings without a dot": "-c whole.yaml --seed_everything 7 --out_dtype uint8 --optimizer SGD --optimizer.lr 1e-3",

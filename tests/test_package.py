@@ -17,7 +17,7 @@ LAYERS = [
     {"criteria"},
     {"encoders", "tiles"},
     {"backbone"},
-    {"registry", "report", "checkpoint", "plan_cache", "command_line"},
+    {"registry", "report", "checkpoint", "plan_cache", "command_line", "deployment"},
     {"measure", "export"},
     {"overview"},
     {"selection"},
