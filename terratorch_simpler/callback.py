@@ -22,7 +22,9 @@ from torch import nn
 from terratorch_simpler.backbone import SHAPE_KEYS, SimplerBackbone
 from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
+from terratorch_simpler.deployment import command_at_work
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
+from terratorch_simpler.factories import check_factory
 from terratorch_simpler.measure import Measurement, Tokens
 from terratorch_simpler.plan import RECOVERIES, SlimmingPlan, resolve_width
 from terratorch_simpler.plan_cache import PlanCache
@@ -99,6 +101,8 @@ class SimplerCallback(Callback):
         export: bool = False,
     ) -> None:
         """Check the options; nothing is read yet."""
+        if (command := command_at_work()) is not None:  # which builds callbacks before the model
+            check_factory(command.config.get(command.subcommand, command.config))
         if not 1 <= min_tiles <= max_tiles:
             msg = (
                 f"Found min_tiles {min_tiles} and max_tiles {max_tiles}, expected 1 <= min_tiles <= max_tiles: change them."

@@ -14,6 +14,7 @@ import yaml
 from terratorch import cli_tools
 
 from terratorch_simpler.errors import SettingsError
+from terratorch_simpler.factories import check_factory
 
 LONGEST = 400
 """Characters of an error of TerraTorch's parser, which repeats the whole config."""
@@ -28,8 +29,16 @@ class _Built(cli_tools.MyLightningCLI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_config_callback": None})
 
+    @property
+    def settings(self) -> Any:
+        """Those of the subcommand."""
+        return self.config[self.config.subcommand]
+
     def _parse_ckpt_path(self) -> None:
         pass
+
+    def before_instantiate_classes(self) -> None:
+        check_factory(self.settings)
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -43,11 +52,6 @@ class _Parsed(_Built):
         path = self.settings.get("custom_modules_path") or os.getenv("TERRATORCH_CUSTOM_MODULE_PATH")
         cli_tools.import_custom_modules(path)
 
-    @property
-    def settings(self) -> Any:
-        """Those of the subcommand."""
-        return self.config[self.config.subcommand]
-
 
 def build_run(arguments: Sequence[str], *, debug: bool = False) -> Any:
     """Build what ``terratorch fit`` would train.
@@ -60,7 +64,7 @@ def build_run(arguments: Sequence[str], *, debug: bool = False) -> Any:
         TerraTorch's command line, with ``model``, ``datamodule`` and ``trainer``.
 
     Raises:
-        SettingsError: If the parser refuses the arguments.
+        SettingsError: If the parser refuses the arguments, or the model factory takes no ``simpler_`` names.
     """
     with _host_class(_Built), _sentence(arguments, debug):
         return cli_tools.build_lightning_cli(["fit", *arguments])
@@ -74,7 +78,7 @@ def read_settings(arguments: Sequence[str], *, debug: bool = False) -> dict[str,
         debug: Let the parser print its usage as well.
 
     Raises:
-        SettingsError: If the parser refuses the arguments.
+        SettingsError: If the parser refuses the arguments, or the model factory takes no ``simpler_`` names.
     """
     with _host_class(_Parsed), _sentence(arguments, debug):
         cli: Any = cli_tools.build_lightning_cli(["fit", *arguments])

@@ -47,15 +47,20 @@ def keep_import() -> None:
     A backbone of ours is in the model, however the package came to be imported: by a callback, by ``custom_modules_path``
     or by hand.
     """
+    cli = command_at_work()
+    callbacks = None if cli is None else cli.trainer_defaults.get("callbacks")
+    if isinstance(callbacks, list) and not any(isinstance(callback, KeepImport) for callback in callbacks):
+        callbacks.append(KeepImport())
+
+
+def command_at_work() -> Any:
+    """The LightningCLI that builds callbacks or the model just now, which it tells neither of them; or None."""
     frame = sys._getframe()
     while frame is not None:
-        cli: Any = frame.f_locals.get("self")
-        if isinstance(cli, LightningCLI):
-            callbacks = cli.trainer_defaults.get("callbacks")
-            if isinstance(callbacks, list) and not any(isinstance(callback, KeepImport) for callback in callbacks):
-                callbacks.append(KeepImport())
-            return
+        if isinstance(frame.f_locals.get("self"), LightningCLI):
+            return frame.f_locals["self"]
         frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def _list_import(trainer: Trainer) -> None:

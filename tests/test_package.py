@@ -13,7 +13,7 @@ PACKAGE = ROOT / "terratorch_simpler"
 # From the bottom up: a module may import from its own layer and those below.
 LAYERS = [
     {"errors", "files"},
-    {"angles", "recovery", "similarity", "plan", "processes", "stopping"},
+    {"angles", "recovery", "similarity", "plan", "processes", "stopping", "factories"},
     {"criteria"},
     {"encoders", "tiles"},
     {"backbone"},
