@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from terratorch_simpler.errors import ConfigurationError, PlanError, SettingsError, SimplerError
+from terratorch_simpler.files import below, written_to
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import full_table
 
@@ -61,7 +62,7 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
     if arguments.ckpt_path:
         load_at_full_depth(cli.model, arguments.ckpt_path)
         find_backbone(cli.model).pretrained = None  # whatever it was built with
-    print(_choose(cli, arguments.output_dir) / PLAN_FILE)
+    print(below(_choose(cli, arguments.output_dir), PLAN_FILE))
 
 
 def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
@@ -82,7 +83,7 @@ def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
     _choose(cli, arguments.output_dir, Sweep(cli.model, wanted))
 
 
-def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Path:
+def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> str | Path:
     """Fit up to the point where the cut is chosen; returns the folder of the plan."""
     from terratorch_simpler.callback import SimplerCallback
 
@@ -95,7 +96,8 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Pat
 
     def stop(trainer: Trainer, task: LightningModule) -> None:
         if sweep is not None and ours.written is not None and trainer.is_global_zero:
-            sweep.run(trainer, task, ours.written)
+            with written_to(ours.written) as folder:
+                sweep.run(trainer, task, folder)
         raise _Planned
 
     callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
