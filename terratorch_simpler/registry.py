@@ -23,7 +23,7 @@ from terratorch_simpler.plan import resolve_width
 SOURCE = "simpler"
 NO_ENCODERS = ("tokenizer", "IdentityBackbone", "UNet")
 """What else is in TerraTorch's own source."""
-VISION_TRANSFORMERS = ("vision_transformer", "deit", "beit", "eva", "embedder")
+VISION_TRANSFORMERS = ("vision_transformer", "vision_transformer_hybrid", "deit", "beit", "eva", "embedder")
 """Modules of timm with encoders of known families; the last is TerraTorch's Clay."""
 as_read: Callable[[str], Any] = get_loader("yaml")
 """Text as TerraTorch's parser would have read it."""

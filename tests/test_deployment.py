@@ -1,8 +1,13 @@
 """TerraTorch's deployment file names our package, whichever command has written it last."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import yaml
 
+from terratorch_simpler import SlimmingPlan
 from tests.runs import Command, config
 
 COMMANDS = ("fit", "test", "predict", "validate")
@@ -65,3 +70,29 @@ def test_one_of_several_processes_writes_it(settings, tmp_path):
     run(tmp_path, settings(keep=3), "fit", ranks=2)
     assert deployed(tmp_path)["trainer"]["callbacks"] == [OURS]
     assert not list((tmp_path / "logs").glob(".part-*"))
+
+
+def test_the_config_of_the_report_builds_in_a_process_that_knows_nothing_of_us(settings, tmp_path):
+    """Every line of YAML on the page, in one config."""
+    run(tmp_path, settings(OURS), "fit")
+    folder = tmp_path / "logs" / "simpler"
+    parts = re.findall(r"<pre>(.*?)</pre>", (folder / "report.html").read_text(), re.DOTALL)
+    blocks = [yaml.safe_load(re.sub(r"<[^>]*>", "", part)) for part in parts]
+    by_plan, by_hand = (block for block in blocks if "backbone" in block)
+    (callbacks,) = (block for block in blocks if "trainer" in block)
+    code = (
+        "import sys; from terratorch.cli_tools import build_lightning_cli;"
+        "run = build_lightning_cli(['--config', sys.argv.pop()], run=False);"
+        "print('blocks', len(run.model.model.encoder.blocks), 'terratorch_simpler' in sys.modules)"
+    )
+    kept = len(SlimmingPlan.load(folder / "plan.json").kept_blocks)
+    for number, block in enumerate((by_plan, by_hand)):
+        found = settings(keep=None)
+        found["trainer"].update(callbacks["trainer"])
+        found["model"]["init_args"]["model_args"].update(block)
+        del found["optimizer"]
+        (folder / f"again{number}.yaml").write_text(yaml.safe_dump(found))
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"again{number}.yaml"], cwd=folder, capture_output=True, text=True, check=False
+        )
+        assert f"blocks {kept} True" in done.stdout, done.stderr[-2000:]
