@@ -245,12 +245,12 @@ class SimplerCallback(Callback):
     def _cut(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> None:
         folder = trainer.log_dir  # a collective call, so on every rank
         with Processes.of_run() as processes:
-            processes.once(lambda: self._check_folders(trainer, folder))
             if self.plan is not None:
                 path = self.plan
                 plan = processes.once(lambda: SlimmingPlan.load(path))
                 backbone.slim(plan)
             else:
+                processes.once(lambda: self._check_folders(trainer, folder))
                 plan = self._select(trainer, pl_module, backbone, processes)
             processes.once(lambda: self._report(trainer, plan, folder))
 
