@@ -212,8 +212,9 @@ def yaml_page() -> str:
         "On the command line, numbers and lists may come as text.",
         arguments(SimplerSource.build, ("name",), "backbone_"),
         "## Command line",
-        "`terratorch-simpler COMMAND`. `plan` and `sweep` take settings of the config as `terratorch fit` does, such as "
-        "`--data.init_args.batch_size 4`. Exit status: 0, 1 if the run failed, 2 for bad arguments or config.",
+        "`terratorch-simpler COMMAND`. `plan`, `sweep` and `export` read configs with the parser of `terratorch fit` and "
+        "take the same settings, such as `--data.init_args.batch_size 4`. Exit status: 0, 1 if the run failed, 2 for bad "
+        "arguments or config.",
         *_commands(),
         "## plan.json",
         "Beside these, `format` and `version` say what the file is.",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from terratorch_simpler.encoders import (
     Narrowing,
     find_adapter,
 )
+from terratorch_simpler.encoders.qkv import narrow_heads_can_be_split
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, DepthError, PlanError
 from terratorch_simpler.plan import SlimmingPlan, feature_position, resolve_keep, resolve_width
 from terratorch_simpler.recovery import SpanMap, TokenMap
@@ -426,6 +427,11 @@ class SimplerBackbone(nn.Module):
             for target in [targets] if isinstance(targets, str) else targets:
                 named |= {int(number) for number in re.findall(rf"{re.escape(stack)}\\?\.(\d+)", target)}
         return named
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Its parts; TerraTorch, which splits query, key and value while it walks through them, may split narrow ones."""
+        with narrow_heads_can_be_split() if self.width < 1 else nullcontext():
+            yield from super().named_modules(*args, **kwargs)
 
     def freeze(self) -> None:
         """Freeze the encoder, the way the encoder itself does it if it has one (Prithvi keeps VPT prompts trainable)."""

@@ -23,8 +23,10 @@ from torch import nn
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.criteria import Bounds, Criterion, build_criterion
-from terratorch_simpler.errors import ConfigurationError, SimplerWarning
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.deployment import command_at_work
+from terratorch_simpler.errors import ConfigurationError, PlanError, SimplerWarning
+from terratorch_simpler.factories import check_factory
+from terratorch_simpler.files import below, check_folder, folder_of, written_to
 from terratorch_simpler.measure import Measurement, Tokens
 from terratorch_simpler.optimizers import ParameterChange, dropped_parameters, updated_optimizers
 from terratorch_simpler.plan import RECOVERIES, SlimmingPlan, resolve_width
@@ -49,7 +51,6 @@ PAGE_FILE = "report.html"
 INDEX_FILE = "tiles.json"
 PLAIN_FOLDER = "plain"
 FAST_DEV_RUN_TILES = 64
-DEPLOY_CONFIG = "config_deploy.yaml"
 
 
 class SimplerCallback(Callback):
@@ -60,7 +61,8 @@ class SimplerCallback(Callback):
 
     Args:
         tiles: Unlabeled tiles to stream; by default the datamodule's training images, without labels or augmentation.
-        criterion: Name of a rule ("simpler", "knee", "block_influence", "angular", "cka_intervals", "fixed"), or a rule.
+        criterion: Name of a rule ("simpler", "knee", "block_influence", "angular", "cka_intervals", "sls", "fixed"), or a
+            rule.
         drop_blocks: Number of blocks to drop, for rules that need a budget.
         min_depth: Least number of blocks to keep.
         max_depth: Largest number of blocks to keep.
@@ -72,13 +74,14 @@ class SimplerCallback(Callback):
         plan: A plan.json to apply; nothing is streamed.
         plan_cache: Folder of plans that runs share: one that asks for the same encoder, tiles and settings again takes the
             plan from there, and one that was ended during the selection goes on where it was.
-        output_dir: Folder for plan.json, report.html and report.png; by default ``<trainer.log_dir>/simpler``.
+        output_dir: Folder for plan.json, report.html and report.png, or a URL that fsspec knows (``s3://...``); by default
+            ``<trainer.log_dir>/simpler``.
         seed: Same data and seed give the same plan.
         export: At the end of fit, write the best checkpoint as plain TerraTorch config and checkpoint into the subfolder
             ``plain`` of that folder.
 
     Attributes:
-        written: Folder that holds plan.json, once it was written.
+        written: Folder that holds plan.json, once it was written: a path, or the URL of a remote one.
 
     Raises:
         ConfigurationError: If options contradict each other.
@@ -103,6 +106,8 @@ class SimplerCallback(Callback):
         export: bool = False,
     ) -> None:
         """Check the options; nothing is read yet."""
+        if (command := command_at_work()) is not None:  # which builds callbacks before the model
+            check_factory(command.config.get(command.subcommand, command.config))
         if not 1 <= min_tiles <= max_tiles:
             msg = (
                 f"Found min_tiles {min_tiles} and max_tiles {max_tiles}, expected 1 <= min_tiles <= max_tiles: change them."
@@ -132,7 +137,7 @@ class SimplerCallback(Callback):
         self.plan_cache = plan_cache
         self.output_dir = output_dir
         self.export = export
-        self.written: Path | None = None
+        self.written: str | Path | None = None
         self._backbone: SimplerBackbone | None = None
         self._signals: StopSignals | None = None
         self._optimizer_changes: list[ParameterChange] = []
@@ -200,17 +205,9 @@ class SimplerCallback(Callback):
         return {} if self._backbone is None else self._backbone.shape.as_plain()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the deployment file loadable: TerraTorch drops all callbacks there, and with them our import."""
-        self._release_signals()  # Lightning's own handlers come next
+        """Give the signals back, since Lightning's own handlers come next, and look at the optimizers."""
+        self._release_signals()
         _check_optimizers(trainer, pl_module)
-        folder = trainer.log_dir  # a collective call, so on every rank
-        path = Path(folder or trainer.default_root_dir) / DEPLOY_CONFIG
-        written_now = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if trainer.is_global_zero and written_now and path.is_file():
-            config = yaml.safe_load(path.read_text())
-            config["trainer"]["callbacks"] = [{"class_path": "terratorch_simpler.SimplerCallback"}]
-            with whole_file(path) as part:
-                part.write_text(yaml.safe_dump(config))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the best checkpoint, if asked to."""
@@ -224,9 +221,10 @@ class SimplerCallback(Callback):
             warnings.warn("Found no checkpoint to export, expected one at the end of fit.", SimplerWarning, stacklevel=2)
             return
         config = _config_of_run(trainer, pl_module)
-        target = self._output(trainer, folder) / PLAIN_FOLDER
-        written, weights, _ = export_plain(load_trained(config, best), config, target)
-        rank_zero_info(f"Plain TerraTorch, without terratorch_simpler: {written} and {weights}.")
+        target = below(self._output(trainer, folder), PLAIN_FOLDER)
+        with written_to(folder_of(target)) as plain:
+            written, weights, _ = export_plain(load_trained(config, best), config, plain)
+        rank_zero_info(f"Plain TerraTorch, without terratorch_simpler: {written.name} and {weights.name} in {target}.")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         """Have the job queued again, if that is why it ends before training."""
@@ -243,18 +241,33 @@ class SimplerCallback(Callback):
             self._signals.release()
             self._signals = None
 
-    def _output(self, trainer: Trainer, folder: str | None) -> Path:
-        return Path(self.output_dir) if self.output_dir else Path(folder or trainer.default_root_dir) / "simpler"
+    def _output(self, trainer: Trainer, folder: str | None) -> str | Path:
+        return (
+            folder_of(self.output_dir)
+            if self.output_dir
+            else below(folder_of(folder or trainer.default_root_dir), "simpler")
+        )
+
+    def _check_folders(self, trainer: Trainer, folder: str | None) -> None:
+        """Refuse what cannot be written to before anything is streamed."""
+        if trainer.fast_dev_run:
+            return
+        check_folder("output_dir", self.output_dir or self._output(trainer, folder))
+        if self.plan_cache:
+            check_folder("plan_cache", self.plan_cache, local=True)
+        if self.tiles is not None and self.tiles.index_cache:
+            check_folder("index_cache", os.path.dirname(self.tiles.index_cache) or os.curdir, local=True)
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> None:
+        folder = trainer.log_dir  # a collective call, so on every rank
         with Processes.of_run() as processes:
             if self.plan is not None:
                 path = self.plan
                 plan = processes.once(lambda: SlimmingPlan.load(path))
                 backbone.slim(plan)
             else:
+                processes.once(lambda: self._check_folders(trainer, folder))
                 plan = self._select(trainer, pl_module, backbone, processes)
-            folder = trainer.log_dir  # a collective call, so on every rank
             processes.once(lambda: self._report(trainer, plan, folder))
 
     def _select(
@@ -264,23 +277,38 @@ class SimplerCallback(Callback):
         if trainer.fast_dev_run:
             how = replace(how, max_tiles=min(how.max_tiles, FAST_DEV_RUN_TILES))
         elif self.tiles is not None and self.tiles.index_cache is None and self.output_dir:
-            self.tiles.index_cache = str(Path(self.output_dir) / INDEX_FILE)
+            output = folder_of(self.output_dir)
+            self.tiles.index_cache = str(output / INDEX_FILE) if isinstance(output, Path) else None
         cache = PlanCache(self.plan_cache) if self.plan_cache and not trainer.fast_dev_run else None
         return select(trainer, pl_module, backbone, self.tiles, how, processes, cache)
 
     def _report(self, trainer: Trainer, plan: SlimmingPlan, folder: str | None) -> None:
         Console().print(plan_table(plan))
         if trainer.fast_dev_run:
+            rank_zero_info(
+                f"fast_dev_run: nothing is written, and at most {FAST_DEV_RUN_TILES} tiles were compared; this model stays "
+                "pruned, so build it anew for a real fit."
+            )
             return
         output = self._output(trainer, folder)
-        plan.save(output / PLAN_FILE)
-        page = save_page(report_page(plan), output / PAGE_FILE)
-        _log_page(trainer, plan, page)
-        if plan.similarity is not None:
-            figure = plan_figure(plan)
-            _log_figure(trainer, figure, save_figure(figure, output / FIGURE_FILE))
+        if isinstance(output, Path) and _holds_another(output / PLAN_FILE, plan):
+            rank_zero_info(f"Replaces the plan of an earlier fit in {output}; give output_dir to keep both.")
+        with written_to(output) as written:
+            plan.save(written / PLAN_FILE)
+            page = save_page(report_page(plan), written / PAGE_FILE)
+            _log_page(trainer, plan, page)
+            if plan.similarity is not None:
+                figure = plan_figure(plan)
+                _log_figure(trainer, figure, save_figure(figure, written / FIGURE_FILE))
         self.written = output
-        rank_zero_info(f"The plan is in {output / PLAN_FILE}, what led to it in {page}.")
+        rank_zero_info(f"The plan is in {below(output, PLAN_FILE)}, what led to it in {below(output, PAGE_FILE)}.")
+
+
+def _holds_another(path: Path, plan: SlimmingPlan) -> bool:
+    try:
+        return path.is_file() and SlimmingPlan.load(path).to_json() != plan.to_json()
+    except PlanError:
+        return True
 
 
 def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
-from terratorch_simpler.errors import ConfigurationError, PlanError, SimplerError
+from terratorch_simpler.errors import ConfigurationError, PlanError, SettingsError, SimplerError
+from terratorch_simpler.files import below, written_to
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import full_table
 
@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from terratorch_simpler.sweep import Sweep
 
 FAILED, BAD_CONFIG = 1, 2
+TAKE_SETTINGS = ("plan", "sweep", "export")
+"""Commands that take settings of ``terratorch fit`` besides their own."""
+NEGATIVE = re.compile(r"-(\.?\d|inf)")
+"""What starts a number and no option."""
 LONGEST = 500
 """Characters of an error that is not ours: the parser's repeat the whole config."""
 
 
-class _Planned(Exception):
-    """Ends a fit once the plan is made."""
+class _Planned(_TunerExitException):
+    """Ends a fit once the plan is made; Lightning takes this kind for a success and tells the loggers so."""
 
 
 class _InSetup(Callback):
@@ -42,42 +46,44 @@ class _InSetup(Callback):
         self._work(trainer, pl_module)
 
 
-def run_plan(arguments: Namespace, overrides: Sequence[str]) -> None:
+def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
     """Choose a cut with the set-up that ``terratorch fit`` would use, and stop before training.
 
     Args:
-        arguments: ``config``, ``output_dir``, ``ckpt_path`` and ``debug``.
-        overrides: Settings such as ``--data.init_args.batch_size 4``, as ``terratorch fit`` takes them.
+        arguments: ``output_dir``, ``ckpt_path`` and ``debug``.
+        settings: What follows ``terratorch fit``, such as ``--config c.yaml --data.init_args.batch_size 4``.
     """
     from terratorch_simpler.callback import PLAN_FILE
     from terratorch_simpler.checkpoint import load_at_full_depth
+    from terratorch_simpler.command_line import build_run
     from terratorch_simpler.selection import find_backbone
 
-    cli = _build_terratorch(arguments, overrides)
+    cli = build_run(settings, debug=arguments.debug)
     if arguments.ckpt_path:
         load_at_full_depth(cli.model, arguments.ckpt_path)
         find_backbone(cli.model).pretrained = None  # whatever it was built with
-    print(_choose(cli, arguments.output_dir) / PLAN_FILE)
+    print(below(_choose(cli, arguments.output_dir), PLAN_FILE))
 
 
-def run_sweep(arguments: Namespace, overrides: Sequence[str]) -> None:
+def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
     """Choose a cut as ``plan`` does, and compare what every other one would cost and keep.
 
     Args:
-        arguments: ``config``, ``output_dir``, ``widths``, ``probe``, ``repeats`` and ``debug``.
-        overrides: Settings, as for ``plan``.
+        arguments: ``output_dir``, ``widths``, ``probe``, ``repeats`` and ``debug``.
+        settings: As for ``plan``.
     """
+    from terratorch_simpler.command_line import build_run
     from terratorch_simpler.sweep import Sweep, SweepSettings
 
     try:
-        settings = SweepSettings(tuple(arguments.widths), arguments.probe, arguments.repeats)
+        wanted = SweepSettings(tuple(arguments.widths), arguments.probe, arguments.repeats)
     except ConfigurationError as err:
-        raise _ConfigError(str(err)) from err
-    cli = _build_terratorch(arguments, overrides)
-    _choose(cli, arguments.output_dir, Sweep(cli.model, settings))
+        raise SettingsError(str(err)) from err
+    cli = build_run(settings, debug=arguments.debug)
+    _choose(cli, arguments.output_dir, Sweep(cli.model, wanted))
 
 
-def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Path:
+def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> str | Path:
     """Fit up to the point where the cut is chosen; returns the folder of the plan."""
     from terratorch_simpler.callback import SimplerCallback
 
@@ -90,7 +96,8 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Pat
 
     def stop(trainer: Trainer, task: LightningModule) -> None:
         if sweep is not None and ours.written is not None and trainer.is_global_zero:
-            sweep.run(trainer, task, ours.written)
+            with written_to(ours.written) as folder:
+                sweep.run(trainer, task, folder)
         raise _Planned
 
     callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
@@ -99,8 +106,7 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Pat
         callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
     if not is_overridden("training_step", cli.model):  # tasks that only predict can be cut as well
         cli.model.training_step = lambda *_args: None
-    with contextlib.suppress(_Planned):
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     if ours.written is None:
         msg = (
             "Found an encoder that is cut already, expected an intact one: remove backbone_keep, backbone_plan and "
@@ -110,68 +116,29 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> Pat
     return ours.written
 
 
-def _build_terratorch(arguments: Namespace, overrides: Sequence[str]) -> Any:
-    """TerraTorch's own command line up to the point where everything is built."""
-    from terratorch.cli_tools import build_lightning_cli, import_custom_modules
-
-    config = _read_config(arguments)
-    config.pop("ckpt_path", None)  # an argument of fit, which is not run
-    import_custom_modules(config.get("custom_modules_path"))
-    said = io.StringIO()
-    try:
-        with contextlib.nullcontext() if arguments.debug else contextlib.redirect_stderr(said):
-            return build_lightning_cli(["--config", yaml.safe_dump(config), *overrides], run=False)
-    except SystemExit as err:
-        reason = " ".join(said.getvalue().rpartition("error:")[2].split())
-        msg = f"TerraTorch cannot read {arguments.config}: {reason[:400]}"
-        raise _ConfigError(msg) from err
-
-
-def _read_config(arguments: Namespace) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as err:
-        msg = f"Found no readable YAML at {arguments.config} ({' '.join(str(err).split())}), expected a TerraTorch config."
-        raise _ConfigError(msg) from err
-    if not isinstance(config, dict):
-        msg = f"Found no settings in {arguments.config}, expected a TerraTorch config with trainer, data and model."
-        raise _ConfigError(msg)
-    model = config.get("model")
-    settings = model.get("init_args") if isinstance(model, dict) else None
-    backbone = ((settings or {}).get("model_args") or {}).get("backbone")
-    if (settings or {}).get("model_factory") == "PrithviModelFactory" and str(backbone).startswith("simpler_"):
-        msg = (
-            f"Found model_factory PrithviModelFactory with backbone '{backbone}', expected EncoderDecoderFactory: "
-            "TerraTorch has deprecated the former, and it takes no names that start otherwise than with prithvi_."
-        )
-        raise _ConfigError(msg)
-    return config
-
-
-class _ConfigError(ConfigurationError):
-    """The arguments or the configuration are wrong, before anything ran."""
-
-
-def run_show(arguments: Namespace, _overrides: Sequence[str]) -> None:
+def run_show(arguments: Namespace, _settings: Sequence[str]) -> None:
     """Print a plan: what it keeps and why, what every depth costs, what other rules would keep."""
     Console().print(full_table(SlimmingPlan.load(arguments.plan)))
 
 
-def run_demo(arguments: Namespace, _overrides: Sequence[str]) -> None:
+def run_demo(arguments: Namespace, _settings: Sequence[str]) -> None:
     """Generate scenes, fit, test and predict, offline, on a CPU."""
     from terratorch_simpler.demo import run
 
     run(Path(arguments.output_dir), official_weights=arguments.official_weights)
 
 
-def run_export(arguments: Namespace, _overrides: Sequence[str]) -> None:
-    """Write a slimmed model so that it runs without this package."""
-    from terratorch.cli_tools import import_custom_modules
+def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
+    """Write a slimmed model so that it runs without this package.
 
+    Args:
+        arguments: ``ckpt_path``, ``output_dir``, ``formats``, ``image_size``, ``width`` and ``debug``.
+        settings: As for ``plan``; those of the fit.
+    """
+    from terratorch_simpler.command_line import read_settings
     from terratorch_simpler.export import GRAPH_FORMATS, check_expressible, export_graph, export_plain, load_trained
 
-    config = _read_config(arguments)
-    import_custom_modules(config.get("custom_modules_path"))
+    config = read_settings(settings, debug=arguments.debug)
     trained = load_trained(config, arguments.ckpt_path, arguments.width)
     if "plain" in arguments.formats:
         check_expressible(trained.backbone)  # before anything is written
@@ -192,20 +159,31 @@ COMMANDS: dict[str, Callable[[Namespace, Sequence[str]], None]] = {
 }
 
 
-def build_parser() -> ArgumentParser:
-    """The parser with all commands."""
+def build_parser(commands: Mapping[str, ArgumentParser] | None = None) -> ArgumentParser:
+    """The parser with all commands.
+
+    Args:
+        commands: Their own parsers; made anew by default.
+    """
     parser = ArgumentParser(prog="terratorch-simpler", description=__doc__)
-    commands = parser.add_subcommands(dest="command")
+    subcommands = parser.add_subcommands(dest="command")
+    for name, command in (commands or build_commands()).items():
+        subcommands.add_subcommand(name, command)
+    return parser
+
+
+def build_commands() -> dict[str, ArgumentParser]:
+    """The parser of every command."""
     plan = ArgumentParser(description="Choose a cut without training: plan.json, a report and a table. Settings of the "
                           "config can be overridden as in terratorch fit, e.g. --data.init_args.batch_size 4.")  # fmt: skip
-    plan.add_argument("-c", "--config", required=True, help="the YAML that terratorch fit takes")
+    plan.add_argument("-c", "--config", required=True, help="a YAML that terratorch fit takes; later ones override")
     plan.add_argument("-o", "--output_dir", help="folder for plan.json and the report; default <log_dir>/simpler")
     plan.add_argument("--ckpt_path", help="checkpoint of a fit at full depth, to choose from what it has tuned")
     sweep = ArgumentParser(
         description="Compare what every cut would cost and keep, without training: sweep.csv, sweep.png, a table, and what "
         "plan writes. Settings of the config can be overridden as for plan."
     )
-    sweep.add_argument("-c", "--config", required=True, help="the YAML that terratorch fit takes")
+    sweep.add_argument("-c", "--config", required=True, help="a YAML that terratorch fit takes; later ones override")
     sweep.add_argument("-o", "--output_dir", help="folder for what is written; default <log_dir>/simpler")
     sweep.add_argument("--widths", type=float, nargs="+", default=[1.0], help="kept shares of width, each with every depth")
     sweep.add_argument("--probe", action="store_true", help="judge frozen features by the labels: k-NN and a linear probe")
@@ -213,7 +191,7 @@ def build_parser() -> ArgumentParser:
     show = ArgumentParser(description="Show a plan in the terminal.")
     show.add_argument("plan", help="path of a plan.json")
     export = ArgumentParser(description="Write a slimmed model so that it runs where this package is not installed.")
-    export.add_argument("-c", "--config", required=True, help="the YAML of the fit")
+    export.add_argument("-c", "--config", required=True, help="a YAML of the fit; later ones override")
     export.add_argument("--ckpt_path", required=True, help="checkpoint of the fit")
     export.add_argument("-o", "--output_dir", required=True, help="folder for what is written")
     export.add_argument(
@@ -230,22 +208,26 @@ def build_parser() -> ArgumentParser:
     demo.add_argument(
         "--official_weights", action="store_true", help="use Prithvi-EO-2.0-tiny-TL from the Hugging Face Hub instead"
     )
-    for name, command in (("plan", plan), ("sweep", sweep), ("show", show), ("export", export), ("demo", demo)):
+    commands = {"plan": plan, "sweep": sweep, "show": show, "export": export, "demo": demo}
+    for command in commands.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        commands.add_subcommand(name, command)
-    return parser
+    return commands
 
 
-def _split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate dotted settings, which TerraTorch's parser knows, from the arguments of this command."""
+def _split(command: ArgumentParser, args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the arguments of a command from those for the parser of ``terratorch fit``; a config is for both."""
     own: list[str] = []
-    overrides: list[str] = []
-    target = own
+    settings: list[str] = []
+    targets = [own]
     for arg in args:
-        if arg.startswith("-"):
-            target = overrides if arg.startswith("--") and "." in arg.partition("=")[0] else own
-        target.append(arg)
-    return own, overrides
+        if arg.startswith("-") and not NEGATIVE.match(arg):
+            name = arg.partition("=")[0] if arg.startswith("--") else arg[:2]
+            targets = [own] if name in command._option_string_actions else [settings]
+            if name in ("-c", "--config"):
+                targets = [own, settings]
+        for target in targets:
+            target.append(arg)
+    return own, settings
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -258,11 +240,15 @@ def main(args: Sequence[str] | None = None) -> int:
         0 on success, 1 if the run failed, 2 if arguments or configuration are wrong.
     """
     args = list(sys.argv[1:] if args is None else args)
-    own, overrides = _split_overrides(args) if args[:1] in (["plan"], ["sweep"]) else (args, [])
-    parsed = build_parser().parse_args(own)  # exits with 2 by itself
+    commands = build_commands()
+    settings: list[str] = []
+    if args and args[0] in TAKE_SETTINGS:
+        own, settings = _split(commands[args[0]], args[1:])
+        args = [args[0], *own]
+    parsed = build_parser(commands).parse_args(args)  # exits with 2 by itself
     options = parsed[parsed.command]
     try:
-        COMMANDS[parsed.command](options, overrides)
+        COMMANDS[parsed.command](options, settings)
     except Exception as err:
         if options.debug:
             raise
@@ -270,7 +256,7 @@ def main(args: Sequence[str] | None = None) -> int:
         foreign = textwrap.shorten(f"{type(err).__name__}: {err}", LONGEST, placeholder=" ...")
         text = str(ours) if ours else f"{foreign} (--debug shows where)"
         print(f"terratorch-simpler {parsed.command}: {' '.join(text.split())}", file=sys.stderr)
-        return BAD_CONFIG if isinstance(ours, _ConfigError | PlanError) else FAILED
+        return BAD_CONFIG if isinstance(ours, SettingsError | PlanError) else FAILED
     return 0
 
 

@@ -11,6 +11,10 @@ class ConfigurationError(SimplerError, ValueError):
     """The run is set up in a way that cannot work: an option, a callback order, a missing part."""
 
 
+class SettingsError(ConfigurationError):
+    """The arguments or the config of a command are wrong, before anything ran."""
+
+
 class UnsupportedEncoderError(SimplerError, TypeError):
     """The encoder has no stack of equal blocks that could be cut, or no adapter knows where it is."""
 

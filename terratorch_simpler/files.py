@@ -13,7 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from terratorch_simpler.errors import ConfigurationError
 
 PREFIX = ".part-"
 OLD_SECONDS = 24 * 3600.0
@@ -66,6 +70,74 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         part = Path(name) / path.name
         yield part
         part.replace(path)
+
+
+def folder_of(path: str | os.PathLike[str]) -> str | Path:
+    """A folder as a path, or as the URL it is (``s3://...``, ``memory://...``), which Lightning's loggers take as well."""
+    text = os.fspath(path)
+    filesystem, inside = _file_system(text)
+    return Path(inside if "://" in text else text) if isinstance(filesystem, LocalFileSystem) else text.rstrip("/")
+
+
+def below(folder: str | Path, name: str) -> str | Path:
+    """A file or folder inside of a folder."""
+    return folder / name if isinstance(folder, Path) else f"{folder}/{name}"
+
+
+@contextmanager
+def written_to(folder: str | Path) -> Iterator[Path]:
+    """Give a folder to write files to; those for a remote folder are copied there if the block ends without an error.
+
+    Args:
+        folder: Of :func:`folder_of`.
+
+    Yields:
+        The folder itself, or a temporary one for a remote folder.
+    """
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+        filesystem, inside = _file_system(folder)
+        for path in sorted(Path(name).rglob("*")):
+            if path.is_file():
+                target = f"{inside}/{path.relative_to(name).as_posix()}"
+                filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+                filesystem.put_file(str(path), target)
+
+
+def check_folder(option: str, path: str | os.PathLike[str], *, local: bool = False) -> None:
+    """Make a folder and write to it, before hours are spent on what belongs there.
+
+    Args:
+        option: What the user calls it.
+        path: The folder, or its URL.
+        local: Refuse a remote one.
+
+    Raises:
+        ConfigurationError: If that fails.
+    """
+    try:
+        folder = folder_of(path)
+        if local and not isinstance(folder, Path):
+            msg = f"Found {option} {folder}, expected a folder of this machine, since it cannot be remote: change {option}."
+            raise ConfigurationError(msg)
+        filesystem, inside = _file_system(str(folder))
+        probe = f"{inside.rstrip('/')}/{PREFIX}{socket.gethostname()}-{os.getpid()}-probe"
+        filesystem.makedirs(inside, exist_ok=True)
+        filesystem.pipe_file(probe, b"")
+        filesystem.rm_file(probe)
+    except ConfigurationError:
+        raise
+    except Exception as err:  # OSError, or whatever a remote file system raises: no such protocol, no credentials
+        reason = " ".join(str(err).split()) or type(err).__name__
+        msg = f"Found {option} {path} ({reason}), expected a folder to write to: change {option}."
+        raise ConfigurationError(msg) from err
+
+
+def _file_system(path: str) -> tuple[Any, str]:
+    return fsspec.core.url_to_fs(path)  # type: ignore[no-any-return]
 
 
 def _left_behind(folder: Path) -> bool:

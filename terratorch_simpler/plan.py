@@ -189,6 +189,14 @@ class SlimmingPlan:
             )
             raise PlanError(msg)
 
+    def to_json(self) -> str:
+        """The content of plan.json."""
+        content = {"format": FORMAT, "version": VERSION, **{field.name: getattr(self, field.name) for field in fields(self)}}
+        del content["maps"]
+        if self.overview is None:
+            del content["overview"]  # as in plans made before there was one
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON, whole or not at all, and the maps of a linear recovery beside it.
 
@@ -198,11 +206,7 @@ class SlimmingPlan:
         Returns:
             The path.
         """
-        content = {"format": FORMAT, "version": VERSION, **{field.name: getattr(self, field.name) for field in fields(self)}}
-        del content["maps"]
-        if self.overview is None:
-            del content["overview"]  # as in plans made before there was one
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        text = self.to_json()
         if self.maps is not None:  # first, since they are looked for when there is a plan
             save_maps(self.maps, _maps_file(path), text)
         with whole_file(path) as part:

@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from terratorch.models import peft_utils
+import timm
+from jsonargparse import get_loader
 from terratorch.registry import BACKBONE_REGISTRY, MultiSourceRegistry
 from terratorch.utils import InvalidModelError
 from torch import nn
 
 from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.deployment import keep_import
 from terratorch_simpler.encoders import refuse_by_name
+from terratorch_simpler.errors import UnsupportedEncoderError
 from terratorch_simpler.plan import resolve_width
 from terratorch_simpler.pretrained import check_loaded, load_pruned, take_pruned_weights
 
 SOURCE = "simpler"
+NO_ENCODERS = ("tokenizer", "IdentityBackbone", "UNet")
+"""What else is in TerraTorch's own source."""
+VISION_TRANSFORMERS = ("vision_transformer", "vision_transformer_hybrid", "deit", "beit", "eva", "embedder")
+"""Modules of timm with encoders of known families; the last is TerraTorch's Clay."""
+as_read: Callable[[str], Any] = get_loader("yaml")
+"""Text as TerraTorch's parser would have read it."""
 
 
 class SimplerSource:
-    """A registry source over all other sources of TerraTorch's backbone registry."""
+    """A registry source over all other sources of TerraTorch's backbone registry.
 
-    @staticmethod
-    def _others() -> MultiSourceRegistry[Any]:
-        return MultiSourceRegistry(**{key: BACKBONE_REGISTRY[key] for key in BACKBONE_REGISTRY.keys() if key != SOURCE})  # noqa: SIM118 (this registry iterates over names, not keys)
+    TerraTorch's registry takes the prefix off a name before it asks the source of that prefix, and asks every source for a
+    name without one: those are left to the others.
+    """
 
     def __contains__(self, name: object) -> bool:
-        """Whether TerraTorch can build the encoder ``name``, also with weights after a dot (``.mae``), as in timm."""
-        others = self._others()
-        return name in others or (isinstance(name, str) and name.partition(".")[0] in others)
+        """Whether ``simpler_<name>`` can be built, also with weights after a dot (``.mae``), as in timm."""
+        return isinstance(name, str) and _asked_by_prefix(name) and _find(name) is not None and _refused(name) is None
 
     def __iter__(self) -> Iterator[str]:
-        """Names without ``simpler_``."""
-        return iter(self._others())
+        """Names without ``simpler_`` that can be built."""
+        return (name for name in _others() if _refused(name) is None)
 
     def __len__(self) -> int:
         """Number of names."""
-        return len(self._others())
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Callable[..., SimplerBackbone]:
+        """What builds ``simpler_<name>``, as TerraTorch's ``find_class`` gives it.
+
+        Raises:
+            KeyError: If no other source knows the name.
+            UnsupportedEncoderError: If the encoder cannot be cut.
+        """
+        if _find(name) is None:
+            raise KeyError(name)
+        if (reason := _refused(name)) is not None:
+            raise reason
+        return functools.partial(self.build, name)
 
     def build(
         self,
@@ -69,19 +90,21 @@ class SimplerSource:
             UnsupportedEncoderError: If the encoder cannot be cut.
             ConfigurationError: If ``width`` is no number above 0 and at most 1.
         """
-        if name not in self:
+        source = _find(name)
+        if source is None or not _asked_by_prefix(name):
             msg = f"Found no backbone '{name}' behind 'simpler_{name}', expected a name that TerraTorch can build."
             raise InvalidModelError(msg)
         refuse_by_name(name)
+        keep_import()
         # Settings of model_args given on the command line arrive as text.
         keep, width, out_indices = (
-            yaml.safe_load(value) if isinstance(value, str) else value for value in (keep, width, out_indices)
+            as_read(value) if isinstance(value, str) else value for value in (keep, width, out_indices)
         )
         width = 1.0 if width is None else resolve_width(width)  # before weights are fetched
         if isinstance(kwargs.get("pretrained"), str):
-            kwargs["pretrained"] = yaml.safe_load(kwargs["pretrained"])  # 'false' would be taken for true
+            kwargs["pretrained"] = as_read(kwargs["pretrained"])  # 'false' would be taken for true
         weights = take_pruned_weights(name, kwargs)
-        encoder = self._others().build(name, *args, **kwargs)
+        encoder = _build_encoder(source, args, kwargs)
         if weights is None:
             check_loaded(encoder, name, kwargs)
         backbone = SimplerBackbone(
@@ -98,26 +121,63 @@ class SimplerSource:
         return backbone
 
 
-class NarrowQKVSep(peft_utils.QKVSep):
-    """TerraTorch's split of query, key and value for LoRA, which it refuses where heads were narrowed at build."""
+def _others() -> MultiSourceRegistry[Any]:
+    return MultiSourceRegistry(**{key: BACKBONE_REGISTRY[key] for key in BACKBONE_REGISTRY.keys() if key != SOURCE})  # noqa: SIM118 (this registry iterates over names, not keys)
 
-    def __init__(self, original_qkv: nn.Linear) -> None:
-        """Split into three layers; without narrow heads this is TerraTorch's own."""
-        if original_qkv.out_features % 3 or original_qkv.out_features >= 3 * original_qkv.in_features:
-            super().__init__(original_qkv)
-            return
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = original_qkv.in_features, original_qkv.out_features
-        for number, name in enumerate(("q_linear", "k_linear", "v_linear")):
-            part = nn.Linear(self.in_features, self.out_features // 3, bias=original_qkv.bias is not None)
-            with torch.no_grad():
-                for key, value in part.named_parameters():
-                    value.copy_(getattr(original_qkv, key).chunk(3)[number])
-            self.add_module(name, part)
+
+def _find(name: str) -> tuple[Any, str] | None:
+    """The source that knows an encoder, and its name there; None if none does."""
+    others = _others()
+    for known in (name, name.partition(".")[0]):
+        if known in others:
+            source = others.find_registry(known)
+            prefix = next(key for key in others.keys() if others[key] is source)  # noqa: SIM118
+            return source, name.removeprefix(f"{prefix}_")
+    return None
+
+
+def _refused(name: str) -> UnsupportedEncoderError | None:
+    """Why an encoder cannot be cut, as far as its name tells."""
+    try:
+        refuse_by_name(name)
+    except UnsupportedEncoderError as err:
+        return err
+    model = name.removeprefix("timm_").partition(".")[0]
+    if any(word in name for word in NO_ENCODERS) or (
+        timm.is_model(model) and not timm.models.is_model_in_modules(model, VISION_TRANSFORMERS)
+    ):
+        msg = (
+            f"Found backbone '{name}', expected an encoder with one stack of equal blocks of a known family such as "
+            f"prithvi_eo_v2_300_tl: use '{name}' without 'simpler_'."
+        )
+        return UnsupportedEncoderError(msg)
+    return None
+
+
+def _build_encoder(found: tuple[Any, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
+    source, own_name = found
+    try:
+        return source.build(own_name, *args, **kwargs)  # type: ignore[no-any-return]
+    except InvalidModelError as err:
+        # TerraTorch takes a KeyError of a constructor for an unknown name, which this one is not.
+        if isinstance(err.__context__, KeyError):
+            raise err.__context__ from None
+        raise
+
+
+def _asked_by_prefix(name: str) -> bool:
+    """Whether the registry was asked for ``simpler_<name>``; it does not say so otherwise than in its own variables."""
+    frame = sys._getframe(2)
+    for _ in range(2):  # it may ask in a generator
+        if frame.f_locals.get("self") is BACKBONE_REGISTRY:
+            return bool(frame.f_locals.get("name") != name)
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return True
 
 
 def register_source() -> None:
-    """Add the source, and the split that narrow heads need, once; importing the package does it."""
-    peft_utils.QKVSep = NarrowQKVSep
+    """Add the source, once; importing the package does it."""
     if SOURCE not in BACKBONE_REGISTRY.keys():  # noqa: SIM118 (see above)
         BACKBONE_REGISTRY.register_source(SOURCE, SimplerSource())

@@ -243,17 +243,18 @@ class Command:
     Args:
         folder: Its YAML and what it says go here.
         settings: The YAML.
-        *args: Further arguments of ``terratorch fit``.
+        *args: Further arguments of the command.
+        command: ``fit``, ``test``, ``validate`` or ``predict``.
         ranks: Number of processes.
         environment: Environment variables of all of them.
         before: Called in each of them first, with its rank.
     """
 
-    def __init__(self, folder: Path, settings: dict, *args: str, ranks: int = 1, environment=None, before=None):
+    def __init__(self, folder: Path, settings: dict, *args: str, command="fit", ranks=1, environment=None, before=None):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(settings))
-        arguments = ["fit", "--config", str(path), *args]
+        arguments = [command, "--config", str(path), *args]
         if ranks > 1:
             arguments += ["--trainer.devices", str(ranks)]
             if "strategy" not in settings["trainer"]:

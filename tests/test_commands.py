@@ -249,18 +249,23 @@ def test_plan_on_a_cut_backbone_says_so(config, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "Found no readable YAML at"),
-        ("trainer: [", "Found no readable YAML at"),
-        ("hello", "Found no settings in"),
-        ("modell: {}", "TerraTorch cannot read"),
+        (None, "File does not exist"),
+        ("trainer: [", "Problems parsing config"),
+        ("hello", "Unexpected config: hello"),
+        ("modell: {}", "model"),
     ],
 )
-def test_bad_config_is_status_2_and_one_line(tmp_path, capsys, text, message):
+@pytest.mark.parametrize(
+    ("command", "arguments"), [("plan", []), ("sweep", []), ("export", ["--ckpt_path", "fit.ckpt", "-o", "plain"])]
+)
+def test_bad_config_is_status_2_and_one_line(tmp_path, capsys, text, message, command, arguments):
     path = tmp_path / "bad.yaml"
     if text is not None:
         path.write_text(text)
-    assert main(["plan", "-c", str(path)]) == 2
-    assert message in one_line(capsys)
+    assert main([command, "-c", str(path), *arguments]) == 2
+    said = one_line(capsys)
+    assert f"TerraTorch cannot read -c {path}: " in said
+    assert message in said
 
 
 def test_damaged_plan_is_status_2(tmp_path, capsys):
@@ -269,7 +274,7 @@ def test_damaged_plan_is_status_2(tmp_path, capsys):
     assert "Found 99 for key 'version'" in one_line(capsys)
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["show"], ["plan"], ["plan", "-c", "a", "--nonsense"]])
+@pytest.mark.parametrize("args", [[], ["fly"], ["show"], ["show", "a", "--nonsense"], ["plan"]])
 def test_bad_arguments_are_status_2(args, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(args)

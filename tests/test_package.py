@@ -13,11 +13,11 @@ PACKAGE = ROOT / "terratorch_simpler"
 # From the bottom up: a module may import from its own layer and those below.
 LAYERS = [
     {"errors", "files"},
-    {"angles", "recovery", "similarity", "plan", "processes", "stopping"},
+    {"angles", "recovery", "similarity", "plan", "processes", "stopping", "factories"},
     {"criteria"},
     {"encoders", "tiles"},
     {"backbone"},
-    {"registry", "report", "checkpoint", "plan_cache"},
+    {"registry", "report", "checkpoint", "plan_cache", "command_line", "deployment"},
     {"measure", "export"},
     {"overview"},
     {"selection"},

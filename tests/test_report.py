@@ -256,6 +256,9 @@ def test_numbers_of_the_page_are_those_of_the_plan():
     assert "Keeps 3 blocks: 0, 2, 5." in text
     assert "backbone: simpler_prithvi_eo_v2_tiny_tl\nbackbone_plan: plan.json" in text
     assert "backbone_keep: 3" in text
+    # Without either of these TerraTorch knows no such name.
+    assert "trainer:\n  callbacks:\n    - class_path: terratorch_simpler.SimplerCallback" in text
+    assert "import terratorch_simpler first:" in text
 
 
 def test_cut_is_drawn_where_it_is():

@@ -313,13 +313,6 @@ def test_time_series_with_a_temporal_wrapper_around_terramind(trainer, tmp_path)
     assert plan.rows_seen == 32 * 12  # 4 patches in each of 3 frames
 
 
-def test_prithvi_model_factory_says_what_to_use(tmp_path, capsys):
-    config = {"model": {"init_args": {"model_factory": "PrithviModelFactory", "model_args": {"backbone": TINY}}}}
-    (tmp_path / "old.yaml").write_text(yaml.safe_dump(config))
-    assert cli.main(["plan", "-c", str(tmp_path / "old.yaml")]) == 2
-    assert "Found model_factory PrithviModelFactory with backbone 'simpler_" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("own_means", [True, False])
 def test_geotiff_tiles_for_one_modality(shared_data, tmp_path, trainer, monkeypatch, own_means):
     """Unlabeled Sentinel-2 scenes beside a datamodule of modalities, with their own means or the datamodule's."""

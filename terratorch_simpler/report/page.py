@@ -501,6 +501,7 @@ def _again(plan: SlimmingPlan) -> Element:
         how = (
             "In a TerraTorch config, the first of these builds it again, with nothing streamed; the second without recovery:"
         )
+    known = "trainer:\n  callbacks:\n    - class_path: terratorch_simpler.SimplerCallback"
     lines = {"criterion": str(plan.criterion["name"]), "its settings": json.dumps(plan.criterion["args"])}
     lines |= {"data": str((plan.data or {}).get("fingerprint", facts.MISSING))}
     lines |= {package: _shape(version) for package, version in (plan.versions or {}).items()}
@@ -509,6 +510,14 @@ def _again(plan: SlimmingPlan) -> Element:
         how,
         _code(by_plan),
         _code(by_hand),
+        element(
+            "p",
+            "Names that start with simpler_ are known once terratorch_simpler is imported. In a config, list its callback, "
+            "which leaves a pruned encoder as it is; in Python, write ",
+            element("code", "import terratorch_simpler"),
+            " first:",
+        ),
+        _code(known),
         element("p", "To choose again, run ", element("code", "terratorch-simpler plan -c CONFIG"), " with these:"),
         _list(lines),
     )
