@@ -58,7 +58,7 @@ class Repeatable:
         self._seeded: list[BaseCompose | BasicTransform] = []
         self._generators: dict[str, Generators] = {}
         self._functions: set[int] = set()
-        for name, value in list(vars(dataset).items()):
+        for name, value in list(getattr(dataset, "__dict__", {}).items()):
             if isinstance(value, Generators):
                 self._generators[name] = value
             elif isinstance(value, Dataset):  # one inside the other

@@ -30,7 +30,10 @@ from terratorch_simpler.tiles.damage import is_damage
 from terratorch_simpler.tiles.source import Batch, FileStat, Share, Skip, Skipped, file_stat, fingerprint
 
 LABEL_KEYS = frozenset(
-    {"mask", "label", "labels", "filename", "bbox_xyxy", "boxes", "masks", "crs", "bounds", "tile_coords", "base_idx"}
+    {
+        *("mask", "label", "labels", "filename", "bbox_xyxy", "boxes", "masks", "image_id"),
+        *("crs", "bounds", "tile_coords", "base_idx"),
+    }
 )
 """Keys that TerraTorch's tasks do not hand to the model, or that no model takes."""
 
@@ -244,7 +247,7 @@ def _where_it_looks(datamodule: LightningDataModule, dataset: Any, split: Split)
         "split file": (f"{split}_split", "split_file"),
     }
     found = {
-        what: next((v for o in owners for n in names if (v := vars(o).get(n)) is not None), None)
+        what: next((v for o in owners for n in names if (v := getattr(o, n, None)) is not None), None)
         for what, names in settings.items()
     }
     return ", ".join(f"{what} {_plain(value)}" for what, value in found.items() if value is not None) or "no root known"
