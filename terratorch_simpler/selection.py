@@ -150,7 +150,9 @@ def select(
         def look_up() -> tuple[Path | None, SlimmingPlan | None]:
             if cache is None:
                 return None, None
-            return held.enter_context(cache.entry(_made_from(trainer, pl_module, backbone, source, how, cache.every_tile), backbone))
+            return held.enter_context(
+                cache.entry(_made_from(trainer, pl_module, backbone, source, how, cache.every_tile), backbone)
+            )
 
         kept_at, plan = processes.once(look_up)
         if plan is not None:
@@ -241,9 +243,7 @@ def _made_from(
     }
 
 
-def _seen(
-    trainer: Trainer, backbone: SimplerBackbone, source: TileSource, tiles: int, sample: int
-) -> list[tuple[int, str]]:
+def _seen(trainer: Trainer, backbone: SimplerBackbone, source: TileSource, tiles: int, sample: int) -> list[tuple[int, str]]:
     """Hashes of tiles spread over the stream as the encoder will see them: bands, scale, transforms, normalisation.
 
     Names, sizes and times of files say nothing of these. The stream comes in a seeded order, so that every n-th tile of it

@@ -178,7 +178,9 @@ def burn_intensity(folder):
         labels(folder / "pre" / f"BS_{name}.tif", number, classes=5)
     pd.DataFrame({"Case_Name": names}).to_csv(folder / "BS_files_raw.csv")
     for part, split in enumerate(("train", "val")):
-        (folder / f"{split}.txt").write_text("\n".join(f"HLS_{name}.tif" for name in names[part * COUNT : (part + 1) * COUNT]))
+        (folder / f"{split}.txt").write_text(
+            "\n".join(f"HLS_{name}.tif" for name in names[part * COUNT : (part + 1) * COUNT])
+        )
     return shipped.BurnIntensityNonGeoDataModule(
         str(folder), batch_size=2, train_transform=temporal(3, A.VerticalFlip(p=1.0)), val_transform=temporal(3)
     )
@@ -213,18 +215,17 @@ def biomassters(folder):
             for month in range(2):
                 name = f"{split}{number}_S2_{month:02d}.tif"
                 raster(folder / f"{split}_features" / name, 11, 10 * number + month, dtype="uint16")
-                rows.append(
-                    {"filename": name, "chip_id": f"{split}{number}", "satellite": "S2", "split": split, "month": f"m{month}",
-                     "corresponding_agbm": f"{split}{number}_agbm.tif"}
-                )  # fmt: skip
+                chip = f"{split}{number}"
+                row = {"filename": name, "chip_id": chip, "satellite": "S2", "split": split, "month": f"m{month}"}
+                rows.append({**row, "corresponding_agbm": f"{chip}_agbm.tif"})
             write(folder / f"{split}_agbm" / f"{split}{number}_agbm.tif", smooth(1, SIZE, SIZE, seed=number))
     pd.DataFrame(rows).to_csv(folder / "features.csv")
     from terratorch.datasets import BioMasstersNonGeo
 
     return shipped.BioMasstersNonGeoDataModule(
         str(folder), batch_size=2, sensors=["S2"], bands={"S2": BioMasstersNonGeo.S2_BAND_NAMES[:6]},
-        metadata_filename="features.csv", include_corrupt=True, as_time_series=True, train_transform=temporal(2, A.VerticalFlip(p=1.0)),
-        val_transform=temporal(2),
+        metadata_filename="features.csv", include_corrupt=True, as_time_series=True,
+        train_transform=temporal(2, A.VerticalFlip(p=1.0)), val_transform=temporal(2),
     )  # fmt: skip
 
 
@@ -393,7 +394,8 @@ def geobench(name):
         root = folder / directory
         root.mkdir()
         names = {split: [f"{split}_{number}" for number in range(COUNT)] for split in ("train", "valid")}
-        for number, image in enumerate(sum(names.values(), [])):
+        images = [*names["train"], *names["valid"]]
+        for number, image in enumerate(images):
             with h5py.File(root / f"{image}.hdf5", "w") as file:
                 for band, pixels in enumerate(1000 + 300 * smooth(bands, SIZE, SIZE, seed=number)):
                     file[f"{band:02d} - band_2020-01-02"] = pixels.astype(np.float32)
@@ -401,8 +403,8 @@ def geobench(name):
                     file["label"] = np.zeros((SIZE, SIZE), np.uint8)
                 file.attrs["pickle"] = repr(pickle.dumps({"label": 1}))
         (root / "default_partition.json").write_text(json.dumps(names))
-        (root / "label_map.json").write_text(json.dumps({"all": sum(names.values(), [])}))
-        (root / "label_stats.json").write_text(json.dumps({image: [1, 0] for image in sum(names.values(), [])}))
+        (root / "label_map.json").write_text(json.dumps({"all": images}))
+        (root / "label_stats.json").write_text(json.dumps({image: [1, 0] for image in images}))
         return getattr(shipped, name)(data_root=str(folder), batch_size=2, train_transform=flip())
 
     return make
@@ -503,13 +505,16 @@ class Scenes(GeoDataModule):
 
 
 class Endless(LightningDataModule):
-    """A stream without length."""
+    """A stream, which cannot be asked for one image."""
 
     def __init__(self, _folder):
         super().__init__()
 
     def setup(self, stage):
         class Stream(IterableDataset):
+            def __len__(self):
+                return 1
+
             def __iter__(self):
                 yield {"image": torch.ones(3, SIZE, SIZE)}
 
@@ -528,8 +533,11 @@ class Weather(LightningDataModule):
 
 
 REFUSED = {
-    "places on a map": (Scenes, r"Found Scenes, whose RasterDataset is asked for places on the map, expected images by number"),
-    "without length": (Endless, r"Found Endless, whose Stream is a stream without length, expected images by number"),
+    "places on a map": (
+        Scenes,
+        r"Found Scenes, whose RasterDataset is asked for places on the map, expected images by number",
+    ),
+    "a stream": (Endless, r"Found Endless, whose Stream is a stream, expected images by number"),
     "without an image": (Weather, r"Found Weather, whose samples are keys \['target', 'x'\], expected a dict with an image"),
     "pairs": (lambda f: Weather(f, (torch.ones(3, 8, 8), 1)), r"Found Weather, whose samples are tuple, expected a dict"),
 }

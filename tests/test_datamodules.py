@@ -1,4 +1,4 @@
-"""A row for every datamodule class of the installed TerraTorch: streamed as its own dataset reads it, or refused in a sentence."""
+"""A row for every datamodule class of the installed TerraTorch: streamed as its dataset reads it, or refused."""
 
 import copy
 import random
@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
+from terratorch_simpler import SlimmingPlan
+from terratorch_simpler.demo.scenes import write_scenes
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.tiles import DatamoduleTiles
 from tests import datamodules
 from tests.datamodules import DRAWN, MISSING, NOT_SET_UP, REFUSED, STREAMED
+from tests.runs import Command, config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::PendingDeprecationWarning:rioxarray"),
@@ -148,3 +151,38 @@ def test_parts_and_sums_of_datasets(name, made, wrapped):
     assert sorted(found) == list(range(len(numbers)))
     for index, number in enumerate(numbers):
         assert torch.equal(found[index], own[number]["image"])
+
+
+@pytest.mark.parametrize("name", ["fire scars", "no images"])
+def test_fit_on_the_command_line(name, tmp_path):
+    """A real run on 40 pairs that TerraTorch's dataset reads with their labels only, and one that finds nothing."""
+    settings = config(tmp_path, tmp_path / "run")
+    if name == "fire scars":
+        for split, count in (("training", 40), ("validation", 4)):
+            for number in range(count):
+                datamodules.raster(tmp_path / split / f"a{number}_merged.tif", 6, number, gap=number == 0)
+                datamodules.labels(tmp_path / split / f"a{number}.mask.tif", number)
+        arguments = {"data_root": str(tmp_path), "batch_size": 4}
+        settings["data"] = {"class_path": "terratorch.datamodules.FireScarsNonGeoDataModule", "init_args": arguments}
+        settings["model"]["init_args"]["model_args"]["num_classes"] = 2
+    else:
+        write_scenes(tmp_path, {"train": 4, "val": 2, "test": 2}, size=32)
+        settings["data"]["init_args"]["img_grep"] = "*_picture.tif"
+    command = Command(tmp_path / "run", settings, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2")
+    code = command.wait()
+    if name == "fire scars":
+        assert code == [0], command.output()
+        plan = SlimmingPlan.load(tmp_path / "run" / "simpler" / "plan.json")
+        assert plan.tiles_seen == 40
+        assert plan.data["skipped"] == {}
+        assert "FireScarsNonGeo reads no image without its label: labels are read and dropped." in command.output()
+    else:
+        assert code == [1]
+        said = command.output()
+        for part in (
+            "Found no training images in GenericNonGeo",
+            f"data root {tmp_path}",
+            "glob *_picture.tif",
+            "train.txt",
+        ):
+            assert part in said

@@ -27,7 +27,7 @@ def whole_number(name: str, value: Any, least: int) -> int:
 
 
 def number(name: str, value: Any, expected: str = "a number") -> float:
-    """A finite float from a number of any library, or a number in text.
+    """A finite number from one of any library, or from text; an int where it has no fraction.
 
     Raises:
         TilesError: If it is none.
@@ -36,7 +36,7 @@ def number(name: str, value: Any, expected: str = "a number") -> float:
     if found is None:
         msg = f"Found {name} {_shown(value)}, expected {expected}: change {name}."
         raise TilesError(msg)
-    return found
+    return int(found) if abs(found) < 2**53 and found == math.floor(found) else found
 
 
 def scaling(name: str, value: Any) -> float | str:
@@ -58,7 +58,7 @@ def share(name: str, value: Any) -> float:
     if found is None or not 0 <= found <= 1:
         msg = f"Found {name} {_shown(value)}, expected 0 to 1: change {name}."
         raise TilesError(msg)
-    return found
+    return float(found)
 
 
 def numbers(name: str, values: Any) -> list[float]:

@@ -27,7 +27,9 @@ NEVER_NEEDED = (
 )
 """Modules whose transforms are random even with ``p=1``, and keep the size."""
 
-NAMED = frozenset({"AugMix", "AutoAugment", "ColorJiggle", "ColorJitter", "D4", "GaussNoise", "GaussianNoise", "RandAugment"})
+NAMED = frozenset(
+    {"AugMix", "AutoAugment", "ColorJiggle", "ColorJitter", "D4", "GaussNoise", "GaussianNoise", "RandAugment"}
+)
 """Random transforms whose names do not begin with Random."""
 
 GIVES_SIZE = ("Crop", "Resize", "Scale", "Size")
@@ -36,7 +38,7 @@ GIVES_SIZE = ("Crop", "Resize", "Scale", "Size")
 Generators = np.random.Generator | np.random.RandomState | random.Random | torch.Generator
 
 
-class Repeatable:
+class Repeatable(Dataset[Any]):
     """A dataset whose samples depend on their number alone, and that leaves the random state of the process alone.
 
     Random transforms of albumentations, torchvision and kornia that keep the size are left out, wherever the dataset's
@@ -149,7 +151,9 @@ class Repeatable:
         if all(a is b for a, b in zip(calm, held, strict=True)):
             return function
         closure = tuple(types.CellType(part) for part in calm)
-        again = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+        again = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+        )
         again.__kwdefaults__ = function.__kwdefaults__
         return again
 

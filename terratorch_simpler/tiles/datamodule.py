@@ -14,14 +14,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from albumentations import BaseCompose
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from terratorch.datamodules import TilingDataModuleWrapper
 from terratorch.datasets.tiled_dataset_wrapper import TiledDataset
 from terratorch.datasets.transforms import MultimodalToTensor, MultimodalTransforms
 from terratorch.datasets.utils import default_transform
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate, get_worker_info
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate, get_worker_info
 from torchgeo.datasets import GeoDataset
 
 from terratorch_simpler.errors import ConfigurationError, TilesError
@@ -210,9 +210,7 @@ def _dataset_of(datamodule: LightningDataModule, split: Split, labels: bool) -> 
     if dataset is None:
         remedy = "set its roots in the datamodule" if labels else "give the callback tiles of its own"
         why = "" if cause is None else f" (its {split}_dataloader fails: {_shortened(cause)})"
-        msg = (
-            f"Found no {split}_dataset in {type(datamodule).__name__}, expected one after setup('fit'){why}: {remedy}."
-        )
+        msg = f"Found no {split}_dataset in {type(datamodule).__name__}, expected one after setup('fit'){why}: {remedy}."
         raise ConfigurationError(msg) from cause
     return dataset
 
@@ -225,9 +223,9 @@ def _check_dataset(datamodule: LightningDataModule, dataset: Any, split: Split) 
             "the callback tiles, a GeoTiffTiles with the paths of its files."
         )
         raise ConfigurationError(msg)
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         msg = (
-            f"Found {name}, whose {type(dataset).__name__} is a stream without length, expected images by number: give "
+            f"Found {name}, whose {type(dataset).__name__} is a stream, expected images by number: give "
             "the callback tiles of its own."
         )
         raise ConfigurationError(msg)
@@ -365,10 +363,11 @@ class _Images(Dataset[dict[str, Any]]):
     def _failure(self, index: int, err: Exception) -> _Failure:
         file, why = self._file(index), _shortened(err)
         place = traceback.extract_tb(err.__traceback__)[-1]
+        where = f"{place.name} ({os.path.basename(place.filename)}, line {place.lineno})"
         message = (
-            f"Found {type(err).__name__} ({why}) in {place.name} ({os.path.basename(place.filename)}, line {place.lineno}) "
-            f"when {type(_leaf(self._original)).__name__} of {self._name} reads {file}, expected an image, since the file is "
-            "not damaged: mend the dataset or its transform, or give the callback tiles of its own."
+            f"Found {type(err).__name__} ({why}) in {where} when {type(_leaf(self._original)).__name__} of {self._name} "
+            f"reads {file}, expected an image, since the file is not damaged: mend the dataset or its transform, or give "
+            "the callback tiles of its own."
         )
         faulty = not is_damage(err, _files(self._original, index))
         # Errors of any type and with anything in them may not survive the way out of a worker.

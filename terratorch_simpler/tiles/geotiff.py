@@ -139,7 +139,7 @@ class GeoTiffTiles:
         self.filename_regex = None if filename_regex is None else arguments.text("filename_regex", filename_regex)
         self.date_format = arguments.text("date_format", date_format)
         self.use_metadata = arguments.flag("use_metadata", use_metadata)
-        self.timeout = arguments.number("timeout", timeout, "seconds above 0")
+        self.timeout = float(arguments.number("timeout", timeout, "seconds above 0"))
         self.index_cache = None if index_cache is None else arguments.path("index_cache", index_cache)
         self.pin_memory = arguments.flag("pin_memory", pin_memory)
         self._check_arguments()
@@ -238,7 +238,7 @@ class GeoTiffTiles:
 
     def _check_arguments(self) -> None:
         if not self.timeout > 0:
-            msg = f"Found timeout {self.timeout}, expected seconds above 0: change timeout."
+            msg = f"Found timeout {self.timeout:g}, expected seconds above 0: change timeout."
             raise TilesError(msg)
         means, stds = self.means, self.stds
         if (means is None) != (stds is None) or (means is not None and stds is not None and not 0 < len(means) == len(stds)):

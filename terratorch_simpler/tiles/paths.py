@@ -56,7 +56,9 @@ def _files_at(path: str, lists: tuple[str, ...]) -> list[str]:
     if is_remote(path):
         return [path]
     if os.path.isdir(path):
-        return [str(file) for file in sorted(Path(path).rglob("*")) if file.name.lower().endswith(EXTENSIONS) and file.is_file()]
+        return [
+            str(file) for file in sorted(Path(path).rglob("*")) if file.name.lower().endswith(EXTENSIONS) and file.is_file()
+        ]
     if not os.path.isfile(path):
         return sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     if not path.endswith(".txt"):

@@ -159,7 +159,11 @@ class Skipped:
         judged = min(self._planned, max(self.tried, ENOUGH_TO_JUDGE))
         if self._bad > self._max_bad_fraction * judged:
             other = any(self.counts[reason] for reason in OTHER_BANDS)
-            remedy = "name the images alone by a glob in paths, such as /data/*_image.tif, or remove" if other else "repair or remove"
+            remedy = (
+                "name the images alone by a glob in paths, such as /data/*_image.tif, or remove"
+                if other
+                else "repair or remove"
+            )
             msg = (
                 f"Found {self._bad} unreadable of {judged} tiles, expected at most {self._max_bad_fraction:.0%} "
                 f"(max_bad_fraction): {remedy} {', '.join(self._bad_named)}."
