@@ -26,13 +26,18 @@ PATIENCE_SECONDS = 20 * 60.0
 class PlanCache:
     """Plans by what they were made from.
 
+    Files count by name, size and time of the last change, and the tiles by a sample of 64 that is spread over all that may
+    be streamed. Copies of the data share plans if the times were copied with the files.
+
     Args:
         folder: The folder; runs on any number of machines may use it at the same time.
+        every_tile: Let all tiles that may be streamed count, not only a sample of them.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, every_tile: bool = False) -> None:
         """Nothing is read yet."""
         self.folder = Path(folder)
+        self.every_tile = every_tile
 
     @contextmanager
     def entry(self, made_from: Mapping[str, Any], backbone: SimplerBackbone) -> Iterator[tuple[Path, SlimmingPlan | None]]:

@@ -53,7 +53,7 @@ from terratorch_simpler.tiles import Batch, DatamoduleTiles, GeoTiffTiles, Split
 DESCRIBES = frozenset({"index", "position", "path", "window"})
 NOT_INPUT = DESCRIBES | {"valid", "target"}
 """Keys of a batch that describe the tiles and do not go to the encoder."""
-TILES_TO_KNOW = 8
+TILES_TO_KNOW = 64
 """How many tiles are looked at to tell whether an earlier run has seen the same."""
 
 
@@ -150,7 +150,9 @@ def select(
         def look_up() -> tuple[Path | None, SlimmingPlan | None]:
             if cache is None:
                 return None, None
-            return held.enter_context(cache.entry(_made_from(trainer, pl_module, backbone, source, how), backbone))
+            return held.enter_context(
+                cache.entry(_made_from(trainer, pl_module, backbone, source, how, cache.every_tile), backbone)
+            )
 
         kept_at, plan = processes.once(look_up)
         if plan is not None:
@@ -217,14 +219,21 @@ def _cut(backbone: SimplerBackbone, plan: SlimmingPlan) -> SlimmingPlan:
 
 
 def _made_from(
-    trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone, source: TileSource, how: Selection
+    trainer: Trainer,
+    pl_module: LightningModule,
+    backbone: SimplerBackbone,
+    source: TileSource,
+    how: Selection,
+    every_tile: bool = False,
 ) -> dict[str, object]:
     """Everything a plan depends on, to find it again by."""
+    tiles = min(len(source), how.max_tiles)  # no more are ever streamed
     return {
         "backbone": backbone.name,
         "weights": hash_of_weights(backbone),
         "data": source.describe(),
-        "seen": _first_tiles(trainer, backbone, source),
+        "changed": source.changed(),
+        "seen": _seen(trainer, backbone, source, tiles, tiles if every_tile else TILES_TO_KNOW),
         "criterion": [type(how.criterion).__module__, how.criterion.name, repr(how.criterion.args)],
         "bounds": repr(how.bounds),
         "pass": [how.tokens, how.min_tiles, how.max_tiles, how.seed, how.recovery],
@@ -234,20 +243,21 @@ def _made_from(
     }
 
 
-def _first_tiles(trainer: Trainer, backbone: SimplerBackbone, source: TileSource) -> list[str]:
-    """Hashes of the first tiles as the encoder will see them: bands, scale, transforms, normalisation, whatever it is.
+def _seen(trainer: Trainer, backbone: SimplerBackbone, source: TileSource, tiles: int, sample: int) -> list[tuple[int, str]]:
+    """Hashes of tiles spread over the stream as the encoder will see them: bands, scale, transforms, normalisation.
 
-    Names and sizes of files say nothing of these.
+    Names, sizes and times of files say nothing of these. The stream comes in a seeded order, so that every n-th tile of it
+    is a random sample of them all.
     """
     normalised = _normaliser(trainer, backbone, source)
-    found: list[str] = []
-    for batch in source.shard(1, 0):
+    found: list[tuple[int, str]] = []
+    for batch in source.shard(-(-tiles // sample) or 1, 0):
         inputs = normalised({key: value for key, value in batch.items() if key not in DESCRIBES})
-        for tile in range(len(batch["index"])):
-            found.append(hash_of_tensors({name: value[tile] for name, value in _tensors(inputs)}))
-        if len(found) >= TILES_TO_KNOW:
-            break
-    return found[:TILES_TO_KNOW]
+        for tile, position in enumerate(batch["position"]):
+            if position >= tiles:
+                return found
+            found.append((position, hash_of_tensors({name: value[tile] for name, value in _tensors(inputs)})))
+    return found
 
 
 def _plain(shape: InputShape) -> list[int] | dict[str, list[int]]:

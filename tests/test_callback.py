@@ -350,7 +350,10 @@ def test_fewer_than_32_tiles_are_an_error(trainer, task, datamodule, scenes, tmp
     module = task()
     split = tmp_path / "few.txt"
     split.write_text("\n".join(f"scene_{i:04d}" for i in range(20)))
-    with pytest.raises(TilesError, match="Found 20 usable tiles, expected at least 32"):
+    with pytest.raises(
+        TilesError,
+        match=r"Found 20 usable tiles, expected at least 32 .*more unlabeled images.*or a plan, or set backbone_keep",
+    ):
         trainer(SimplerCallback()).fit(module, datamodule=datamodule(train_split=split))
     assert module.model.encoder.num_blocks == 12
     assert not (tmp_path / "simpler").exists()

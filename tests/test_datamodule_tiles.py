@@ -1,14 +1,17 @@
 """The datamodule's training images: every one once, without masks or augmentation, and the datamodule left as it was."""
 
 import copy
+import random
 import shutil
 from pathlib import Path
 
 import albumentations
+import kornia.augmentation
 import numpy as np
 import pytest
 import rasterio
 import torch
+import torchvision.transforms.v2
 from albumentations.pytorch import ToTensorV2
 from lightning.pytorch import LightningDataModule
 from terratorch.datamodules import (
@@ -487,3 +490,329 @@ def test_dataset_of_another_name_is_found_through_the_loader():
     batches = list(DatamoduleTiles(Named()))
     assert sorted(index for batch in batches for index in batch["index"]) == list(range(5))
     assert "label" not in batches[0]
+
+
+# --- masks and pixels are of one image, whatever a dataset draws
+
+
+HOLE = -7.0
+
+
+class Holes(Dataset):
+    """Images of which each lacks pixels somewhere, filled as TerraTorch's datasets fill them; ``after`` is a transform."""
+
+    def __init__(self, after, count=24, names=("transform",)):
+        self.no_data_replace = HOLE
+        self.count = count
+        for name in names:
+            setattr(self, name, after)
+        self.after = after
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image = np.random.default_rng(index).random((16, 16, 3), dtype=np.float32)
+        image[2:6, 1 + index % 8 : 5 + index % 8] = np.nan
+        if self.no_data_replace is not None:
+            image = np.nan_to_num(image, nan=self.no_data_replace)
+        return {"image": self.after(image), "mask": np.zeros((16, 16))}
+
+
+class Data(LightningDataModule):
+    """A user's own: no ``train_transform``, the transform is the dataset's."""
+
+    def __init__(self, dataset, workers=0):
+        super().__init__()
+        self.train_dataset, self.batch_size, self.num_workers = dataset, 5, workers
+
+
+class Draws:
+    """Flips by chance, by one of the generators that there are."""
+
+    def __init__(self, kind, generator=None):
+        self.kind, self.generator = kind, generator
+
+    def __call__(self, image):
+        source = {"python": random, "numpy": np.random, "own": self.generator}.get(self.kind)
+        flipped = torch.rand(()).item() < 0.5 if source is None else source.random() < 0.5
+        return torch.from_numpy(np.ascontiguousarray(image[::-1] if flipped else image)).permute(2, 0, 1)
+
+
+class OwnGenerator(Holes):
+    """Draws from a generator of its own."""
+
+    def __init__(self):
+        super().__init__(Draws("own"))
+        self.generator = np.random.default_rng(0)
+
+    def __getitem__(self, index):
+        self.after.generator = self.generator
+        return super().__getitem__(index)
+
+
+def albumented(*transforms):
+    compose = albumentations.Compose([*transforms, ToTensorV2()])
+    return Albumented(compose)
+
+
+class Albumented(Holes):
+    def __init__(self, compose):
+        super().__init__(None)
+        self.transform = compose
+
+    def __getitem__(self, index):
+        self.after = lambda image: self.transform(image=image)["image"]
+        return super().__getitem__(index)
+
+
+class OfTensors(Holes):
+    """Transforms of torchvision or kornia, which take tensors."""
+
+    def __init__(self, transform):
+        super().__init__(None)
+        self.transform = transform
+
+    def __getitem__(self, index):
+        self.after = lambda image: self.transform(torch.from_numpy(image).permute(2, 0, 1)).reshape(3, *self.size())
+        return super().__getitem__(index)
+
+    def size(self):
+        return (16, 16)
+
+
+def crops_of(kind):
+    crop = {
+        "albumentations": albumented(albumentations.RandomCrop(8, 8)),
+        "torchvision": OfTensors(torchvision.transforms.v2.Compose([torchvision.transforms.v2.RandomCrop(8)])),
+        "kornia": OfTensors(torch.nn.Sequential(kornia.augmentation.RandomCrop((8, 8)))),
+    }[kind]
+    crop.size = lambda: (8, 8)
+    return crop
+
+
+RANDOM = {
+    "Python": lambda: Holes(Draws("python")),
+    "NumPy": lambda: Holes(Draws("numpy")),
+    "PyTorch": lambda: Holes(Draws("torch")),
+    "a generator of its own": OwnGenerator,
+    "a crop of albumentations": lambda: crops_of("albumentations"),
+    "a crop of torchvision": lambda: crops_of("torchvision"),
+    "a crop of kornia": lambda: crops_of("kornia"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", RANDOM)
+def test_mask_is_that_of_the_pixels_whatever_is_drawn(kind, workers):
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    tiles = DatamoduleTiles(Data(RANDOM[kind](), workers))
+    found = {index: (image, valid) for index, image, valid in one_by_one(tiles)}
+    assert len(found) == 24
+    for image, valid in found.values():
+        assert torch.equal(~valid, (image == HOLE).all(dim=0))
+    assert any(not valid.all() for _, valid in found.values())
+    for index, image, valid in one_by_one(tiles):
+        assert torch.equal(image, found[index][0])
+        assert torch.equal(valid, found[index][1])
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+FLIPS = {
+    "albumentations": lambda: albumented(albumentations.D4(), albumentations.HorizontalFlip(p=0.5)),
+    "one of several": lambda: albumented(
+        albumentations.OneOf([albumentations.HorizontalFlip(p=0.5), albumentations.RandomRotate90()], p=1.0)
+    ),
+    "torchvision": lambda: OfTensors(
+        torchvision.transforms.v2.Compose([torchvision.transforms.v2.RandomHorizontalFlip(), torch.nn.Identity()])
+    ),
+    "torchvision alone": lambda: OfTensors(torchvision.transforms.v2.RandomVerticalFlip()),
+    "kornia": lambda: OfTensors(torch.nn.Sequential(kornia.augmentation.RandomHorizontalFlip())),
+    "kornia alone": lambda: OfTensors(kornia.augmentation.RandomVerticalFlip(p=1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", FLIPS)
+def test_random_transforms_of_the_dataset_itself_are_left_out_and_named(kind, caplog):
+    dataset = FLIPS[kind]()
+    kept = dataset.transform
+    with caplog.at_level("INFO"):
+        tiles = DatamoduleTiles(Data(dataset))
+    assert "Random transforms of Data are left out of the tiles: " in caplog.text
+    plain = Holes(lambda image: torch.from_numpy(image).permute(2, 0, 1))
+    for index, image, valid in one_by_one(tiles):
+        assert torch.equal(image, plain[index]["image"])
+        assert (~valid).sum() == 16
+    assert dataset.transform is kept
+
+
+def test_transforms_of_the_user_are_neither_changed_nor_moved_on():
+    dataset = albumented(albumentations.RandomCrop(8, 8), albumentations.HorizontalFlip(p=0.5))
+    dataset.transform.set_random_seed(3)
+    before = [type(transform).__name__ for transform in dataset.transform.transforms]
+    list(DatamoduleTiles(Data(dataset)))
+    assert [type(transform).__name__ for transform in dataset.transform.transforms] == before
+    again = albumented(albumentations.RandomCrop(8, 8), albumentations.HorizontalFlip(p=0.5))
+    again.transform.set_random_seed(3)
+    assert torch.equal(dataset[0]["image"], again[0]["image"])
+
+
+def test_transform_of_the_users_own_validation_dataset_is_taken():
+    datamodule = Data(albumented(albumentations.RandomCrop(8, 8)))
+    datamodule.val_dataset = albumented(albumentations.CenterCrop(8, 8))
+    for index, image, _ in one_by_one(DatamoduleTiles(datamodule)):
+        assert torch.equal(image, datamodule.val_dataset[index]["image"])
+
+
+def test_dataset_that_is_another_in_every_read_is_an_error():
+    class Counts(Holes):
+        reads = 0
+
+        def __getitem__(self, index):
+            Counts.reads += 1
+            sample = super().__getitem__(index)
+            return {"image": sample["image"] + Counts.reads * (sample["image"] != HOLE)}
+
+    tiles = DatamoduleTiles(Data(Counts(lambda image: torch.from_numpy(image).permute(2, 0, 1))))
+    with pytest.raises(TilesError, match=r"Found RuntimeError .the same image is another one each time it is read"):
+        list(tiles)
+
+
+# --- damage, and errors in code
+
+
+class Raises(Dataset):
+    """Whatever a dataset or a transform may do wrong on an image that is whole."""
+
+    def __init__(self, files, error, on=None):
+        self.image_files, self.error, self.on = files, error, on
+
+    def __len__(self):
+        return len(self.image_files)
+
+    def __getitem__(self, index):
+        if self.on is None or index in self.on:
+            if self.error is ZeroDivisionError:
+                1 / 0  # noqa: B018
+            raise self.error("columns of the table")
+        return {"image": torch.ones(2, 8, 8)}
+
+
+ERRORS = [IndexError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("on", [None, [7]], ids=["every image", "one"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_error_in_code_is_no_damaged_file(folder, error, on, workers):
+    dataset = Raises([str(image_path(folder, number)) for number in range(COUNT)], error, on)
+    with pytest.raises(TilesError) as found:
+        list(DatamoduleTiles(Data(dataset, workers)))
+    message = str(found.value)
+    assert message.startswith(f"Found {error.__name__} (")
+    assert "when Raises of Data reads" in message
+    assert message.endswith("mend the dataset or its transform, or give the callback tiles of its own.")
+    assert "repair or remove" not in message
+    if workers:
+        assert "Traceback" in str(found.value.__cause__)
+        assert "columns of the table" in str(found.value.__cause__) or error is ZeroDivisionError
+    else:
+        assert type(found.value.__cause__) is error
+
+
+def test_error_of_a_transform_is_no_damaged_file(folder):
+    class Needs(albumentations.ImageOnlyTransform):
+        def apply(self, img, **_):
+            return img["red"]
+
+    with pytest.raises(TilesError, match=r"Found IndexError .* in apply .*GenericNonGeoSegmentationDataset.*_image\.tif"):
+        list(DatamoduleTiles(segmentation(folder, test_transform=[Needs(p=1.0), ToTensorV2()])))
+
+
+def test_damage_that_shows_later_is_damage(classes):
+    """tifffile reads the rest of this file as an empty array, of which the bands cannot be taken."""
+    path = classes / "wet" / "07.tif"
+    path.write_bytes(path.read_bytes()[:6])
+    tiles = DatamoduleTiles(classification(classes, dataset_bands=[1, 2, 3, 4, 5, 6], output_bands=[3, 4]))
+    assert sorted(order(tiles)) == [number for number in range(COUNT) if number != 7]
+    assert tiles.skipped == {"unreadable": 1}
+
+
+@pytest.mark.parametrize("broken", [[3], range(12)], ids=["one", "every file"])
+def test_files_of_other_kinds_are_judged_by_where_it_failed(tmp_path, broken):
+    class Arrays(Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            return {"image": torch.from_numpy(np.load(tmp_path / f"{index}.npy"))}
+
+    for number in range(12):
+        np.save(tmp_path / f"{number}.npy", np.ones((2, 8, 8), np.float32))
+        if number in broken:
+            path = tmp_path / f"{number}.npy"
+            path.write_bytes(path.read_bytes()[:200])
+    tiles = DatamoduleTiles(Data(Arrays()))
+    if len(broken) == 1:
+        assert sorted(order(tiles)) == [number for number in range(12) if number != 3]
+        assert tiles.skipped == {"unreadable": 1}
+    else:  # what fails on every file is more likely how they are read
+        with pytest.raises(TilesError, match=r"Found ValueError .* when Arrays of Data reads image"):
+            list(tiles)
+
+
+def test_first_image_may_be_damaged_where_labels_are_needed(folder, caplog):
+    class NeedsLabels(Raises):
+        segmentation_mask_files = (1, 2)
+
+        def __getitem__(self, index):
+            pixels = pixels_of(self.image_files[index])
+            return {"image": torch.from_numpy(pixels), "mask": self.segmentation_mask_files[index % 2]}
+
+    files = [str(image_path(folder, number)) for number in range(COUNT)]
+    first = DatamoduleTiles(Data(Raises(files, KeyError, [])))._order[0]
+    Path(files[first]).write_bytes(b"II*")
+    with caplog.at_level("INFO"):
+        tiles = DatamoduleTiles(Data(NeedsLabels(files, KeyError)))
+        assert len(order(tiles)) == COUNT - 1
+    assert caplog.text.count("NeedsLabels reads no image without its label: labels are read and dropped.") == 1
+    assert tiles.skipped == {"unreadable": 1}
+
+
+# --- nothing to read
+
+
+def test_no_images_name_root_glob_and_split_file(folder, tmp_path):
+    split = tmp_path / "none.txt"
+    split.write_text("somewhere_else\n")
+    wrong = {"img_grep": {"img_grep": "*.png"}, "split": {"train_split": split}}
+    for more in wrong.values():
+        datamodule = segmentation(folder, **more)
+        with pytest.raises(ConfigurationError, match=r"^Found no training images in GenericNonGeo") as error:
+            DatamoduleTiles(datamodule)
+        for part in (f"data root {folder / 'images'}", f"glob {more.get('img_grep', '*_image.tif')}", "split file "):
+            assert part in str(error.value)
+        assert str(more.get("train_split", "train.txt")) in str(error.value)
+
+
+def test_files_are_looked_up_once(folder, monkeypatch):
+    import os
+
+    tiles, looked_up, stat = DatamoduleTiles(segmentation(folder)), [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, *args, **kwargs: looked_up.append(str(path)) or stat(path, *args, **kwargs))
+    for _ in range(3):
+        tiles.describe()
+        tiles.changed()
+    assert sorted(path for path in looked_up if path.endswith("_image.tif")) == sorted(
+        str(image_path(folder, number)) for number in range(COUNT)
+    )
+
+
+def test_fingerprint_follows_the_files_of_every_modality(modalities):
+    root, make = modalities
+    first = DatamoduleTiles(make()).describe()
+    path = root / "train" / "S1RTC" / "chip03_S1RTC.tif"
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert DatamoduleTiles(make()).describe() != first

@@ -1,10 +1,14 @@
 """Plans that runs share: made once, found again only by whoever would make the same, whole whatever happens."""
 
 import json
+import os
+import shutil
 import time
 from datetime import timedelta
 
+import numpy as np
 import pytest
+import rasterio
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,7 +16,10 @@ from hypothesis import strategies as st
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan, plan_cache
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.plan_cache import PlanCache, hash_of_weights
+from terratorch_simpler.tiles import DatamoduleTiles
+from tests import datamodules
 from tests.extras import needs_peft
+from tests.memory import Tiles, land
 from tests.runs import CONTEXT, Command, config
 
 pytestmark = pytest.mark.filterwarnings(
@@ -97,11 +104,6 @@ def test_whatever_the_plan_depends_on_makes_another(choose, streams, task, datam
 
 
 def test_a_changed_image_of_the_same_size_among_the_first_is_seen(choose, streams, datamodule, scenes, tmp_path):
-    import shutil
-
-    import numpy as np
-    import rasterio
-
     images = shutil.copytree(scenes / "images", tmp_path / "images")
     choose(data=datamodule(train_data_root=images))
     for path in images.iterdir():
@@ -110,6 +112,85 @@ def test_a_changed_image_of_the_same_size_among_the_first_is_seen(choose, stream
             target.write(np.where(pixels == target.nodata, pixels, pixels + 1))
     choose(data=datamodule(train_data_root=images))
     assert len(streams) == 2
+
+
+def restored(path, change):
+    """Change a file, and give it the time of the last change that it had."""
+    times = os.stat(path)
+    change(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def other_pixels(path):
+    size = path.stat().st_size
+    with rasterio.open(path, "r+") as target:
+        pixels = target.read()
+        target.write(np.where(pixels == target.nodata, pixels, pixels[:, ::-1]))
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize("source", ["datamodule", "tiles"])
+def test_other_pixels_in_any_file_of_the_same_size_and_time_are_seen(choose, streams, datamodule, scenes, tmp_path, source):
+    images = shutil.copytree(scenes / "images", tmp_path / "images")
+    for path in images.iterdir():  # the size stays the same where nothing is compressed
+        with rasterio.open(path) as source_file:
+            profile, pixels = {**source_file.profile, "compress": None}, source_file.read()
+        with rasterio.open(path, "w", **profile) as target:
+            target.write(pixels)
+    arguments = {"train_data_root": images}
+
+    def again():
+        tiles = {"tiles": GeoTiffTiles(str(images), tile_size=64)} if source == "tiles" else {}
+        choose(data=datamodule(**arguments), **tiles)
+
+    again()
+    order = DatamoduleTiles(set_up(datamodule(**arguments)))._order
+    names = (scenes / "splits" / "train.txt").read_text().split()
+    for count, position in enumerate((20, 47), start=2):
+        restored(next(images.glob(f"*{names[order[position]]}*")), other_pixels)
+        again()
+        assert len(streams) == count
+
+
+def set_up(datamodule):
+    datamodule.setup("fit")
+    return datamodule
+
+
+def test_a_touched_file_is_a_changed_one_and_a_copy_with_its_times_is_not(choose, streams, datamodule, scenes, tmp_path):
+    images = shutil.copytree(scenes / "images", tmp_path / "images")
+    choose(data=datamodule(train_data_root=images))
+    copies = shutil.copytree(images, tmp_path / "elsewhere")
+    choose(data=datamodule(train_data_root=copies))
+    assert len(streams) == 1
+    os.utime(next(images.glob("*0003_image.tif")), (1e9, 1e9))
+    choose(data=datamodule(train_data_root=images))
+    assert len(streams) == 2
+
+
+def test_every_tile_counts_on_request(datamodule, build, trainer, task):
+    """64 of these 200 windows are looked at, or all of them."""
+    from terratorch_simpler import selection
+    from terratorch_simpler.criteria import Bounds, Simpler
+
+    how = selection.Selection(Simpler(), Bounds(), 1.0, "patch", 32, 4096, 0)
+    source = Tiles(land(200, size=32))
+    source.changed = lambda: ""
+    run = trainer()
+    some = selection._made_from(run, task(), build(), source, how)["seen"]
+    every = selection._made_from(run, task(), build(), source, how, every_tile=True)["seen"]
+    assert (len(some), len(every)) == (50, 200)
+    assert [position for position, _ in some] == list(range(0, 200, 4))
+    source.images[199] += 1
+    assert selection._made_from(run, task(), build(), source, how, every_tile=True)["seen"] != every
+    assert PlanCache("folder", every_tile=True).every_tile
+
+
+def test_files_of_every_modality_count(tmp_path):
+    datamodule = set_up(datamodules.multimodal(tmp_path))
+    before = DatamoduleTiles(datamodule).changed()
+    os.utime(tmp_path / "train" / "S1" / "3_s1.tif", (1e9, 1e9))
+    assert DatamoduleTiles(datamodule).changed() != before
 
 
 def test_a_plan_given_by_hand_wins(choose, streams, tmp_path):

@@ -169,8 +169,8 @@ def measure(
         if not settled and rounds.taken < FEWEST_TILES:
             skipped = f" ({rounds.skips})" if rounds.skips.counts else ""
             msg = (
-                f"Found {rounds.taken} usable tiles{skipped}, expected at least {FEWEST_TILES} to compare blocks: give more "
-                "tiles."
+                f"Found {rounds.taken} usable tiles{skipped}, expected at least {FEWEST_TILES} to compare blocks: give the "
+                "callback more unlabeled images with tiles, or a plan, or set backbone_keep to the number of blocks to keep."
             )
             raise TilesError(msg)
         if pool.repairs is not None:

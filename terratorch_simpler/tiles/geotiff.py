@@ -8,7 +8,6 @@ import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,12 +15,13 @@ import torch
 from torch import Tensor
 
 from terratorch_simpler.errors import TilesError
+from terratorch_simpler.tiles import arguments
 from terratorch_simpler.tiles.buffers import Buffers, Slot, fill_batches
 from terratorch_simpler.tiles.index import Catalogue, Grid, Place, Unusable, read_headers
 from terratorch_simpler.tiles.paths import find_files
 from terratorch_simpler.tiles.rasters import accept_files_without_georeference, gdal_settings
 from terratorch_simpler.tiles.readers import Readers, Run, TimedOut
-from terratorch_simpler.tiles.source import Batch, Share, Skip, Skipped, file_size, fingerprint
+from terratorch_simpler.tiles.source import Batch, FileStat, Share, Skip, Skipped, file_stat, fingerprint
 from terratorch_simpler.tiles.window import Job, Scaling, Tile, WindowReader
 
 AHEAD_BYTES = 256 * 2**20
@@ -120,36 +120,38 @@ class GeoTiffTiles:
         pin_memory: bool = False,
     ) -> None:
         """Find the files; they are opened when streaming starts."""
-        self.tile_size = tile_size
-        self.stride = tile_size if stride is None else stride
-        self.bands = bands
-        self.num_frames = num_frames
-        self.nodata = nodata
-        self.max_nodata_fraction = max_nodata_fraction
-        self.scale = scale
-        self.offset = offset
-        self.means = means
-        self.stds = stds
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.max_bad_fraction = max_bad_fraction
-        self.seed = seed
+        self.tile_size = arguments.whole_number("tile_size", tile_size, 1)
+        self.stride = self.tile_size if stride is None else arguments.whole_number("stride", stride, 1)
+        self.bands = None if bands is None else arguments.bands(bands)
+        self.num_frames = arguments.whole_number("num_frames", num_frames, 1)
+        # NaN is a value that means no data, and the only one that is no number.
+        self.nodata = nodata if nodata is None or _is_nan(nodata) else arguments.number("nodata", nodata)
+        self.max_nodata_fraction = arguments.share("max_nodata_fraction", max_nodata_fraction)
+        self.scale = arguments.scaling("scale", scale)
+        self.offset = arguments.scaling("offset", offset)
+        self.means = None if means is None else arguments.numbers("means", means)
+        self.stds = None if stds is None else arguments.numbers("stds", stds)
+        self.batch_size = arguments.whole_number("batch_size", batch_size, 1)
+        self.num_workers = arguments.whole_number("num_workers", num_workers, 0)
+        self.max_bad_fraction = arguments.share("max_bad_fraction", max_bad_fraction)
+        self.seed = arguments.whole_number("seed", seed, 0)
         self.pad = pad
-        self.filename_regex = filename_regex
-        self.date_format = date_format
-        self.use_metadata = use_metadata
-        self.timeout = timeout
-        self.index_cache = index_cache
-        self.pin_memory = pin_memory
+        self.filename_regex = None if filename_regex is None else arguments.text("filename_regex", filename_regex)
+        self.date_format = arguments.text("date_format", date_format)
+        self.use_metadata = arguments.flag("use_metadata", use_metadata)
+        self.timeout = float(arguments.number("timeout", timeout, "seconds above 0"))
+        self.index_cache = None if index_cache is None else arguments.path("index_cache", index_cache)
+        self.pin_memory = arguments.flag("pin_memory", pin_memory)
         self._check_arguments()
         self.paths = find_files(paths)
-        self.skips = Skipped(planned=0, max_bad_fraction=max_bad_fraction)
+        self.skips = Skipped(planned=0, max_bad_fraction=self.max_bad_fraction)
         self.on_skip: Callable[[Skip], None] | None = None
         self._share = Share()
         self._grid: Grid | None = None
         self._unusable: list[Unusable] = []
         self._bands: dict[str, list[int]] = {}
         self._days: dict[str, tuple[int, int]] = {}
+        self._stats: list[FileStat] | None = None
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -180,6 +182,7 @@ class GeoTiffTiles:
     def opened(self) -> GeoTiffTiles:
         """These tiles, with all files opened once: what is in them is known from now on, also to copies."""
         self._windows()
+        self._stats = [file_stat(path) for path in self.paths]  # anew, should they be used a second time
         return self
 
     def no_skips(self) -> Skipped:
@@ -193,13 +196,22 @@ class GeoTiffTiles:
             *(self.scale, self.offset, self.means, self.stds, self.pad),
             *(self.filename_regex, self.date_format, self.use_metadata),
         )
-        files = ((Path(path).name, file_size(path)) for path in self.paths)
+        files = ((stat.name, stat.size) for stat in self._file_stats())
         return {
             "source": "GeoTiffTiles",
             "files": len(self.paths),
             "tiles": len(self._windows()),
             "fingerprint": fingerprint([*files, settings, self.seed]),
         }
+
+    def changed(self) -> str:
+        """A fingerprint of names, sizes and times of the last change of all files."""
+        return fingerprint(self._file_stats())
+
+    def _file_stats(self) -> list[FileStat]:
+        if self._stats is None:
+            self._stats = [file_stat(path) for path in self.paths]
+        return self._stats
 
     def __iter__(self) -> Iterator[Batch]:
         """Stream batches: the keys of :data:`~terratorch_simpler.tiles.source.Batch`, ``path`` and ``window``.
@@ -225,19 +237,8 @@ class GeoTiffTiles:
                 yield self._collate(image, batch)
 
     def _check_arguments(self) -> None:
-        for name, least in (("tile_size", 1), ("stride", 1), ("num_frames", 1), ("batch_size", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                msg = f"Found {name} {getattr(self, name)}, expected at least {least}: change {name}."
-                raise TilesError(msg)
-        for name in ("max_nodata_fraction", "max_bad_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                msg = f"Found {name} {getattr(self, name)}, expected 0 to 1: change {name}."
-                raise TilesError(msg)
         if not self.timeout > 0:
-            msg = f"Found timeout {self.timeout}, expected seconds above 0: change timeout."
-            raise TilesError(msg)
-        if self.bands is not None and not self.bands:
-            msg = "Found an empty list of bands, expected at least one: name bands, or leave bands out to read all."
+            msg = f"Found timeout {self.timeout:g}, expected seconds above 0: change timeout."
             raise TilesError(msg)
         means, stds = self.means, self.stds
         if (means is None) != (stds is None) or (means is not None and stds is not None and not 0 < len(means) == len(stds)):
@@ -246,13 +247,9 @@ class GeoTiffTiles:
         if stds is not None and not all(std > 0 for std in stds):
             msg = f"Found stds {stds}, expected values above 0: change stds."
             raise TilesError(msg)
-        if self.pad not in (None, "reflect"):
+        if not (self.pad is None or (isinstance(self.pad, str) and self.pad == "reflect")):
             msg = f"Found pad {self.pad!r}, expected reflect or null: change pad."
             raise TilesError(msg)
-        for name in ("scale", "offset"):
-            if isinstance(getattr(self, name), str) and getattr(self, name) != "file":
-                msg = f"Found {name} {getattr(self, name)!r}, expected a number or file: change {name}."
-                raise TilesError(msg)
         self._check_dates()
 
     def _check_dates(self) -> None:
@@ -385,6 +382,10 @@ class GeoTiffTiles:
             batch["temporal_coords"] = torch.tensor([tile.days for tile in tiles], dtype=torch.float32)
             batch["location_coords"] = torch.tensor([tile.location for tile in tiles], dtype=torch.float32)
         return batch
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float | np.floating) and bool(np.isnan(value))
 
 
 def _runs(jobs: Sequence[Job], num_threads: int) -> Iterator[Sequence[Job]]:

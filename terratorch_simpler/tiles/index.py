@@ -124,7 +124,9 @@ class Catalogue:
             TilesError: If no file has the bands.
         """
         counts = Counter(header.num_bands for header in self._headers.values() if header.real)
-        most = max(counts, key=lambda count: counts[count], default=0)  # the first of several
+        most = max(
+            counts, key=lambda count: (counts[count], count), default=0
+        )  # masks have fewer than the images beside them
         first_refusal = None
         for path, header in self._headers.items():
             if not header.real:

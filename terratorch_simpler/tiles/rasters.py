@@ -20,8 +20,8 @@ from rasterio.windows import Window
 
 from terratorch_simpler.tiles.paths import is_remote
 
-DAMAGE = (RasterioError, CRSError, OSError, UnicodeDecodeError)
-"""What rasterio raises on damaged files; the last for band descriptions."""
+DAMAGE = (RasterioError, CRSError, OSError, UnicodeError)
+"""What rasterio raises on damaged files; the last for band descriptions, and for names of files that are no text."""
 
 MAX_OPEN = 32
 """Files that stay open while nobody reads from them."""

@@ -22,6 +22,9 @@ all shares; further keys are arguments of the encoder."""
 NAMED = 5
 """How many unusable tiles are named; the rest is only counted."""
 
+OTHER_BANDS = ("wrong bands", "wrong number of bands")
+"""Reasons that masks give that lie beside the images."""
+
 ENOUGH_TO_JUDGE = 4096
 """A stream of millions of tiles need not be read to the end to see that most are damaged."""
 
@@ -104,6 +107,9 @@ class TileSource(Protocol):
     def describe(self) -> dict[str, Any]:
         """What is streamed, by all shares together, with a fingerprint, as it goes to plan.json."""
 
+    def changed(self) -> str:
+        """A fingerprint of names, sizes and times of the last change of all files."""
+
     def shard(self, num_shards: int, index: int, block: int = 1, start: int = 0) -> TileSource:
         """One of several disjoint shares of the same stream (:class:`Share`)."""
 
@@ -152,9 +158,15 @@ class Skipped:
                 names.append(named)
         judged = min(self._planned, max(self.tried, ENOUGH_TO_JUDGE))
         if self._bad > self._max_bad_fraction * judged:
+            other = any(self.counts[reason] for reason in OTHER_BANDS)
+            remedy = (
+                "name the images alone by a glob in paths, such as /data/*_image.tif, or remove"
+                if other
+                else "repair or remove"
+            )
             msg = (
                 f"Found {self._bad} unreadable of {judged} tiles, expected at most {self._max_bad_fraction:.0%} "
-                f"(max_bad_fraction): repair or remove {', '.join(self._bad_named)}."
+                f"(max_bad_fraction): {remedy} {', '.join(self._bad_named)}."
             )
             raise TilesError(msg)
 
@@ -177,13 +189,29 @@ def fingerprint(parts: Iterable[object]) -> str:
     """Short SHA-256 over what identifies the stream: names and sizes of files, windows, order; no pixels are read."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(f"{part}\n".encode())
+        digest.update(f"{part}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
-def file_size(path: object) -> int:
-    """Size in bytes, or -1 where there is no such local file."""
+class FileStat(NamedTuple):
+    """A file as the operating system knows it; size and time are -1 where there is no such local file.
+
+    Attributes:
+        name: Its name without the folder, so that copies elsewhere are the same.
+        size: Bytes.
+        changed: Time of the last change, in whole seconds, which tools that copy files keep.
+    """
+
+    name: str
+    size: int
+    changed: int
+
+
+def file_stat(path: object) -> FileStat:
+    """Look a file up, once."""
+    name = os.path.basename(str(path))
     try:
-        return os.stat(str(path)).st_size
-    except OSError:
-        return -1
+        found = os.stat(str(path))
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return FileStat(name, -1, -1)
+    return FileStat(name, found.st_size, int(found.st_mtime))
