@@ -1,6 +1,6 @@
 """Runs an intact encoder over tiles and gathers the statistics of its blocks. No mathematics."""
 
-from terratorch_simpler.measure.borrow import as_pretrained, borrowed
+from terratorch_simpler.measure.borrow import as_pretrained, borrowed, random_state_kept
 from terratorch_simpler.measure.cost import count_macs, macs_by_block
 from terratorch_simpler.measure.inputs import check_input
 from terratorch_simpler.measure.labelled import IMAGES, LabelledRows, Readout, check_labels, collect_labelled
@@ -29,4 +29,5 @@ __all__ = [
     "count_macs",
     "macs_by_block",
     "measure",
+    "random_state_kept",
 ]
