@@ -42,6 +42,7 @@ from terratorch_simpler.measure import (
     check_labels,
     collect_labelled,
     count_macs,
+    explain,
     measure,
     random_state_kept,
 )
@@ -462,7 +463,12 @@ def _normaliser(trainer: Trainer, backbone: SimplerBackbone, source: TileSource)
         if by_name and not isinstance(inputs["image"], dict):  # the datamodule knows means by modality only
             inputs["image"] = dict.fromkeys(backbone.input_shape, inputs["image"])  # one: others were refused
         if normalise is not None:
-            inputs["image"] = normalise({"image": inputs["image"]})["image"]
+            image = inputs["image"]
+            try:
+                inputs["image"] = normalise({"image": image})["image"]
+            except Exception as err:
+                explain(err, backbone, image)
+                raise
         return inputs
 
     return normalised

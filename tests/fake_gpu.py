@@ -27,9 +27,9 @@ def on_host(function):
 class FakeGpu:
     """Runs the package as if its models and images lay on a GPU."""
 
-    def __init__(self, monkeypatch, device="cuda"):
+    def __init__(self, monkeypatch):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.device = torch.device(device)
+        self.device = torch.device("cuda")
         draw = tap.draw
 
         def draw_on_host(valid, special, numbers, tokens, seed, device, *more):
