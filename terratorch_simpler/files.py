@@ -21,7 +21,7 @@ from terratorch_simpler.errors import ConfigurationError
 
 PREFIX = ".part-"
 OLD_SECONDS = 24 * 3600.0
-"""What a process of another machine has left behind is removed after a day: nothing takes that long to write."""
+"""What a process of another machine or container has left behind is removed after a day: nothing takes so long to write."""
 
 CHUNK = 1 << 20
 """Bytes of a file whose sum is taken at once."""
@@ -65,7 +65,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     for folder in path.parent.glob(f"{PREFIX}*"):
         if _left_behind(folder):
             shutil.rmtree(folder, ignore_errors=True)
-    own = f"{PREFIX}{socket.gethostname()}-{os.getpid()}-"
+    own = f"{PREFIX}{_machine()}-{os.getpid()}-"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=own) as name:
         part = Path(name) / path.name
         yield part
@@ -140,11 +140,19 @@ def _file_system(path: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(path)  # type: ignore[no-any-return]
 
 
+def _machine() -> str:
+    """Where a process number means something: a container may share the name of its host and count for itself."""
+    namespace = ""
+    with suppress(OSError):  # only Linux has them
+        namespace = "." + "".join(filter(str.isdigit, os.readlink("/proc/self/ns/pid")))
+    return socket.gethostname() + namespace
+
+
 def _left_behind(folder: Path) -> bool:
-    host, _, rest = folder.name.removeprefix(PREFIX).rpartition("-")[0].rpartition("-")
+    machine, _, rest = folder.name.removeprefix(PREFIX).rpartition("-")[0].rpartition("-")
     with suppress(OSError, ValueError):
-        if host == socket.gethostname():
+        if machine == _machine():
             os.kill(int(rest), 0)  # raises if there is no such process
             return False
         return time.time() - folder.stat().st_mtime > OLD_SECONDS
-    return host == socket.gethostname()
+    return machine == _machine()

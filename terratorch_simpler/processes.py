@@ -6,6 +6,7 @@ never gets between collective calls of the GPUs, and a process that has gone is 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -89,7 +90,12 @@ class Processes:
             answer = work()
         except BaseException as err:
             error = err
-        told = self._gather(_Told(answer, error and self._to_tell(error)), error)
+        try:
+            parcel = pickle.dumps(_Told(answer, error and self._to_tell(error)))
+        except Exception as err:  # what cannot be sent must not keep the others waiting
+            error = error or err
+            parcel = pickle.dumps(_Told(None, self._to_tell(err)))
+        told = self._gather(parcel, error)
         if error is not None:
             raise error
         for other in told:
@@ -147,13 +153,13 @@ class Processes:
         except RuntimeError as err:
             raise self._gone(err) from err
 
-    def _gather(self, told: _Told, error: BaseException | None) -> list[_Told]:
+    def _gather(self, parcel: bytes, error: BaseException | None) -> list[_Told]:
         everything: list[Any] = [None] * self.count
         try:
-            dist.all_gather_object(everything, told, group=self.group)
+            dist.all_gather_object(everything, parcel, group=self.group)
         except RuntimeError as err:
             raise error or self._gone(err) from err
-        return everything
+        return [pickle.loads(one) for one in everything]
 
     def _to_tell(self, error: BaseException) -> BaseException:
         """An error as the other processes raise it."""

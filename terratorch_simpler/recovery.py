@@ -8,8 +8,9 @@ up over tokens, so memory does not grow with their number.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,31 +103,44 @@ class SpanSums:
         self._states = sorted({state for span in spans for state in span})
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, states: Tensor, held_out: Tensor) -> None:
-        """Add tokens.
+    def add(self, states: Tensor, fit: Sequence[int], judge: Sequence[int]) -> None:
+        """Add tokens, on their device, or on the CPU if that has no memory left.
 
         Args:
             states: Tokens in every state, (L + 1, m, D).
-            held_out: Which of them to judge on, (m,), on the CPU.
+            fit: Numbers of those to fit on.
+            judge: Numbers of those to judge on; any others are left out.
         """
-        self._sums = self._sums or self._empty(states.shape[-1], torch.device("cpu"))
-        try:
-            self._add(states, held_out, states.device)
-        except torch.OutOfMemoryError:
-            self._add(states, held_out, torch.device("cpu"))
+        added = 0  # sums that hold these tokens already: none is added to twice
 
-    def _add(self, states: Tensor, held_out: Tensor, device: torch.device) -> None:
-        # Whatever needs memory comes before the first sum is added to: it may be tried again elsewhere.
-        self._sums = {name: value.to(device) for name, value in self._sums.items()}
-        parts = [chosen.nonzero().flatten().to(states.device) for chosen in (~held_out, held_out)]
-        halves = [states[:, part].to(device, torch.float64) for part in parts]
-        for half, wide in enumerate(halves):
+        def add_rest(device: torch.device) -> None:
+            nonlocal added
+            for add in islice(self._additions(states, (fit, judge), device), added, None):
+                add()
+                added += 1
+
+        try:
+            return add_rest(states.device)
+        except torch.OutOfMemoryError:
+            pass  # the traceback holds what was allocated until here
+        return add_rest(torch.device("cpu"))
+
+    def _additions(
+        self, states: Tensor, rows: tuple[Sequence[int], Sequence[int]], device: torch.device
+    ) -> Iterator[Callable[[], object]]:
+        """What there is to add, always in the same order; a step that fails has added nothing."""
+        states = states.to(device)
+        sums = self._sums or self._empty(states.shape[-1], device)
+        self._sums = {name: value.to(device) for name, value in sums.items()}
+        for half, numbers in enumerate(rows):
+            gram, total, cross = (self._sums[name][half] for name in ("gram", "total", "cross"))
+            wide = take_rows(states, numbers).double()
             for place, state in enumerate(self._states):
-                self._sums["gram"][half, place].addmm_(wide[state].mT, wide[state])
-                self._sums["total"][half, place] += wide[state].sum(dim=0)
+                yield partial(gram[place].addmm_, wide[state].mT, wide[state])
+                yield partial(total[place].add_, wide[state].sum(dim=0))
             for place, (before, after) in enumerate(self.spans):
-                self._sums["cross"][half, place].addmm_(wide[before].mT, wide[after])
-            self.tokens[half] += wide.shape[1]
+                yield partial(cross[place].addmm_, wide[before].mT, wide[after])
+            yield partial(self.tokens[half].add_, len(numbers))
 
     def merge(self, add_up: Callable[[Tensor], None], width: int) -> None:
         """Add the sums of other processes.
@@ -200,6 +214,11 @@ class SpanSums:
             "total": zeros(len(self._states), width),
             "cross": zeros(len(self.spans), width, width),
         }
+
+
+def take_rows(states: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Some rows of states (L + 1, m, D), without waiting for their device."""
+    return states.index_select(1, torch.tensor(numbers, dtype=torch.int64).to(states.device, non_blocking=True))
 
 
 def _solve(gram: Tensor, cross: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import nn
+from torchmetrics import Metric
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.criteria import Bounds, Criterion, Labelled
@@ -41,7 +42,9 @@ from terratorch_simpler.measure import (
     check_labels,
     collect_labelled,
     count_macs,
+    explain,
     measure,
+    random_state_kept,
 )
 from terratorch_simpler.overview import overview
 from terratorch_simpler.plan import SlimmingPlan
@@ -106,6 +109,7 @@ def find_backbone(module: nn.Module) -> SimplerBackbone:
     raise ConfigurationError(msg)
 
 
+@random_state_kept()  # training draws what it would have drawn with the plan given
 def select(
     trainer: Trainer,
     pl_module: LightningModule,
@@ -313,8 +317,8 @@ def _stream(
     encoder = _outermost_encoder(pl_module, backbone)
     source.pin_memory = source.pin_memory or trainer.strategy.root_device.type == "cuda"
     with (
+        on_device(pl_module, trainer.strategy.root_device),  # all of it: something may run before the encoder
         borrowed(pl_module, how.seed),  # all of it: detection models ask for boxes while they train
-        on_device(encoder, trainer.strategy.root_device),
         _progress_bar(trainer, planned, backbone) as progress,
     ):
         found = measure(
@@ -382,8 +386,8 @@ def labelled_rows(
     source = _labelled_source(trainer, split, seed)
     encoder = _outermost_encoder(pl_module, backbone)
     with (
+        on_device(pl_module, trainer.strategy.root_device),
         borrowed(pl_module, seed),
-        on_device(encoder, trainer.strategy.root_device),
         nullcontext() if tuned else as_pretrained(encoder, backbone),
     ):
         return collect_labelled(
@@ -469,7 +473,12 @@ def _normaliser(trainer: Trainer, backbone: SimplerBackbone, source: TileSource)
         if by_name and not isinstance(inputs["image"], dict):  # the datamodule knows means by modality only
             inputs["image"] = dict.fromkeys(backbone.input_shape, inputs["image"])  # one: others were refused
         if normalise is not None:
-            inputs["image"] = normalise({"image": inputs["image"]})["image"]
+            image = inputs["image"]
+            try:
+                inputs["image"] = normalise({"image": image})["image"]
+            except Exception as err:
+                explain(err, backbone, image)
+                raise
         return inputs
 
     return normalised
@@ -527,13 +536,28 @@ def precision_of(trainer: Trainer) -> AbstractContextManager[object]:
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Borrow a device: Lightning moves the model there only after setup."""
-    home = next(module.parameters()).device
-    module.to(device)
+    """Borrow a device: Lightning moves the model there only after setup.
+
+    Afterwards all parameters and buffers are the same objects as before, each on the device where it was.
+    """
+    held = [
+        (tensors, name, tensor, tensor.device)
+        for part in module.modules()
+        for tensors in (part._parameters, part._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    metrics = [(part, part.device) for part in module.modules() if isinstance(part, Metric)]  # their states are neither
     try:
+        nn.Module.to(module, device)  # that of a LightningModule would change what it says its device is
         yield
     finally:
-        module.to(home)
+        for tensors, name, tensor, own in held:
+            tensors[name] = tensor
+            if tensor.device != own:
+                tensor.data = tensor.data.to(own)
+        for metric, own in metrics:
+            metric.to(own)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,16 +31,29 @@ CONSTANT_RATIO = 1e-12
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep matrix products in full float32.
+    """Keep matrix products in full float32; all settings come back, whichever of PyTorch's two kinds they were made with.
 
     Importing TerraTorch allows TF32 on GPUs and bfloat16 on some CPUs, whose short mantissa shows in the third digit.
     """
-    before = torch.get_float32_matmul_precision()
+    backends = _matmul_backends()
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    # PyTorch refuses to tell the older setting beside others of the newer ones than it would have made itself.
+    legacy = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(legacy)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _matmul_backends() -> list[Any]:
+    """What has a precision of its own; none before PyTorch 2.9."""
+    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    return [backend for backend in backends if hasattr(backend, "fp32_precision")]
 
 
 def _centred(features: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from terratorch.models import EncoderDecoderFactory
+from terratorch.registry import BACKBONE_REGISTRY
 from terratorch.tasks import SemanticSegmentationTask
 
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan
@@ -274,10 +275,33 @@ def test_geotiff_tiles_with_time_and_place_for_an_encoder_that_takes_them(traine
     assert {"temporal_coords": (1, 2), "location_coords": (2,)} in seen
 
 
-def test_geotiff_tiles_with_other_bands_than_the_encoder(trainer, task, datamodule, scenes):
-    tiles = GeoTiffTiles(str(scenes / "images"), tile_size=64, bands=[1, 2, 3])
+@pytest.mark.parametrize("cached", [False, True])
+def test_geotiff_tiles_with_other_bands_than_the_encoder(trainer, task, datamodule, scenes, tmp_path, cached):
+    tiles = GeoTiffTiles(str(scenes / "images"), tile_size=64, bands=[1, 2, 3])  # fewer than the datamodule has means for
+    callback = SimplerCallback(tiles=tiles, plan_cache=str(tmp_path / "cache") if cached else None)
     with pytest.raises(TilesError, match="Found tiles with 3 bands, expected the 6 bands of 'prithvi_eo_v2_tiny_tl'"):
-        trainer(SimplerCallback(tiles=tiles)).fit(task(), datamodule=datamodule())
+        trainer(callback).fit(task(), datamodule=datamodule())
+
+
+def test_an_encoder_behind_a_layer_that_changes_the_bands(trainer, datamodule):
+    class Adapted(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.adapter = torch.nn.Conv2d(6, 3, 1)
+            self.encoder = BACKBONE_REGISTRY.build("simpler_timm_vit_tiny_patch16_224", pretrained=False, img_size=64)
+
+        def forward(self, image):
+            return self.encoder(self.adapter(image))
+
+        def training_step(self, batch, _):
+            return self(batch["image"])[-1].square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    module = Adapted()
+    trainer(SimplerCallback(), limit_val_batches=0, limit_train_batches=1).fit(module, datamodule=datamodule())
+    assert module.encoder.num_blocks < 12
 
 
 def test_loaders_without_a_datamodule_need_tiles(trainer, task, datamodule, scenes):

@@ -75,6 +75,25 @@ def test_what_another_machine_left_goes_after_a_day(tmp_path, age, stays):
     assert foreign.exists() == stays
 
 
+@pytest.mark.parametrize(("age", "stays"), [(3600, True), (90_000, False)])
+def test_what_another_container_on_this_machine_is_writing_goes_after_a_day(tmp_path, monkeypatch, age, stays):
+    """Its process numbers mean nothing here: there may be no process of that number, or another one."""
+    readlink = os.readlink
+    with monkeypatch.context() as there:
+        there.setattr(os, "readlink", lambda path, **kwargs: "pid:[42]" if "ns/pid" in path else readlink(path, **kwargs))
+        there.setattr(os, "getpid", lambda: 2**22 + 1)  # no such process
+        with whole_file(tmp_path / "live.txt") as part:
+            part.write_text("half")
+            os.utime(part.parent, (time.time() - age,) * 2)
+            there.undo()
+            with whole_file(tmp_path / "a.txt") as other:
+                other.write_text("x")
+            assert part.exists() == stays
+            if not stays:
+                part.parent.mkdir()
+                part.write_text("half")
+
+
 @pytest.mark.parametrize("name", [".part-", ".part-x", ".part-a-b-c"])
 def test_other_names_do_no_harm(tmp_path, name):
     (tmp_path / name).mkdir()

@@ -257,6 +257,48 @@ def test_wrong_band_count_is_refused(build):
         run(build(), Tiles(land(40, bands=10)))
 
 
+def channel_adapter(backbone, bands, layer=None):
+    """A layer in front of the encoder that takes other bands."""
+    layer = layer or torch.nn.Conv2d(bands, 3, 1)
+    return lambda batch: backbone(layer(batch["image"]))
+
+
+@pytest.fixture
+def three_bands(build):
+    return build("simpler_timm_vit_tiny_patch16_224", img_size=64)
+
+
+def test_a_layer_before_the_encoder_may_take_other_bands(three_bands):
+    found = measure(channel_adapter(three_bands, 6), three_bands, Tiles(land(40)), Simpler(), Bounds(), min_tiles=32)
+    assert (found.tiles_seen, found.input_shape) == (40, (3, 64, 64))
+
+
+def test_bands_that_such_a_layer_does_not_take_are_said(three_bands):
+    tiles = Tiles(land(40, bands=10))
+    with pytest.raises(
+        TilesError, match=r"Found tiles with 10 bands, expected the 3 bands of .* does not take them either \(Run"
+    ):
+        measure(channel_adapter(three_bands, 6), three_bands, tiles, Simpler(), Bounds())
+
+
+def test_bands_that_come_wrong_to_the_encoder_are_said_before_it_runs(three_bands):
+    forward = channel_adapter(three_bands, 6, torch.nn.Conv2d(6, 4, 1))
+    with pytest.raises(TilesError, match="Found tiles with 4 bands, expected the 3 bands of 'timm_vit_tiny_patch16_224'"):
+        measure(forward, three_bands, Tiles(land(40)), Simpler(), Bounds())
+
+
+def test_other_errors_are_told_as_they_are(three_bands):
+    def forward(batch):
+        raise RuntimeError("no luck")
+
+    with pytest.raises(RuntimeError, match=r"^no luck$"):  # before the encoder, with the right bands
+        measure(forward, three_bands, Tiles(land(40, bands=3)), Simpler(), Bounds())
+    three_bands.blocks[3].register_forward_pre_hook(forward)
+    del forward
+    with pytest.raises(TypeError):  # inside it, with the right bands there
+        measure(channel_adapter(three_bands, 6), three_bands, Tiles(land(40)), Simpler(), Bounds())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_in_the_images_is_an_error_not_a_plan(build, value):
     images = land(40)

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.errors import OutOfMemoryError
-from terratorch_simpler.measure import grouped, measure
-from terratorch_simpler.measure.memory import Feeder
+from terratorch_simpler.measure import collect_labelled, grouped, measure
+from terratorch_simpler.measure.groups import Group, Held
+from terratorch_simpler.measure.memory import Feeder, on_spare_memory
+from terratorch_simpler.measure.pool import Pool
+from terratorch_simpler.processes import Processes
 from tests.memory import Tiles, land
 
 MOST = 5
@@ -110,6 +114,68 @@ def test_groups_are_compared_on_the_cpu_if_the_device_is_full(build, monkeypatch
     assert found.votes == expected.votes
 
 
+class FullOnce(TorchDispatchMode):
+    """Runs out of memory at the k-th operator, once."""
+
+    def __init__(self, number=None):
+        super().__init__()
+        self.number, self.count = number, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.number:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return func(*args, **(kwargs or {}))
+
+
+def compared(full_once):
+    """A group of rows, some of them class tokens, compared and added for maps."""
+    generator = torch.Generator().manual_seed(0)
+    pool = Pool(3, 8, Processes(), spans=[(0, 2), (1, 3), (2, 3)])
+    pool.special = 1
+    tiles = [Held(position, 0, 5) for position in range(64)]
+    rows = torch.randn(4, 5 * len(tiles), 6, generator=generator)
+    with full_once:
+        on_spare_memory(lambda _: pool.add(Group(7, tiles, 0, 64), rows), torch.device("cpu"))  # no halves any more
+        pool.repairs.accept(8)
+    sums = [pool.repairs.patch, pool.repairs.special]
+    return [
+        *pool.state(8)["large"].values(),
+        *(part for one in sums for part in (one.tokens, *one._sums.values())),
+    ]
+
+
+def test_memory_that_runs_out_at_any_operator_loses_and_doubles_nothing():
+    operators = FullOnce()
+    expected = compared(operators)
+    assert operators.count > 100
+    assert expected[-1].any()
+    for number in range(1, operators.count + 1):
+        found = compared(FullOnce(number))
+        assert all(map(torch.equal, found, expected)), number
+
+
+def test_labelled_images_go_on_with_fewer_at_once(build):
+    backbone, target = build(), {"target": torch.randint(3, (20, 64, 64), generator=torch.Generator().manual_seed(0))}
+    sent = []
+
+    def forward(batch):
+        sent.append(len(batch["index"]))
+        full(sent[-1])
+        backbone(batch["image"])
+
+    def collect(forward):
+        tiles = Tiles(land(20), batch_size=16, extra=target)
+        with torch.no_grad():
+            return collect_labelled(forward, backbone, tiles, backbone, what="images")
+
+    expected, found = collect(lambda batch: backbone(batch["image"])), collect(forward)
+    assert sent == [16, 8] + [4] * 5
+    torch.testing.assert_close(found.features, expected.features, rtol=0, atol=1e-5)
+    assert torch.equal(found.labels, expected.labels)
+    assert torch.equal(found.images, expected.images)
+
+
 def test_a_single_tile_that_does_not_fit_is_an_error(build):
     backbone = build()
 
@@ -144,8 +210,8 @@ def test_nothing_of_the_failed_part_is_held_while_the_next_runs():
 
     held = []
     batch = {"index": list(range(16)), "position": list(range(16)), "image": torch.zeros(16, 1)}
-    rows = list(Feeder(OneTap(), None).run(batch))
-    assert [position for position, _, _ in rows] == list(range(16))
+    parts = list(Feeder(OneTap(), None).parts(batch))
+    assert [len(counts) for _, counts in parts] == [4] * 4
     assert alive == [0] * 6  # of 16, 8, and four times 4
 
 

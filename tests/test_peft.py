@@ -174,6 +174,18 @@ def test_selection_measures_the_pretrained_encoder_whatever_the_adapters_start_f
     assert torch.equal(built(x).output, before)  # the adapters are on again
 
 
+@needs_peft
+def test_adapters_that_were_frozen_stay_frozen():
+    built = model("prithvi")
+    for name, parameter in built.named_parameters():
+        if "lora_A" in name or ("lora_B" in name and ".blocks.3." in name):
+            parameter.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in built.named_parameters()}
+    assert len(set(flags.values())) == 2
+    similarity(built, land(40))
+    assert {name: parameter.requires_grad for name, parameter in built.named_parameters()} == flags
+
+
 @pytest.mark.parametrize("name", ["simpler_prithvi_eo_v2_tiny_tl", "simpler_clay_v1_base"])
 def test_selection_measures_the_encoder_without_its_prompts(build, name):
     kwargs = {"bands": ["RED", "GREEN"], "img_size": 64} if "clay" in name else {}

@@ -144,6 +144,8 @@ def fail_in(rank: int, number: int, how: str):
         time.sleep(20)
     if how == "exits":
         raise SystemExit(3)
+    if how == "cannot be sent":
+        return lambda: number
     return number
 
 
@@ -160,6 +162,18 @@ def test_a_foreign_error_is_told_and_raised_where_it_is(tmp_path):
     for other in (found[0], found[2]):
         assert isinstance(other, ProcessError)
         assert "Found an error in process 1 of 3 (KeyError: 'bands')" in str(other)
+
+
+def test_an_answer_that_cannot_be_sent_ends_all_at_once(tmp_path):
+    started = time.monotonic()
+    found = together(failing, tmp_path, 3, "cannot be sent")
+    assert "pickle" in str(found[1])
+    assert not isinstance(found[1], ProcessError)
+    for other in (found[0], found[2]):
+        assert isinstance(other, ProcessError)
+        assert "Found an error in process 1 of 3" in str(other)
+        assert "pickle" in str(other)
+    assert time.monotonic() - started < 50  # not the patience of a minute
 
 
 def test_a_killed_process_ends_the_others_at_once(tmp_path):

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from terratorch_simpler import similarity
 from terratorch_simpler.angles import angle_sums
 from terratorch_simpler.errors import DegenerateFeaturesError
 from terratorch_simpler.measure.grouped import GroupedStatistics
-from terratorch_simpler.similarity import draw_groups, hsic_matrix, linear_cka
+from terratorch_simpler.similarity import draw_groups, full_float32, hsic_matrix, linear_cka
 
 
 def reference_hsic(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -132,14 +133,103 @@ def test_memory_does_not_grow_with_groups_added_again():
     assert sum(state.numel() for state in metric.metric_state.values()) == before
 
 
-def test_tf32_setting_of_the_user_is_left_alone():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+def readable(setting):
+    """A setting, or what PyTorch says if it refuses to tell it."""
     try:
-        linear_cka(random_features(2, 20, 4))
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)  # later tests compare with processes that have not run this one
+        return setting()
+    except RuntimeError as err:
+        return str(err).split(":")[0]
+
+
+BACKENDS = torch.backends
+OF_EACH = {  # a setting for each backend and operator came with PyTorch 2.9
+    name: part
+    for name, part in {
+        "all": BACKENDS,
+        "cuda.matmul": BACKENDS.cuda.matmul,
+        "cudnn": BACKENDS.cudnn,
+        "cudnn.conv": getattr(BACKENDS.cudnn, "conv", None),
+        "cudnn.rnn": getattr(BACKENDS.cudnn, "rnn", None),
+        "mkldnn": BACKENDS.mkldnn,
+        "mkldnn.matmul": getattr(BACKENDS.mkldnn, "matmul", None),
+        "mkldnn.conv": getattr(BACKENDS.mkldnn, "conv", None),
+    }.items()
+    if hasattr(part, "fp32_precision")
+}
+
+
+def all_settings():
+    return {
+        "legacy": readable(torch.get_float32_matmul_precision),
+        "cuda.matmul.allow_tf32": readable(lambda: BACKENDS.cuda.matmul.allow_tf32),
+        "cudnn.allow_tf32": readable(lambda: BACKENDS.cudnn.allow_tf32),
+        **{name: readable(lambda part=part: part.fp32_precision) for name, part in OF_EACH.items()},
+    }
+
+
+def set_of_each(name, value):
+    OF_EACH[name].fp32_precision = value
+
+
+def set_allow_tf32(part, value):
+    part.allow_tf32 = value
+
+
+CHANGES = st.one_of(
+    st.builds(lambda value: (torch.set_float32_matmul_precision, value), st.sampled_from(["highest", "high", "medium"])),
+    st.builds(
+        lambda part, value: (set_allow_tf32, part, value),
+        st.sampled_from([BACKENDS.cuda.matmul, BACKENDS.cudnn]),
+        st.booleans(),
+    ),
+    *(
+        st.builds(
+            lambda name, value: (set_of_each, name, value),
+            st.just(name),
+            st.sampled_from(["ieee", "tf32", "none", *(["bf16"] if "mkldnn" in name else [])]),
+        )
+        for name in OF_EACH
+        if name in ("all", "cuda.matmul", "mkldnn.matmul", "cudnn.conv")
+    ),
+)
+
+
+@pytest.fixture
+def precision():
+    """Later tests compare with processes that have not run this one."""
+    legacy, of_each = torch.get_float32_matmul_precision(), {name: part.fp32_precision for name, part in OF_EACH.items()}
+    yield
+    for name in ("all", "cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn"):
+        if name in OF_EACH:
+            OF_EACH[name].fp32_precision = "none"
+    torch.set_float32_matmul_precision(legacy)
+    for name in ("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn"):
+        if name in OF_EACH:
+            OF_EACH[name].fp32_precision = of_each[name]
+    assert {name: part.fp32_precision for name, part in OF_EACH.items()} == of_each
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(CHANGES, max_size=6))
+def test_settings_of_precision_are_left_alone_whichever_way_they_were_made(precision, changes):
+    for change, *arguments in changes:
+        change(*arguments)
+    before = all_settings()
+    with full_float32():
+        inside = all_settings()
+        with full_float32():
+            assert all_settings() == inside
+    assert inside["legacy"] == "highest"
+    assert inside["cuda.matmul.allow_tf32"] is False
+    assert {value for name, value in inside.items() if name in ("cuda.matmul", "mkldnn.matmul")} <= {"ieee"}
+    assert all_settings() == before
+
+
+def test_precision_of_a_pytorch_without_settings_for_each_backend(precision, monkeypatch):
+    monkeypatch.setattr(similarity, "_matmul_backends", lambda: [])
+    torch.set_float32_matmul_precision("medium")
+    linear_cka(random_features(2, 20, 4))
+    assert torch.get_float32_matmul_precision() == "medium"
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 123.4])

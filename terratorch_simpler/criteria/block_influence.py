@@ -37,8 +37,12 @@ class BlockInfluence(BudgetCriterion):
 
     def kept(self, found: Statistics, depths: list[int]) -> Tensor:
         """The blocks of the highest influence."""
-        steps = (block_influence(found.cosine) / TIE).round()
-        order = steps.flip(-1).sort(dim=-1, stable=True).indices  # of the lowest first, the later block first
-        rank = order.argsort(dim=-1).flip(-1)  # how many blocks are dropped before each
+        left = block_influence(found.cosine).clone()
+        rank = torch.zeros_like(left, dtype=torch.int64)  # how many blocks are dropped before each
+        for dropped_before in range(found.num_blocks):
+            lowest = left <= left.amin(dim=-1, keepdim=True) + TIE
+            last = found.num_blocks - 1 - lowest.flip(-1).int().argmax(dim=-1, keepdim=True)
+            rank.scatter_(-1, last, dropped_before)
+            left.scatter_(-1, last, torch.inf)
         dropped = found.num_blocks - torch.tensor(depths)
         return rank[..., None, :] >= dropped[:, None]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.checkpoint import load_weights, read_checkpoint
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
+from terratorch_simpler.measure import random_state_kept
 from terratorch_simpler.similarity import full_float32
 
 PREFIX = "simpler_"
@@ -93,6 +94,7 @@ class Trained:
         return given or (sum(wrapper.subset_lengths) if wrapper.subset_lengths else 2)
 
 
+@random_state_kept()  # a layer starts from random weights before it gets its own
 def load_trained(config: Mapping[str, Any], checkpoint: str | Path, width: float | None = None) -> Trained:
     """Build the task of a checkpoint and load its weights.
 
@@ -235,8 +237,7 @@ def answer(task: nn.Module, images: Any) -> list[Tensor]:
         task: The task, in evaluation mode.
         images: A batch, or modalities by name.
     """
-    torch.manual_seed(SEED)
-    with torch.no_grad(), full_float32():
+    with random_state_kept(SEED), torch.no_grad(), full_float32():
         return list(_tensors(task(images)))
 
 

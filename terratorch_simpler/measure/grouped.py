@@ -47,7 +47,7 @@ class GroupedStatistics(Metric):
         self.persistent(True)  # a long pass that was ended goes on from its state_dict
 
     def update(self, features: Tensor, tiles: int, group: int) -> None:
-        """Add one group. Waits for the device of the features only if the states lie on another one.
+        """Put one group in its slot. Waits for the device of the features once, and only if the states lie on another one.
 
         Args:
             features: Rows of the group before the first block and after every block, shape (L + 1, m, D).
@@ -55,17 +55,19 @@ class GroupedStatistics(Metric):
             group: Slot of the group: its number in stream order.
         """
         wide = features.to(torch.promote_types(features.dtype, torch.float32))
-        # All of them before the first is added: memory may run out on the way, and the group be added again.
         not_finite, mean_square, variance = moments(wide)
         hsic = hsic_matrix(wide)
         cosine, angle = angle_sums(wide)
         found = {"not_finite": not_finite, "mean_square": mean_square, "variance": variance,
                  "hsic": hsic, "cosine": cosine, "angle": angle}  # fmt: skip
-        ready = {name: value.to(self.hsic.device) for name, value in found.items()}
-        for name, value in ready.items():
-            getattr(self, name)[group] += value
-        self.rows[group] += features.shape[1]
-        self.tiles[group] += tiles
+        # One copy, one wait. Whole numbers are exact in float64.
+        together = torch.cat([value.double().flatten() for value in found.values()]).to(self.hsic.device)
+        ready = together.split([value.numel() for value in found.values()])
+        # Set and not added: memory may run out on the way, and the group come again.
+        for (name, value), part in zip(found.items(), ready, strict=True):
+            getattr(self, name)[group] = part.view(value.shape)
+        self.rows[group] = features.shape[1]
+        self.tiles[group] = tiles
 
     def compute(self) -> Tensor:
         """Similarity S of the blocks, (L, L), float64, over all groups seen by all processes; errors as below."""

@@ -6,18 +6,19 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.errors import SimplerWarning, TilesError
+from terratorch_simpler.errors import SimplerError, SimplerWarning, TilesError
 
 
 def check_input(backbone: SimplerBackbone, image: Tensor | Mapping[str, Any]) -> None:
-    """Refuse tiles whose modalities or bands are not those of the encoder.
+    """Refuse an input whose modalities or bands are not those of the encoder.
 
     Args:
         backbone: The encoder.
-        image: A batch of tiles, (B, C, ...), or of each modality by name.
+        image: What reaches it, (B, C, ...), or that of each modality by name.
 
     Raises:
         TilesError: If they are not.
@@ -43,6 +44,29 @@ def check_input(backbone: SimplerBackbone, image: Tensor | Mapping[str, Any]) ->
         _check_bands(backbone.name, image, next(iter(expected.values()))[0])
     else:
         _check_bands(backbone.name, image, expected[0])
+
+
+def explain(error: Exception, backbone: SimplerBackbone, image: Tensor | Mapping[str, Any]) -> None:
+    """Say it in words of bands if something before the encoder, normalisation or a layer, fails on tiles of other bands.
+
+    Tiles are not refused before that: a layer may turn their bands into those of the encoder.
+
+    Args:
+        error: What was raised before the encoder was reached.
+        backbone: The encoder.
+        image: A batch of tiles as they were read.
+
+    Raises:
+        TilesError: If the tiles have not the modalities or bands of the encoder.
+    """
+    if isinstance(error, SimplerError | torch.OutOfMemoryError):
+        return
+    try:
+        check_input(backbone, image)
+    except TilesError as refusal:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        msg = f"{refusal} What comes before the encoder does not take them either ({what})."
+        raise TilesError(msg) from error
 
 
 def _check_modalities(backbone: str, image: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:

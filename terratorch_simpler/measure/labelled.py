@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.encoders import Layout, PatchGrid
 from terratorch_simpler.errors import LabelsError
-from terratorch_simpler.measure.inputs import check_input
+from terratorch_simpler.measure.memory import Feeder
+from terratorch_simpler.measure.tap import EncoderPass
 from terratorch_simpler.measure.tokens import Draw, draw, token_masks
-from terratorch_simpler.similarity import full_float32
 from terratorch_simpler.tiles import Batch
 
 IMAGES = 512
@@ -132,8 +132,8 @@ def collect_labelled(
         torch.compiler.set_stance("force_eager"),
         _LabelTap(backbone, stop_after, ignore_index, readout, class_token, seed) as tap,
     ):
-        for batch in batches:
-            rows = tap.run(forward, batch)
+        feeder = Feeder(tap, forward)
+        for rows in chain.from_iterable(map(feeder.parts, batches)):
             keep = rows.images.unique(sorted=False)[: limit - images]
             images += len(keep)
             kept = torch.isin(rows.images, keep)
@@ -148,11 +148,7 @@ def collect_labelled(
     return found
 
 
-class _EncoderDone(Exception):
-    """Ends a forward pass once the encoder has answered."""
-
-
-class _LabelTap:
+class _LabelTap(EncoderPass):
     """Draws rows with labels from the output of every block while a batch passes."""
 
     def __init__(
@@ -164,59 +160,41 @@ class _LabelTap:
         class_token: bool,
         seed: int,
     ) -> None:
-        self._backbone = backbone
-        self._stop_after = stop_after
+        super().__init__(backbone, stop_after)
         self._ignore_index = ignore_index
         self._readout = readout
         self._class_token = class_token
         self._seed = seed
-        self._hooks = ExitStack()
         self._batch: Batch = {}
-        self._inputs: Tensor | Mapping[str, Any] = {}
         self._targets = torch.empty(0)
         self._rows: list[Tensor] = []
         self._drawn: Draw | None = None
         self._labels = torch.empty(0)
         self._state = 0
 
-    def __enter__(self) -> _LabelTap:
-        handles = [self._backbone.register_forward_pre_hook(self._before, with_kwargs=True)]
-        handles += self._backbone.watch(self._see)
-        handles += [self._stop_after.register_forward_hook(self._after_encoder)]
-        for handle in handles:
-            self._hooks.callback(handle.remove)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._hooks.close()
-
     def run(self, forward: Callable[[Batch], object], batch: Batch) -> LabelledRows:
         """Send a batch through the model; its images count as in the data."""
         self._targets = read_targets(batch, self._ignore_index)
-        check_input(self._backbone, batch["image"])
         self._batch, self._rows, self._drawn, self._state = batch, [], None, 0
-        with suppress(_EncoderDone):
-            forward(batch)
+        self.send(forward, batch)
         assert self._drawn is not None
         counts = torch.tensor(self._drawn.counts)
         images = torch.tensor(batch["index"]).repeat_interleave(counts)
         return LabelledRows(torch.stack(self._rows), self._labels, images)
 
-    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._inputs = args[0] if args else next(iter(kwargs.values()))
-
-    def _see(self, tokens: Tensor) -> None:
+    def see(self, tokens: Tensor) -> None:
+        """Draw the rows."""
         block, self._state = self._state - 1, self._state + 1
         if block < 0:
             return  # what enters the first block
         if self._drawn is None:  # only an output tells how many tokens there are
             self._drawn, self._labels = self._draw(tokens)
         output = tokens if self._readout is None else self._readout(block, tokens)
-        with full_float32():  # a mean of tokens is a matrix product
-            self._rows.append(self._drawn.take(output).float().cpu())
+        self._rows.append(self._drawn.take(output).float().cpu())
 
     def _draw(self, tokens: Tensor) -> tuple[Draw, Tensor]:
-        layout = self._backbone.layout(self._inputs, tokens.shape[-2])
+        assert self.inputs is not None
+        layout = self.backbone.layout(self.inputs, tokens.shape[-2])
         valid, special = token_masks(self._batch["valid"], tokens.shape[0], layout)
         numbers = self._batch["index"]
         if self._targets.ndim == 1:
@@ -227,9 +205,6 @@ class _LabelTap:
         labels = patch_labels(self._targets, valid.shape[1], layout)
         drawn = draw(valid & (labels != NO_LABEL), special, numbers, "patch", self._seed, tokens.device)
         return drawn, labels.flatten()[drawn.index.cpu()]
-
-    def _after_encoder(self, _module: nn.Module, _args: object, _output: object) -> None:
-        raise _EncoderDone
 
 
 def patch_labels(masks: Tensor, images: int, layout: Layout) -> Tensor:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from terratorch_simpler.errors import OutOfMemoryError
-from terratorch_simpler.measure.tap import Tap
 from terratorch_simpler.tiles import Batch
 
+Rows = TypeVar("Rows", covariant=True)
 
-class Feeder:
+
+class Runs(Protocol[Rows]):
+    """Draws rows of a batch while it passes through the model."""
+
+    def run(self, forward: Callable[[Batch], object], batch: Batch) -> Rows:
+        """Send a batch through the model."""
+
+
+class Feeder(Generic[Rows]):
     """Sends batches through the model, in parts once they were too large; rows do not depend on the parts.
 
     Args:
@@ -21,21 +29,20 @@ class Feeder:
         forward: Sends one batch through the model.
 
     Attributes:
-        tap: What draws the rows.
         limit: Most tiles that are sent at once, since memory ran out with more; None if it never did.
     """
 
-    def __init__(self, tap: Tap, forward: Callable[[Batch], object]) -> None:
+    def __init__(self, tap: Runs[Rows], forward: Callable[[Batch], object]) -> None:
         """Nothing is limited yet."""
         self.limit: int | None = None
-        self.tap = tap
+        self._tap = tap
         self._forward = forward
 
-    def run(self, batch: Batch) -> Iterator[tuple[int, int, Tensor]]:
+    def parts(self, batch: Batch) -> Iterator[Rows]:
         """Send a batch.
 
         Yields:
-            Position and number of every tile, and its rows before the first block and after every block, (L + 1, rows, D).
+            What was drawn from each part of it, in order.
 
         Raises:
             OutOfMemoryError: If memory runs out with a single tile.
@@ -43,11 +50,9 @@ class Feeder:
         size, start = len(batch["index"]), 0
         while start < size:
             end = min(size, start + (self.limit or size))
-            part = batch if end - start == size else _part(batch, start, end, size)
-            drawn = self._try(part)
+            drawn = self._try(batch if end - start == size else _part(batch, start, end, size))
             if drawn is not None:
-                rows, counts = drawn
-                yield from zip(part["position"], part["index"], rows.split(counts, dim=1), strict=True)
+                yield drawn
                 start = end
             elif end - start == 1:
                 msg = (
@@ -58,14 +63,19 @@ class Feeder:
             else:
                 self.limit = (end - start) // 2
 
-    def _try(self, part: Batch) -> tuple[Tensor, list[int]] | None:
+    def _try(self, part: Batch) -> Rows | None:
         try:
-            return self.tap.run(self._forward, part)
+            return self._tap.run(self._forward, part)
         except torch.OutOfMemoryError:
             pass  # the traceback holds what was allocated until here
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         return None
+
+
+def comparing_device(device: torch.device) -> torch.device:
+    """Where rows of a model on a device are compared: the sums are float64, which Apple's GPUs have not."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def on_spare_memory(compute: Callable[[torch.device], None], device: torch.device) -> None:

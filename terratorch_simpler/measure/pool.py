@@ -48,7 +48,7 @@ class Pool:
         self._processes = processes
 
     def add(self, group: Group, features: Tensor) -> None:
-        """Compare the rows of a group, in the process that owns it.
+        """Compare the rows of a group, in the process that owns it; may be done again if memory runs out on the way.
 
         Args:
             group: The group.
@@ -61,8 +61,7 @@ class Pool:
             for half, (start, end) in enumerate(pairwise(accumulate(halves(tiles), initial=0))):
                 parts.append((self._small, 2 * group.number + half, start, end))
         for metric, slot, start, end in parts:
-            if not metric.tiles[slot]:  # else memory ran out after this part had been added
-                metric.update(drawn[:, rows[start] : rows[end]], end - start, slot)
+            metric.update(drawn[:, rows[start] : rows[end]], end - start, slot)
         if self.repairs is not None:
             self.repairs.wait(group, features, self.special)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from terratorch_simpler.measure.groups import Group
 from terratorch_simpler.processes import Processes
-from terratorch_simpler.recovery import Span, SpanMap, SpanSums
+from terratorch_simpler.recovery import Span, SpanMap, SpanSums, take_rows
 
 HELD_OUT = 4
 """One tile in so many is not fitted on but judged on."""
@@ -48,14 +47,19 @@ class Repairs:
         """Add the first groups."""
         for number in sorted(number for number in self._waiting if number < count):
             group, features, special = self._waiting.pop(number)
-            patch, held_out = [], []
+            # Numbers of the rows, made on the host: those to fit on, and those to judge on.
+            patches: tuple[list[int], list[int]] = ([], [])
+            others: tuple[list[int], list[int]] = ([], [])
+            start = 0
             for place, tile in enumerate(group.tiles):
-                patch += [True] * (tile.rows - special) + [False] * special
-                held_out += [place % HELD_OUT == HELD_OUT - 1] * tile.rows
-            patches, held = torch.tensor(patch), torch.tensor(held_out)
-            for sums, chosen in ((self.patch, patches), (self.special, ~patches)):
-                if chosen.any():
-                    sums.add(features[:, chosen.nonzero().flatten().to(features.device)], held[chosen])
+                held_out = place % HELD_OUT == HELD_OUT - 1
+                middle, end = start + tile.rows - special, start + tile.rows
+                patches[held_out].extend(range(start, middle))
+                others[held_out].extend(range(middle, end))
+                start = end
+            for sums, (fit, judge) in ((self.patch, patches), (self.special, others)):
+                if fit or judge:
+                    sums.add(features, fit, judge)
 
     def merge(self, width: int) -> None:
         """See the sums of all processes; every process calls it once, at the end.
@@ -95,4 +99,4 @@ def drawn_only(group: Group, features: Tensor, special: int) -> tuple[Tensor, li
     if not special:
         return features, ends
     index = [at + place * special for place, tile in enumerate(group.tiles) for at in range(ends[place], ends[place + 1])]
-    return features[:, torch.tensor(index).to(features.device)], ends
+    return take_rows(features, index), ends

@@ -16,6 +16,7 @@ from terratorch_simpler.errors import SimplerWarning
 from terratorch_simpler.measure.groups import END, TILES_PER_GROUP, Group, Groups, Held
 from terratorch_simpler.measure.memory import Feeder, on_spare_memory
 from terratorch_simpler.measure.pool import Pool
+from terratorch_simpler.measure.tap import Tap
 from terratorch_simpler.measure.unfinished import Unfinished
 from terratorch_simpler.processes import Processes
 from terratorch_simpler.recovery import Span
@@ -54,7 +55,8 @@ class Rounds:
 
     Args:
         source: The tiles, all of them.
-        feeder: Sends them through the model.
+        tap: Draws the rows.
+        forward: Sends one batch through the model.
         num_blocks: Blocks of the encoder.
         max_tiles: Tiles after which the pass ends.
         processes: Those that share the tiles.
@@ -74,7 +76,8 @@ class Rounds:
     def __init__(
         self,
         source: TileSource,
-        feeder: Feeder,
+        tap: Tap,
+        forward: Callable[[Batch], object],
         num_blocks: int,
         max_tiles: int,
         processes: Processes,
@@ -88,7 +91,8 @@ class Rounds:
         self.compared = 0
         self.input_shape: InputShape = ()
         self.batch_limit: int | None = None
-        self._feeder = feeder
+        self._tap = tap
+        self._feeder = Feeder(tap, forward)
         self._max_tiles = max_tiles
         self._processes = processes
         self._unfinished = unfinished
@@ -213,7 +217,7 @@ class Rounds:
             if batch is None:
                 self._reached = END
                 break
-            for position, number, rows in self._feeder.run(batch):
+            for position, number, rows in self._rows_of(batch):
                 blocks, count, width = rows.shape
                 if count:
                     self._rows[position] = rows
@@ -227,8 +231,14 @@ class Rounds:
                 self._progress(self.taken + len(tiles))
         skips = list(self._heard)
         self._heard.clear()
-        tap = self._feeder.tap
-        return _Report(tiles, self._reached, skips, like, tap.special, tap.input_shape, self._feeder.limit)
+        return _Report(tiles, self._reached, skips, like, self._tap.special, self._tap.input_shape, self._feeder.limit)
+
+    def _rows_of(self, batch: Batch) -> Iterator[tuple[int, int, Tensor]]:
+        """Position and number of every tile of a batch, and its rows in every state, (L + 1, rows, D)."""
+        places = zip(batch["position"], batch["index"], strict=True)
+        for drawn, counts in self._feeder.parts(batch):
+            for rows in drawn.split(counts, dim=1):
+                yield *next(places), rows
 
     def _compare(self, owned: Sequence[tuple[Group, list[Tensor]]]) -> None:
         for group, rows in owned:

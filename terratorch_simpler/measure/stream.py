@@ -15,7 +15,7 @@ from terratorch_simpler.criteria import Bounds, Criterion, Statistics
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import TilesError
 from terratorch_simpler.measure.borrow import as_pretrained, borrowed
-from terratorch_simpler.measure.memory import Feeder
+from terratorch_simpler.measure.memory import comparing_device
 from terratorch_simpler.measure.pool import SETTLED_SHARE
 from terratorch_simpler.measure.repairs import Repairs
 from terratorch_simpler.measure.rounds import Rounds
@@ -131,12 +131,13 @@ def measure(
     ):
         rounds = Rounds(
             source,
-            Feeder(tap, forward),
+            tap,
+            forward,
             backbone.num_blocks,
             max_tiles,
             processes,
             unfinished,
-            device,
+            comparing_device(device),
             progress or (lambda _: None),
             spans,
         )

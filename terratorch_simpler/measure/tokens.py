@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from terratorch_simpler.encoders import Layout, PatchGrid
 from terratorch_simpler.errors import TilesError
+from terratorch_simpler.similarity import full_float32
 
 Tokens = Literal["patch", "cls", "mean", "all"]
 
@@ -30,7 +31,8 @@ class Draw(NamedTuple):
         if self.weights is None:
             return output.reshape(-1, width).index_select(0, self.index)
         per_tile = output.reshape(tiles, -1, width)
-        means = torch.einsum("bn,bnd->bd", self.weights, per_tile.to(self.weights.dtype))
+        with full_float32(), torch.autocast(output.device.type, enabled=False):  # a mean is a matrix product here
+            means = torch.einsum("bn,bnd->bd", self.weights, per_tile.to(self.weights.dtype))
         return means.index_select(0, self.index)
 
 
@@ -112,11 +114,12 @@ def draw(
         msg = "Found tokens 'cls' for an encoder without a class token, expected 'patch', 'mean' or 'all': change tokens."
         raise TilesError(msg)
     usable = valid.any(dim=(1, 2))
+    on_its_way = device.type == "cuda"  # others may read the memory after it has been freed here
     if tokens == "mean":
         weights = valid.flatten(1).float()
-        weights = (weights / weights.sum(dim=1, keepdim=True).clamp(min=1)).to(device, non_blocking=True)
+        weights = (weights / weights.sum(dim=1, keepdim=True).clamp(min=1)).to(device, non_blocking=on_its_way)
         index = usable.nonzero().flatten()
-        return Draw(index.to(device, non_blocking=True), weights, usable.int().tolist())
+        return Draw(index.to(device, non_blocking=on_its_way), weights, usable.int().tolist())
     if tokens == "patch":
         candidates = valid
     else:
@@ -133,4 +136,4 @@ def draw(
         added = extra if len(picked) else extra[:0]
         chosen.append(np.concatenate([np.sort(picked), added]) + tile * per_tile.shape[1])
     index = torch.from_numpy(np.concatenate(chosen))
-    return Draw(index.to(device, non_blocking=True), None, [len(rows) for rows in chosen], len(extra))
+    return Draw(index.to(device, non_blocking=on_its_way), None, [len(rows) for rows in chosen], len(extra))

@@ -1,0 +1,65 @@
+"""A GPU that is not there: tensors that know their device and compute nothing, so that mixed devices and waits are errors.
+
+``FakeTensorMode`` refuses an operator whose tensors lie on different devices, and one that reads a value back to the host
+(``.item()``, a boolean mask). It does not see ``.cpu()``.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from terratorch_simpler import selection
+from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.measure import labelled, tap
+
+
+def on_host(function):
+    """What is computed on the processor is computed as ever."""
+
+    def call(*args, **kwargs):
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return call
+
+
+class FakeGpu:
+    """Runs the package as if its models and images lay on a GPU."""
+
+    def __init__(self, monkeypatch):
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.device = torch.device("cuda")
+        draw = tap.draw
+
+        def draw_on_host(valid, special, numbers, tokens, seed, device, *more):
+            with unset_fake_temporarily():
+                drawn = draw(valid, special, numbers, tokens, seed, torch.device("cpu"), *more)
+            return type(drawn)(*[self.like(value) for value in drawn])
+
+        for module in (tap, labelled):
+            monkeypatch.setattr(module, "draw", draw_on_host)
+            monkeypatch.setattr(module, "token_masks", on_host(tap.token_masks))
+        monkeypatch.setattr(SimplerBackbone, "layout", on_host(SimplerBackbone.layout))
+        monkeypatch.setattr(selection, "_beside_compute", lambda move, device: move)  # streams are not pretended
+
+    def like(self, value):
+        """A tensor of that shape on the GPU; anything else as it is."""
+        if isinstance(value, dict):
+            return {key: self.like(part) for key, part in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        with self.mode:
+            return torch.empty(value.shape, dtype=value.dtype, device=self.device)
+
+    @contextmanager
+    def lent(self, lend, module, device):
+        """``on_device`` under this mode, without it inside."""
+        with self.mode:
+            borrowed = lend(module, self.device)
+            borrowed.__enter__()
+        try:
+            yield
+        finally:
+            with self.mode:
+                borrowed.__exit__(None, None, None)
