@@ -74,6 +74,8 @@ class SimplerCallback(Callback):
         plan: A plan.json to apply; nothing is streamed.
         plan_cache: Folder of plans that runs share: one that asks for the same encoder, tiles and settings again takes the
             plan from there, and one that was ended during the selection goes on where it was.
+        plan_cache_every_tile: Recognise the data by the contents of every tile, which are read for it, instead of by those of
+            64 tiles spread over the stream and the sizes and times of the files.
         output_dir: Folder for plan.json, report.html and report.png, or a URL that fsspec knows (``s3://...``); by default
             ``<trainer.log_dir>/simpler``.
         seed: Same data and seed give the same plan.
@@ -101,6 +103,7 @@ class SimplerCallback(Callback):
         max_tiles: int = 4096,
         plan: str | None = None,
         plan_cache: str | None = None,
+        plan_cache_every_tile: bool = False,
         output_dir: str | None = None,
         seed: int = 0,
         export: bool = False,
@@ -135,6 +138,7 @@ class SimplerCallback(Callback):
         self.tiles = tiles
         self.plan = plan
         self.plan_cache = plan_cache
+        self.plan_cache_every_tile = plan_cache_every_tile
         self.output_dir = output_dir
         self.export = export
         self.written: str | Path | None = None
@@ -279,7 +283,9 @@ class SimplerCallback(Callback):
         elif self.tiles is not None and self.tiles.index_cache is None and self.output_dir:
             output = folder_of(self.output_dir)
             self.tiles.index_cache = str(output / INDEX_FILE) if isinstance(output, Path) else None
-        cache = PlanCache(self.plan_cache) if self.plan_cache and not trainer.fast_dev_run else None
+        cache = None
+        if self.plan_cache and not trainer.fast_dev_run:
+            cache = PlanCache(self.plan_cache, every_tile=self.plan_cache_every_tile)
         return select(trainer, pl_module, backbone, self.tiles, how, processes, cache)
 
     def _report(self, trainer: Trainer, plan: SlimmingPlan, folder: str | None) -> None:
