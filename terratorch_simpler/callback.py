@@ -74,8 +74,8 @@ class SimplerCallback(Callback):
         plan: A plan.json to apply; nothing is streamed.
         plan_cache: Folder of plans that runs share: one that asks for the same encoder, tiles and settings again takes the
             plan from there, and one that was ended during the selection goes on where it was.
-        plan_cache_every_tile: Recognise the data by the contents of every tile, which are read for it, instead of by those of
-            64 tiles spread over the stream and the sizes and times of the files.
+        plan_cache_every_tile: Recognise the data by the contents of every tile, which are read for it, instead of by those
+            of 64 tiles spread over the stream and the sizes and times of the files.
         output_dir: Folder for plan.json, report.html and report.png, or a URL that fsspec knows (``s3://...``); by default
             ``<trainer.log_dir>/simpler``.
         seed: Same data and seed give the same plan.
