@@ -103,6 +103,10 @@ class SpanSums:
         self._states = sorted({state for span in spans for state in span})
         self._sums: dict[str, Tensor] = {}
 
+    def nbytes(self, width: int) -> int:
+        """Memory that the sums take for tokens of width D, whatever their number."""
+        return sum(value.nbytes for value in self._empty(width, torch.device("meta")).values())
+
     def add(self, states: Tensor, fit: Sequence[int], judge: Sequence[int]) -> None:
         """Add tokens, on their device, or on the CPU if that has no memory left.
 

@@ -467,11 +467,12 @@ def _forward(
 def _normaliser(trainer: Trainer, backbone: SimplerBackbone, source: TileSource) -> Callable[[Batch], Batch]:
     """Normalise as the datamodule does, unless the tiles are normalised already."""
     normalise = _normalisation(trainer, source)
-    by_name = isinstance(getattr(normalise, "means", None), dict) and isinstance(backbone.input_shape, dict)
+    shape = backbone.input_shape
+    by_name = isinstance(getattr(normalise, "means", None), dict) and isinstance(shape, dict) and len(shape) == 1
 
     def normalised(inputs: Batch) -> Batch:
         if by_name and not isinstance(inputs["image"], dict):  # the datamodule knows means by modality only
-            inputs["image"] = dict.fromkeys(backbone.input_shape, inputs["image"])  # one: others were refused
+            inputs["image"] = dict.fromkeys(shape, inputs["image"])
         if normalise is not None:
             image = inputs["image"]
             try:

@@ -2,14 +2,17 @@
 
 import random
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from terratorch.datamodules.generic_multimodal_data_module import MultimodalNormalize
 
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.errors import DegenerateFeaturesError, SimplerWarning, TilesError
 from terratorch_simpler.measure import count_macs, measure
+from terratorch_simpler.selection import _normaliser
 from terratorch_simpler.similarity import linear_cka
 from tests.memory import Tiles, land
 from tests.planted import make_identity
@@ -18,7 +21,8 @@ from tests.planted import make_identity
 def run(backbone, tiles, **kwargs):
     kwargs = {"min_tiles": 32, "max_tiles": 4096, **kwargs}
     bounds = kwargs.pop("bounds", Bounds())
-    return measure(lambda batch: backbone(batch["image"]), backbone, tiles, Simpler(), bounds, **kwargs)
+    forward = kwargs.pop("forward", lambda batch: backbone(batch["image"]))
+    return measure(forward, backbone, tiles, Simpler(), bounds, **kwargs)
 
 
 def test_similarity_is_that_of_the_raw_block_outputs(build):
@@ -395,6 +399,16 @@ def test_modalities_that_do_not_fit_are_refused(build):
         TilesError, match="Found tiles with 3 bands, expected the 2 bands of 'terramind_v1_tiny' for modality 'S1RTC'"
     ):
         run(terramind(build), Modalities(land(40, bands=12), land(40, bands=3)))
+
+
+def test_one_image_is_not_taken_for_two_modalities_that_a_datamodule_normalises_by_name(build):
+    backbone = build("simpler_terramind_v1_tiny", modalities=["S1GRD", "S1RTC"])  # both of two bands
+    means, stds = ({name: [value] * 2 for name in ("S1GRD", "S1RTC")} for value in (0.0, 1.0))
+    normalise = MultimodalNormalize(means, stds)
+    trainer, tiles = SimpleNamespace(datamodule=SimpleNamespace(aug=normalise)), Tiles(land(40, bands=2))
+    normalised = _normaliser(trainer, backbone, tiles)
+    with pytest.raises(TilesError, match="Found tiles of one image, expected the modalities S1GRD, S1RTC"):
+        run(backbone, tiles, forward=lambda batch: backbone(normalised({"image": batch["image"]})["image"]))
 
 
 def test_modalities_on_different_grids(build):

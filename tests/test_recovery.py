@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from terratorch_simpler import SimplerCallback
 from terratorch_simpler.criteria import Angular, BlockInfluence, Bounds, CkaIntervals, Fixed, Simpler
-from terratorch_simpler.errors import CheckpointError, ConfigurationError, PlanError, RecoveryError
-from terratorch_simpler.measure import borrowed, measure
+from terratorch_simpler.errors import CheckpointError, ConfigurationError, PlanError, RecoveryError, SimplerWarning
+from terratorch_simpler.measure import borrowed, measure, repairs
 from terratorch_simpler.measure.repairs import HELD_OUT
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.recovery import RIDGE, SpanMap, SpanSums, spans_between
@@ -110,6 +110,22 @@ def test_spans_of_kept_blocks():
     assert spans_between(range(5), 12) == [(5, 12)]
     assert spans_between([3, 4, 11], 12) == [(0, 3), (5, 11)]
     assert spans_between(range(12), 12) == []
+
+
+def test_a_rule_names_no_range_that_it_never_drops():
+    assert CkaIntervals(12, 1).spans(24, Bounds()) == Angular(12).spans(24, Bounds())
+    assert len(CkaIntervals(12, 1).spans(24, Bounds())) == 13
+    assert len(CkaIntervals(12, 2).spans(24, Bounds())) == 222
+
+
+def test_sums_that_take_much_memory_are_said_once(build, monkeypatch):
+    """Half of 24 blocks of width 1024: 3.9 GiB, and as much again for class tokens. Here with a limit below small sums."""
+    assert SpanSums(CkaIntervals(12, 2).spans(24, Bounds())).nbytes(1024) == 2 * 8 * (25 + 222) * 1024**2 + 2 * 8 * 25 * 1024
+    monkeypatch.setattr(repairs, "MUCH_MEMORY", 2**16)
+    backbone, rule = build(embed_dim=48, num_heads=3), CkaIntervals(3)
+    with pytest.warns(SimplerWarning, match=r"Found 33 ranges of blocks that may be dropped, whose sums .* GiB") as told:
+        run(backbone, Tiles(land(150)), rule)
+    assert len(told) == 1
 
 
 @settings(max_examples=30, deadline=None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from terratorch_simpler.criteria.base import Bounds
 from terratorch_simpler.criteria.budget import BudgetCriterion
-from terratorch_simpler.criteria.ranges import RangeSets
+from terratorch_simpler.criteria.ranges import NOTHING, RangeSets
 from terratorch_simpler.criteria.statistics import Statistics
 from terratorch_simpler.errors import ConfigurationError
+from terratorch_simpler.recovery import Span
 
 
 class CkaIntervals(BudgetCriterion):
@@ -38,6 +40,11 @@ class CkaIntervals(BudgetCriterion):
     def args(self) -> dict[str, object]:
         """Budget and number of ranges."""
         return {**super().args, "ranges": self.ranges}
+
+    def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
+        """The ranges of all sets that are compared: with a single range only those of as many blocks as are dropped."""
+        (sets,) = RangeSets.of(num_blocks, self.allowed(num_blocks, bounds), self.ranges).sets
+        return sorted({(start, end) for start, end in sets.flatten(0, 1).tolist()} - {NOTHING})
 
     def score(self, found: Statistics, depths: list[int]) -> Tensor:
         """Minus the cost of what is dropped."""

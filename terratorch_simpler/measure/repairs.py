@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 
 from torch import Tensor
 
+from terratorch_simpler.errors import SimplerWarning
 from terratorch_simpler.measure.groups import Group
 from terratorch_simpler.processes import Processes
 from terratorch_simpler.recovery import Span, SpanMap, SpanSums, take_rows
 
 HELD_OUT = 4
 """One tile in so many is not fitted on but judged on."""
+MUCH_MEMORY = 2**30
+"""Bytes of sums from which it is said how many they are: they grow with the ranges that may be dropped."""
 
 
 class Repairs:
@@ -31,6 +35,7 @@ class Repairs:
         self.patch = SpanSums(spans)
         self.special = SpanSums(spans)
         self._processes = processes
+        self._warned = False
         self._waiting: dict[int, tuple[Group, Tensor, int]] = {}
 
     def wait(self, group: Group, features: Tensor, special: int) -> None:
@@ -41,7 +46,21 @@ class Repairs:
             features: Rows of all its tiles in every state, (L + 1, m, D).
             special: How many rows of each tile, the last ones, show no patch.
         """
+        if not self._warned:
+            self._warned = True
+            self._warn_if_large(features.shape[-1], special)
         self._waiting[group.number] = group, features, special
+
+    def _warn_if_large(self, width: int, special: int) -> None:
+        needed = self.patch.nbytes(width) + (self.special.nbytes(width) if special else 0)
+        if needed > MUCH_MEMORY and self._processes.first:
+            warnings.warn(
+                f"Found {len(self.patch.spans)} ranges of blocks that may be dropped, whose sums for recovery: linear take "
+                f"{needed / 2**30:.1f} GiB in every process, expected at most {MUCH_MEMORY / 2**30:g}: should that be too "
+                "much, use criterion angular or simpler, or ranges: 1 for cka_intervals, which consider fewer ranges.",
+                SimplerWarning,
+                stacklevel=2,
+            )
 
     def accept(self, count: int) -> None:
         """Add the first groups."""
