@@ -357,5 +357,5 @@ def test_checkpoint_of_another_width_is_refused(build):
 
 
 def test_checkpoint_without_simpler_is_refused(build):
-    with pytest.raises(CheckpointError, match="Found no 'kept_blocks' in checkpoint"):
+    with pytest.raises(CheckpointError, match="holds 'prithvi_eo_v2_tiny_tl' without 'simpler_'"):
         build().load_state_dict(build("prithvi_eo_v2_tiny_tl").state_dict())

@@ -13,18 +13,18 @@ PACKAGE = ROOT / "terratorch_simpler"
 # From the bottom up: a module may import from its own layer and those below.
 LAYERS = [
     {"errors", "files"},
-    {"angles", "recovery", "similarity", "plan", "processes", "stopping", "factories"},
+    {"angles", "recovery", "similarity", "plan", "shape", "optimizers", "processes", "stopping", "factories"},
     {"criteria"},
     {"encoders", "tiles"},
     {"backbone"},
-    {"registry", "report", "checkpoint", "plan_cache", "command_line", "deployment"},
+    {"registry", "report", "checkpoint", "pretrained", "plan_cache", "command_line", "deployment"},
     {"measure", "export"},
     {"overview"},
     {"selection"},
     {"callback", "slimmable", "sweep"},
     {"demo", "cli"},
 ]
-PURE = ("angles", "errors", "files", "recovery", "similarity", "plan", "criteria")
+PURE = ("angles", "errors", "files", "recovery", "similarity", "plan", "shape", "optimizers", "criteria")
 HEAVY = {"lightning", "terratorch", "rasterio", "torchgeo", "pytorch_lightning"}
 
 
