@@ -430,7 +430,9 @@ def _outermost_encoder(pl_module: LightningModule, backbone: SimplerBackbone) ->
     encoder = getattr(getattr(pl_module, "model", None), "encoder", None)
     if isinstance(encoder, nn.Module) and any(part is backbone for part in encoder.modules()):
         return encoder
-    return backbone
+    # A module of the user's own: adapters are to be switched off wherever they are.
+    wrappers = [part for part in pl_module.modules() if hasattr(part, "disable_adapter")]
+    return next((part for part in wrappers if any(one is backbone for one in part.modules())), backbone)
 
 
 def _forward(

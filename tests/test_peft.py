@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from terratorch.models import EncoderDecoderFactory
 
 from terratorch_simpler import SimplerCallback
@@ -11,6 +12,7 @@ from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.measure import measure
+from terratorch_simpler.selection import find_backbone
 from tests.extras import needs_peft
 from tests.test_measure import Tiles, land
 
@@ -184,6 +186,42 @@ def test_adapters_that_were_frozen_stay_frozen():
     assert len(set(flags.values())) == 2
     similarity(built, land(40))
     assert {name: parameter.requires_grad for name, parameter in built.named_parameters()} == flags
+
+
+class Own(LightningModule):
+    """Keeps its encoder where TerraTorch's tasks do not."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image, **_):
+        return self.network(image)[-1]
+
+    def training_step(self, batch, batch_idx):
+        return self(batch["image"]).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@needs_peft
+def test_adapters_in_a_module_of_ones_own_are_switched_off(build, datamodule, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def similarity_of(adapters):
+        network = build(seed=3)
+        if adapters:  # which do not start neutral
+            network = get_peft_model(network, LoraConfig(target_modules=["attn.qkv"], r=4, init_lora_weights=False))
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, logger=False, enable_checkpointing=False,
+            limit_train_batches=0, limit_val_batches=0, callbacks=[SimplerCallback()],
+        )  # fmt: skip
+        module = Own(network)
+        trainer.fit(module, datamodule=datamodule())
+        return find_backbone(module).plan.similarity
+
+    assert similarity_of(True) == similarity_of(False)
 
 
 @pytest.mark.parametrize("name", ["simpler_prithvi_eo_v2_tiny_tl", "simpler_clay_v1_base"])
