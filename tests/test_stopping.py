@@ -90,7 +90,7 @@ def test_sigterm_during_the_selection_keeps_what_was_measured(many, tmp_path):
     command.kill(signal.SIGTERM)
     assert command.wait() == [143]
     assert [path.suffixes for path in (folder / "cache").iterdir()] == [[".unfinished", ".pt"]]
-    assert not (folder / "simpler").exists()
+    assert not list((folder / "simpler").iterdir())  # made and tried before the tiles were streamed
     assert not command.left_behind()
     again = start(folder, many, "--trainer.max_epochs", "1", before=slow_down)
     assert again.wait() == [0], again.output()
