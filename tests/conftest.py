@@ -118,3 +118,19 @@ def trainer(tmp_path):
         return Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
 
     return make
+
+
+@pytest.fixture
+def as_nobody(tmp_path):
+    """Drops the right to read everything, if this process has it, until the test is over."""
+    user = os.geteuid()
+    for parent in (tmp_path, *tmp_path.parents[:3]):
+        if parent.owner() == Path.home().owner() and parent != Path("/tmp"):
+            parent.chmod(0o755)
+
+    def become_nobody():
+        if user == 0:
+            os.seteuid(65534)
+
+    yield become_nobody
+    os.seteuid(user)

@@ -23,6 +23,7 @@ from rasterio.windows import Window
 
 from terratorch_simpler.errors import TilesError
 from terratorch_simpler.tiles import GeoTiffTiles
+from terratorch_simpler.tiles.rasters import Raster
 from tests.rasters import PLACE, draw, one_by_one, truncate, write, write_many
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # of writing
@@ -80,9 +81,9 @@ def test_path_objects_and_gdal_paths(layout):
 @pytest.mark.parametrize("paths", ["none.tif", "none/*.tif", "empty", "blank.txt", ["a.tif", "none.tif"], []])
 def test_nothing_found_is_an_error_that_names_what_is_missing(layout, paths):
     found = [str(layout / path) for path in paths] if isinstance(paths, list) else str(layout / paths)
-    with pytest.raises(TilesError, match=r"Found no GeoTIFF file at .*, expected a file, folder, glob") as error:
+    with pytest.raises(TilesError, match=r"Found no raster file at .*, expected a file, folder, glob") as error:
         GeoTiffTiles(found)
-    assert "a.tif" not in str(error.value)
+    assert str(layout / "a.tif") not in str(error.value)
     assert str(found[-1] if isinstance(found, list) and found else found) in str(error.value)
 
 
@@ -454,23 +455,10 @@ def test_file_that_vanishes_is_counted(tmp_path):
     assert tiles.skipped == {"vanished": 1}
 
 
-@pytest.fixture
-def as_nobody():
-    """Drop the right to read everything, if this process has it."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    yield
-    os.seteuid(user)
-
-
-def test_files_without_permission_are_counted(tmp_path, request):
+def test_files_without_permission_are_counted(tmp_path, as_nobody):
     folder = write_many(tmp_path, count=20)
-    for parent in (tmp_path, *tmp_path.parents[:3]):
-        if parent.owner() == Path.home().owner() and parent != Path("/tmp"):
-            parent.chmod(0o755)
     (tmp_path / "7.tif").chmod(0)
-    request.getfixturevalue("as_nobody")
+    as_nobody()
     tiles = GeoTiffTiles(folder, tile_size=40)
     assert len(one_by_one(tiles)) == 19
     assert tiles.skipped == {"permission denied": 1}
@@ -528,6 +516,61 @@ def test_few_damaged_of_many_files_are_no_error(tmp_path, monkeypatch):
     assert tiles.skipped == {"unreadable": 5}
 
 
+def test_files_that_cannot_be_opened_weigh_as_files(tmp_path):
+    """Of the windows, two of eight scenes are a small share if those cannot be opened."""
+    write_many(tmp_path, count=8, height=160, width=160)
+    for number in (3, 5):
+        truncate(tmp_path / f"{number}.tif", 0.001)
+    tiles = GeoTiffTiles(str(tmp_path), tile_size=8, max_bad_fraction=0.05)
+    with pytest.raises(
+        TilesError, match=r"Found 1 unreadable of 8 files, expected at most 5% \(max_bad_fraction\): .*/3\.tif"
+    ) as err:
+        list(tiles)
+    assert "RasterioIOError" in str(err.value)  # what GDAL says
+    assert len(one_by_one(GeoTiffTiles(str(tmp_path), tile_size=8, max_bad_fraction=0.25))) == 6 * 400
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "other",
+    [
+        draw(3, 30, 40),
+        draw(2, 40, 40),
+        draw(1, 40, 40),
+        draw(4, 40, 40),
+        draw(3, 60, 80),
+        draw(3, 40, 40, dtype="complex64"),
+    ],
+    ids=lambda pixels: f"{pixels.dtype}-{pixels.shape}",
+)
+def test_file_that_is_replaced_after_it_was_indexed_is_counted(tmp_path, other, workers):
+    folder = write_many(tmp_path, count=10, bands=3, height=40, width=40)
+    tiles = GeoTiffTiles(folder, tile_size=40, num_workers=workers)
+    assert len(tiles) == 10
+    write(tmp_path / "3.tif", other)
+    assert {Path(tile[1]).stem for tile in one_by_one(tiles)} == set("012456789")
+    assert tiles.skipped == {"changed": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "error", [ValueError, IndexError, OverflowError, ZeroDivisionError, MemoryError, UnicodeEncodeError]
+)
+def test_whatever_a_file_makes_a_library_raise_is_counted(tmp_path, monkeypatch, error, workers):
+    folder = write_many(tmp_path, count=10)
+    real = Raster.read
+
+    def read(raster, *args):
+        if raster.path.endswith("3.tif"):
+            raise error("utf-8", "a", 0, 1, "no") if error is UnicodeEncodeError else error("of a library")
+        return real(raster, *args)
+
+    tiles = GeoTiffTiles(folder, tile_size=40, num_workers=workers)
+    monkeypatch.setattr(Raster, "read", read)
+    assert len(one_by_one(tiles)) == 9
+    assert sum(tiles.skipped.values()) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 3])
 def test_too_many_damaged_files_are_an_error_that_names_them(tmp_path, workers):
     for number in range(10):  # lacks data, which must not crowd the damage out of the message
@@ -548,7 +591,7 @@ def test_damaged_description_matters_only_where_bands_are_described(tmp_path):
     path = write(tmp_path / "a.tif", draw(2, 8, 8), descriptions=("BLUEBLUE", "REDRED"))
     path.write_bytes(path.read_bytes().replace(b"BLUEBLUE", b"\xff\xfe\xc3(UE\xe1\xe2"))
     assert len(one_by_one(GeoTiffTiles(str(path), tile_size=8, bands=[2]))) == 1
-    with pytest.raises(TilesError, match=r"Found 1 unreadable of 1 tiles.*a\.tif \(unreadable\)"):
+    with pytest.raises(TilesError, match=r"Found 1 unreadable of 1 files.*a\.tif \(unreadable\)"):
         list(GeoTiffTiles(str(path), tile_size=8, bands=["REDRED"]))
 
 
@@ -569,10 +612,32 @@ def test_header_that_claims_more_pixels_than_the_file_can_hold_is_damage(tmp_pat
     assert tiles.skipped == {"unreadable": 1}
 
 
-def test_constant_pixels_compress_far_and_are_no_damage(tmp_path):
-    options = {"compress": "deflate", "tiled": True, "blockxsize": 1024, "blockysize": 1024}
-    path = write(tmp_path / "a.tif", np.ones((1, 2048, 2048), np.uint8), **options)
-    assert len(GeoTiffTiles(str(path), tile_size=1024)) == 4
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"compress": kind, "tiled": True, "blockxsize": 1024, "blockysize": 1024} for kind in ("deflate", "zstd", "lerc")),
+        {"compress": "lerc_zstd"},
+        {"compress": "deflate", "bigtiff": "yes"},
+    ],
+)
+def test_constant_pixels_compress_far_and_are_no_damage(tmp_path, options):
+    path = write(tmp_path / "a.tif", np.ones((1, 4096, 4096), np.float32), **options)
+    assert path.stat().st_size < 4096**2 / 50
+    tiles = GeoTiffTiles(str(path), tile_size=1024)
+    assert len(one_by_one(tiles)) == 16
+
+
+def test_nearly_empty_scene_is_data(tmp_path):
+    shape = {"driver": "GTiff", "width": 40_000, "height": 40_000, "count": 1, "dtype": "uint8", "nodata": 0}
+    tiled = {"tiled": True, "blockxsize": 1024, "blockysize": 1024, "compress": "deflate", "sparse_ok": True}
+    with rasterio.open(tmp_path / "a.tif", "w", **shape, **tiled) as target:
+        target.write(draw(1, 64, 64, dtype="uint8"), window=Window(2048, 4096, 64, 64))
+    tiles = GeoTiffTiles(str(tmp_path / "a.tif"), tile_size=64, stride=2048, max_bad_fraction=0)
+    ((_, _, window, image, valid),) = one_by_one(tiles)
+    assert window == [2048, 4096, 64, 64]
+    assert np.array_equal(image, draw(1, 64, 64, dtype="uint8"))
+    assert valid.all()
+    assert tiles.skipped == {"nodata": len(tiles) - 1}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of rasterio's logging
@@ -699,6 +764,8 @@ def test_fingerprint_follows_the_files_and_the_settings(tmp_path):
         ({"scale": "image"}, "Found scale 'image', expected a number or file"),
         ({"offset": "image"}, "Found offset 'image', expected a number or file"),
         ({"timeout": 0}, "Found timeout 0, expected seconds above 0"),
+        ({"timeout": float("inf")}, "Found timeout inf, expected seconds above 0"),
+        ({"nodata": 10**400}, r"Found nodata 1000\d+\.\.\., expected a number"),
         ({"filename_regex": "(?P<date>"}, r"Found filename_regex .*, expected a regular expression \("),
         ({"filename_regex": "(.*)"}, r"Found filename_regex .*, expected a group \(\?P<date>"),
         (
@@ -717,6 +784,15 @@ def test_arguments_without_a_meaning_are_refused(tmp_path, kwargs, expected):
     with pytest.raises(TilesError, match=expected) as error:
         GeoTiffTiles(str(path), **kwargs)
     assert str(error.value).endswith(".")
+
+
+def test_tiles_that_no_memory_holds_are_refused(tmp_path):
+    path = write(tmp_path / "a.tif", draw(1, 8, 8))
+    for size in (10**6, 10**9, 10**30):
+        with pytest.raises(
+            TilesError, match=rf"Found no memory for a batch of 16 x 1 x {size} x {size} pixels, expected one that"
+        ):
+            list(GeoTiffTiles(str(path), tile_size=size, pad="reflect"))
 
 
 # Real rasters
@@ -764,4 +840,7 @@ def test_whole_folder_of_real_rasters_of_every_kind(shared_data):
     assert {tile[3].shape for tile in found} == {(3, 128, 128)}
     assert len({Path(tile[1]).parts[len(shared_data.parts)] for tile in found}) == 6
     assert tiles.skipped["wrong bands"] > 600
-    assert len(found) + sum(tiles.skipped.values()) == len(tiles) + tiles.skipped["wrong bands"]
+    assert tiles.skipped["picture"] == 1400
+    assert len(found) + tiles.skipped["nodata"] == len(tiles)
+    everything = sum(len(files) for _, _, files in os.walk(shared_data))
+    assert len(tiles.paths) + tiles.skipped["picture"] + tiles.skipped["no raster"] == everything

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,19 @@ def test_error_reaches_who_waits_for_it(num_threads):
         with pytest.raises(ZeroDivisionError):
             readers.results(runs[1])
         assert readers.results(runs[2]) == [1, 1]
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_error_on_entering_the_context_reaches_who_waits(num_threads):
+    @contextmanager
+    def context():
+        raise OverflowError("cannot convert float infinity to integer")
+        yield
+
+    with Readers(lambda item: item, num_threads, 60.0, context) as readers:
+        run = readers.submit([1])
+        with pytest.raises(OverflowError, match="infinity"):
+            readers.results(run)
 
 
 @pytest.fixture

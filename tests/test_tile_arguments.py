@@ -191,7 +191,8 @@ def test_a_file_that_is_there_is_found_once_whatever_its_name(tmp_path_factory, 
     plain = write(root.parent / f"{root.name}.tif", draw(1, 4, 4))
     path = f"{place}/{name}"
     os.rename(plain, path)
-    for paths in (path, str(place), [str(place), path], f"{place}/", [path, f"{place}/./{name}"], Path(path)):
+    by_folder = (str(place), [str(place), path], f"{place}/") if not name.startswith(".") else ()  # else it is hidden
+    for paths in (path, [path, f"{place}/./{name}"], Path(path), *by_folder):
         tiles = GeoTiffTiles(paths, tile_size=4, num_workers=1)
         assert [os.path.abspath(found) for found in tiles.paths] == [os.path.abspath(path)]
         if own:

@@ -69,7 +69,9 @@ def counted(monkeypatch):
     """Paths of the files that are opened from here on."""
     opened = []
     real = Raster.__init__
-    monkeypatch.setattr(Raster, "__init__", lambda self, path: opened.append(Path(path).name) or real(self, path))
+    monkeypatch.setattr(
+        Raster, "__init__", lambda self, path, *a, **k: opened.append(Path(path).name) or real(self, path, *a, **k)
+    )
     return opened
 
 
@@ -100,7 +102,7 @@ def test_cache_saves_opening_files_that_have_not_changed(tmp_path, monkeypatch):
     "content",
     [
         "",
-        "[]",
+        '{"format": "terratorch-simpler/tile-index", "version": 1, "files": {"a": [1,',
         '{"format": "terratorch-simpler/tile-index", "version": 1}',
         '{"format": "terratorch-simpler/tile-index", "version": 1, "files": {"a": [1, 2]}}',
         '{"format": "terratorch-simpler/tile-index", "version": 1, "files": {"a": [1, 1, -5, 5, true, null, 1]}}',
@@ -117,6 +119,27 @@ def test_damaged_cache_is_made_anew(tmp_path, content):
     with pytest.warns(SimplerWarning, match=r"Found .*tiles\.json damaged, expected an index of tiles: it is made anew\."):
         assert len(tiles) == 140
     assert len(json.loads(cache.read_text())["files"]) == 4
+
+
+@pytest.mark.parametrize("content", [b"[]", b"II*\0raster", b"\xff\xfe", b'{"weights": 1}', b"my notes"])
+def test_no_other_file_is_written_over(tmp_path, content):
+    folder = write_many(tmp_path / "scenes")
+    mine = tmp_path / "mine"
+    mine.write_bytes(content)
+    with pytest.raises(
+        TilesError, match=r"^Found index_cache .*mine, which holds no index of tiles, expected one or a new file: "
+    ):
+        len(GeoTiffTiles(folder, tile_size=8, index_cache=str(mine)))
+    assert mine.read_bytes() == content
+
+
+def test_an_index_that_cannot_be_kept_is_refused_before_files_are_opened(tmp_path, monkeypatch):
+    folder = write_many(tmp_path / "scenes")
+    opened = counted(monkeypatch)
+    for cache in (tmp_path, tmp_path / "scenes" / "0.tif" / "tiles.json"):
+        with pytest.raises(TilesError, match=r"^Found index_cache .*, expected .*: change index_cache\.$"):
+            len(GeoTiffTiles(folder, tile_size=8, index_cache=str(cache)))
+    assert not opened
 
 
 def test_cache_of_another_version_is_made_anew(tmp_path):
@@ -257,7 +280,7 @@ def test_names_without_a_date_and_unequal_sizes_are_counted(tmp_path):
     write(tmp_path / "c_sr.tif", draw(2, 16, 24))
     write(tmp_path / "d_20209901_sr.tif", draw(2, 16, 24))
     tiles = GeoTiffTiles(
-        str(tmp_path), tile_size=8, num_frames=2, filename_regex=r"\w_(?P<date>\d{8})", max_bad_fraction=0.3
+        str(tmp_path), tile_size=8, num_frames=2, filename_regex=r"\w_(?P<date>\d{8})", max_bad_fraction=0.4
     )
     assert {Path(path).name for _, path, *_ in one_by_one(tiles)} == {"a_20200101_sr.tif"}
     assert tiles.skipped == {"name without a date": 2, "dates of unequal size": 2}
@@ -334,3 +357,37 @@ def test_metadata_is_left_out_unless_asked_for(tmp_path):
     (batch,) = GeoTiffTiles(str(write(tmp_path / "a.tif", draw(1, 8, 8))), tile_size=8)
     assert "temporal_coords" not in batch
     assert "location_coords" not in batch
+
+
+PLACELESS = {
+    "no CRS of the Earth": {
+        "crs": 'LOCAL_CS["x",UNIT["metre",1]]',
+        "transform": rasterio.transform.from_origin(0, 0, 10, 10),
+    },
+    "beside the Earth": {
+        "crs": "+proj=geos +h=35786023 +lon_0=-75 +sweep=x",
+        "transform": rasterio.transform.from_origin(-5434894.885, 5434894.885, 32064.27, 32064.27),
+    },
+    "NaN": {"transform": rasterio.Affine(np.nan, 0, 0, 0, np.nan, 0)},
+    "latitude 199": {"crs": "EPSG:4326", "transform": rasterio.transform.from_origin(10, 199, 1e-3, 1e-3)},
+    "latitude inf": {"crs": "EPSG:4326", "transform": rasterio.transform.from_origin(10, np.inf, 1e-3, 1e-3)},
+}
+
+
+@pytest.mark.parametrize("kind", PLACELESS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_places_that_are_none_are_counted(tmp_path, kind, workers):
+    when = {"DATE_ACQUIRED": "2001-01-01"}
+    write_many(tmp_path, count=19, height=8, width=8, tags=when)
+    write(tmp_path / "odd.tif", draw(2, 8, 8), tags=when, **PLACELESS[kind])
+    tiles = GeoTiffTiles(str(tmp_path), tile_size=8, use_metadata=True, num_workers=workers)
+    assert len(one_by_one(tiles)) == 19
+    assert tiles.skipped == {"no location": 1}
+    assert len(one_by_one(GeoTiffTiles(str(tmp_path), tile_size=8, num_workers=workers))) == 20
+
+
+def test_longitudes_that_go_round_the_other_way(tmp_path):
+    place = {"crs": "EPSG:4326", "transform": rasterio.transform.from_origin(199.996, 10.004, 1e-3, 1e-3)}
+    path = write(tmp_path / "a.tif", draw(1, 8, 8), tags={"DATE_ACQUIRED": "2001-01-01"}, **place)
+    (batch,) = GeoTiffTiles(str(path), tile_size=8, use_metadata=True)
+    assert torch.allclose(batch["location_coords"], torch.tensor([[10.0, -160.0]]), atol=1e-4)

@@ -40,12 +40,16 @@ def number(name: str, value: Any, expected: str = "a number") -> float:
 
 
 def scaling(name: str, value: Any) -> float | str:
-    """A finite float, or "file" for what the file says.
+    """A finite float32, or "file" for what the file says.
 
     Raises:
         TilesError: If it is neither.
     """
-    return "file" if isinstance(value, str) and value == "file" else float(number(name, value, "a number or file"))
+    if isinstance(value, str) and value == "file":
+        return "file"
+    found = float(number(name, value, "a number or file"))
+    _check_float32(name, [found])
+    return found
 
 
 def share(name: str, value: Any) -> float:
@@ -71,7 +75,9 @@ def numbers(name: str, values: Any) -> list[float]:
     if None in found:
         msg = f"Found {name} {_shown(values)}, expected numbers, one a band: change {name}."
         raise TilesError(msg)
-    return [float(value) for value in found if value is not None]
+    floats = [float(value) for value in found if value is not None]
+    _check_float32(name, floats)
+    return floats
 
 
 def bands(values: Any) -> list[int | str]:
@@ -132,18 +138,25 @@ def path(name: str, value: Any) -> str:
 
 
 def _number(value: Any) -> float | int | None:
-    """An int stays one, however large; None for what is no finite number."""
+    """A finite number, an int exactly; None for what is none."""
     if isinstance(value, np.ndarray | Tensor) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number | str):
         return None
     try:
+        found = float(value)  # raises for an int that no file can hold
         if isinstance(value, int | np.integer):
             return int(value)
-        found = float(value)
     except (ValueError, TypeError, OverflowError):
         return None
     return found if math.isfinite(found) else None
+
+
+def _check_float32(name: str, values: list[float]) -> None:
+    largest = float(np.finfo(np.float32).max)
+    if any(abs(value) > largest for value in values):
+        msg = f"Found {name} {_shown(values)}, expected at most {largest:.2g}, since pixels are float32: change {name}."
+        raise TilesError(msg)
 
 
 def _several(values: Any) -> list[Any]:

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from terratorch_simpler.errors import TilesError
+
 
 class Buffer:
     """Memory of one batch.
@@ -65,16 +67,29 @@ class Buffers:
         self._lent: list[tuple[weakref.ref[NDArray[np.float32]], NDArray[np.float32]]] = []
 
     def take(self) -> Buffer:
-        """Memory nobody else uses; it is free again when the last tensor that shares it is gone."""
+        """Memory nobody else uses; it is free again when the last tensor that shares it is gone.
+
+        Raises:
+            TilesError: If there is not so much memory.
+        """
         if self._pin_memory:
             return Buffer(torch.empty(self._shape, pin_memory=True))
         # Looked up here rather than by callbacks of the references: an interrupt that falls into one is lost.
         free = next((number for number, (lent, _) in enumerate(self._lent) if lent() is None), None)
-        # Not np.empty: it asks for huge pages, for which the system has to move others where memory is fragmented.
-        memory = torch.empty(self._shape).numpy() if free is None else self._lent.pop(free)[1]
+        memory = self._fresh() if free is None else self._lent.pop(free)[1]
         lent = memory[:]  # an object of its own, which lives as long as the tensor's storage
         self._lent.append((weakref.ref(lent), memory))
         return Buffer(torch.from_numpy(lent))
+
+    def _fresh(self) -> NDArray[np.float32]:
+        # Not np.empty: it asks for huge pages, for which the system has to move others where memory is fragmented.
+        try:
+            memory: NDArray[np.float32] = torch.empty(self._shape).numpy()
+        except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # beyond 64 bits, PyTorch raises the last two
+            shape = " x ".join(map(str, self._shape))
+            msg = f"Found no memory for a batch of {shape} pixels, expected one that fits: change tile_size or batch_size."
+            raise TilesError(msg) from error
+        return memory
 
 
 def fill_batches(tiles: Iterable[Tile], size: int, take: Callable[[], Buffer]) -> Iterator[tuple[Tensor, list[Tile]]]:

@@ -9,10 +9,10 @@ import zlib
 from collections.abc import Sequence
 
 import rasterio
+from rasterio._err import CPLE_BaseError
+from rasterio.errors import CRSError, RasterioError
 
-from terratorch_simpler.tiles.rasters import DAMAGE
-
-READ_ERRORS = (*DAMAGE, EOFError, zipfile.BadZipFile, zlib.error)
+READ_ERRORS = (RasterioError, CPLE_BaseError, CRSError, OSError, UnicodeError, EOFError, zipfile.BadZipFile, zlib.error)
 """What readers raise on damaged files, whoever calls them."""
 
 RASTERS = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".vrt", ".img")
@@ -48,6 +48,6 @@ def _is_whole(file: str) -> bool:
     try:
         with rasterio.open(file) as source:
             source.read()
-    except READ_ERRORS:
+    except Exception:
         return False
     return True

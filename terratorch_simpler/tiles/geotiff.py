@@ -17,11 +17,11 @@ from torch import Tensor
 from terratorch_simpler.errors import TilesError
 from terratorch_simpler.tiles import arguments
 from terratorch_simpler.tiles.buffers import Buffers, Slot, fill_batches
-from terratorch_simpler.tiles.index import Catalogue, Grid, Place, Unusable, read_headers
+from terratorch_simpler.tiles.index import SUBDATASETS, TOO_SMALL, Catalogue, Grid, Place, read_headers
 from terratorch_simpler.tiles.paths import find_files
-from terratorch_simpler.tiles.rasters import accept_files_without_georeference, gdal_settings
+from terratorch_simpler.tiles.rasters import Header, accept_files_without_georeference, gdal_settings
 from terratorch_simpler.tiles.readers import Readers, Run, TimedOut
-from terratorch_simpler.tiles.source import Batch, FileStat, Share, Skip, Skipped, file_stat, fingerprint
+from terratorch_simpler.tiles.source import Batch, FileStat, Share, Skip, Skipped, Unusable, file_stat, fingerprint
 from terratorch_simpler.tiles.window import Job, Scaling, Tile, WindowReader
 
 AHEAD_BYTES = 256 * 2**20
@@ -143,12 +143,13 @@ class GeoTiffTiles:
         self.index_cache = None if index_cache is None else arguments.path("index_cache", index_cache)
         self.pin_memory = arguments.flag("pin_memory", pin_memory)
         self._check_arguments()
-        self.paths = find_files(paths)
+        self.paths, self._left_out = find_files(paths)
         self.skips = Skipped(planned=0, max_bad_fraction=self.max_bad_fraction)
         self.on_skip: Callable[[Skip], None] | None = None
         self._share = Share()
         self._grid: Grid | None = None
         self._unusable: list[Unusable] = []
+        self._headers: dict[str, Header] = {}
         self._bands: dict[str, list[int]] = {}
         self._days: dict[str, tuple[int, int]] = {}
         self._stats: list[FileStat] | None = None
@@ -187,7 +188,8 @@ class GeoTiffTiles:
 
     def no_skips(self) -> Skipped:
         """The count of a pass over all windows, before it begins."""
-        return Skipped(len(self._windows()) + len(self._unusable), self.max_bad_fraction, tried=len(self.paths))
+        files = len(self.paths) + sum(unusable.bad for unusable in self._left_out)
+        return Skipped(len(self._windows()), self.max_bad_fraction, files)
 
     def describe(self) -> dict[str, Any]:
         """Kind, number of files and windows, and a fingerprint of names, sizes and settings."""
@@ -222,12 +224,16 @@ class GeoTiffTiles:
         grid = self._windows()
         self.skips = self.no_skips()
         if self._share.index == self._share.start == 0:  # files set aside count once, not in every share
-            for unusable in self._unusable:
+            for unusable in (*self._left_out, *self._unusable):
                 self._skip(-1, unusable)
         if not len(grid):
+            small = (
+                "use a smaller tile_size, pad: reflect, or other paths" if self.skips.counts[TOO_SMALL] else "check paths"
+            )
+            subdatasets = "name one as netcdf:FILE:VARIABLE" if self.skips.counts[SUBDATASETS] else small
             msg = (
-                f"Found no window of {self.tile_size} x {self.tile_size} pixels ({self.skips}), expected at least one: use "
-                "a smaller tile_size, pad: reflect, or other paths."
+                f"Found no window of {self.tile_size} x {self.tile_size} pixels ({self.skips}), expected at least one: "
+                f"{subdatasets}."
             )
             raise TilesError(msg)
         buffers = Buffers(self._batch_shape(), self.pin_memory)
@@ -244,7 +250,7 @@ class GeoTiffTiles:
         if (means is None) != (stds is None) or (means is not None and stds is not None and not 0 < len(means) == len(stds)):
             msg = f"Found means {means} and stds {stds}, expected both with one value a band, or neither: give the other."
             raise TilesError(msg)
-        if stds is not None and not all(std > 0 for std in stds):
+        if stds is not None and not all(np.float32(std) > 0 for std in stds):
             msg = f"Found stds {stds}, expected values above 0: change stds."
             raise TilesError(msg)
         if not (self.pad is None or (isinstance(self.pad, str) and self.pad == "reflect")):
@@ -279,7 +285,7 @@ class GeoTiffTiles:
             frames = self.num_frames if self.filename_regex else 1
             series, self._days = catalogue.series(frames, self.filename_regex, self.date_format)
             self._grid = catalogue.grid(series, self.tile_size, self.stride, pad=self.pad is not None)
-            self._unusable, self._bands = catalogue.unusable, catalogue.bands
+            self._unusable, self._bands, self._headers = catalogue.unusable, catalogue.bands, catalogue.headers
         return self._grid
 
     def _read_all(self, grid: Grid, buffers: Buffers) -> Generator[Tile, None, None]:
@@ -292,6 +298,7 @@ class GeoTiffTiles:
         scaling = Scaling(self.scale, self.offset, self.means, self.stds)
         with (
             WindowReader(
+                headers=self._headers,
                 bands=self._bands,
                 num_frames=self.num_frames,
                 nodata=self.nodata,
@@ -337,7 +344,7 @@ class GeoTiffTiles:
                 yield tile
 
     def _skip(self, position: int, unusable: Unusable) -> None:
-        skip = Skip(position, unusable.reason, unusable.path, unusable.bad)
+        skip = Skip(position, unusable.reason, unusable.path, unusable.bad, unusable.detail)
         self.skips.add(skip)
         if self.on_skip is not None:
             self.on_skip(skip)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import warnings
 from bisect import bisect_right
 from collections import Counter
@@ -14,39 +15,31 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from rasterio.windows import Window
 from torchgeo.datasets.utils import disambiguate_timestamp
 
-from terratorch_simpler.errors import SimplerWarning, TilesError
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.errors import ConfigurationError, SimplerWarning, TilesError
+from terratorch_simpler.files import check_folder, whole_file
+from terratorch_simpler.tiles.failures import unusable
 from terratorch_simpler.tiles.paths import is_remote
-from terratorch_simpler.tiles.rasters import DAMAGE, Raster, gdal_settings, why_unreadable
+from terratorch_simpler.tiles.rasters import Header, Raster, gdal_settings
 from terratorch_simpler.tiles.readers import Readers, TimedOut
+from terratorch_simpler.tiles.source import Unusable
 
-MAX_PIXELS_PER_BYTE = 2**15
-"""A block of constant pixels takes some 30 bytes and seldom has more than 1024 x 1024: beyond this the header lies."""
+MANY_PIXELS_PER_BYTE = 2**10
+"""No block of pixels that differ at all is packed so well: the file is nearly empty, or its header is damaged."""
+MAX_TAGS = 4096
 
 CACHE_FORMAT = "terratorch-simpler/tile-index"
 CACHE_VERSION = 1
+CACHE_START = 100
+"""Characters in which a file says that it is an index of tiles: no other is written over."""
 
 FILES_PER_RUN = 32
 
-
-class Header(NamedTuple):
-    """What a file says about itself; descriptions are None where they are damaged."""
-
-    width: int
-    height: int
-    real: bool
-    descriptions: tuple[str | None, ...] | None
-    num_bands: int
-
-
-class Unusable(NamedTuple):
-    """A file or window that cannot be used."""
-
-    path: str
-    reason: str
-    bad: bool
+TOO_SMALL = "smaller than tile_size"
+SUBDATASETS = "subdatasets"
+"""A container of several images, of which none is named."""
 
 
 class Place(NamedTuple):
@@ -107,11 +100,16 @@ class Catalogue:
     Args:
         paths: Files.
         headers: Their headers, or why there is none.
+
+    Attributes:
+        unusable: What cannot be used, and why.
+        headers: The headers of the files that can be used.
+        bands: Bands to read of each, from 1.
     """
 
     def __init__(self, paths: Sequence[str], headers: Sequence[Header | Unusable]) -> None:
         self.unusable = [header for header in headers if isinstance(header, Unusable)]
-        self._headers = {path: header for path, header in zip(paths, headers, strict=True) if isinstance(header, Header)}
+        self.headers = {path: header for path, header in zip(paths, headers, strict=True) if isinstance(header, Header)}
         self.bands: dict[str, list[int]] = {}
 
     def choose_bands(self, bands: Sequence[int | str] | None) -> None:
@@ -123,13 +121,15 @@ class Catalogue:
         Raises:
             TilesError: If no file has the bands.
         """
-        counts = Counter(header.num_bands for header in self._headers.values() if header.real)
+        counts = Counter(header.num_bands for header in self.headers.values() if header.real and header.num_bands)
         most = max(
             counts, key=lambda count: (counts[count], count), default=0
         )  # masks have fewer than the images beside them
         first_refusal = None
-        for path, header in self._headers.items():
-            if not header.real:
+        for path, header in self.headers.items():
+            if not header.num_bands:
+                self._refuse(path, SUBDATASETS, bad=False)
+            elif not header.real:
                 self._refuse(path, "complex numbers")
             elif bands is not None and header.descriptions is None and any(isinstance(band, str) for band in bands):
                 self._refuse(path, "unreadable")
@@ -150,7 +150,7 @@ class Catalogue:
                     )
                     self._refuse(path, "wrong bands")
         self._drop_refused()
-        if first_refusal and not self._headers:
+        if first_refusal and not self.headers:
             raise TilesError(first_refusal)
 
     def series(
@@ -167,11 +167,11 @@ class Catalogue:
             Series, each in order of the dates, and (year, day of the year from 0) of every file with a date.
         """
         if filename_regex is None:
-            return [(path,) for path in self._headers], {}
+            return [(path,) for path in self.headers], {}
         pattern = re.compile(filename_regex, re.VERBOSE)
         dated: dict[object, list[tuple[object, str]]] = {}
         days: dict[str, tuple[int, int]] = {}
-        for path in self._headers:
+        for path in self.headers:
             folder, name = os.path.split(path)
             match = pattern.match(name)
             try:
@@ -205,11 +205,11 @@ class Catalogue:
         large = [run for run in series if pad or min(self._size(run[0])) >= tile_size]
         for run in series:
             if not pad and min(self._size(run[0])) < tile_size:
-                self._set_aside(run, "smaller than tile_size", bad=False)
+                self._set_aside(run, TOO_SMALL, bad=False)
         return Grid(large, [self._size(run[0]) for run in large], tile_size, stride)
 
     def _size(self, path: str) -> tuple[int, int]:
-        header = self._headers[path]
+        header = self.headers[path]
         return header.width, header.height
 
     def _set_aside(self, run: Iterable[str], reason: str, bad: bool) -> None:
@@ -221,7 +221,7 @@ class Catalogue:
 
     def _drop_refused(self) -> None:
         refused = {unusable.path for unusable in self.unusable}
-        self._headers = {path: header for path, header in self._headers.items() if path not in refused}
+        self.headers = {path: header for path, header in self.headers.items() if path not in refused}
 
 
 def read_headers(paths: Sequence[str], num_threads: int, timeout: float, cache: str | None) -> list[Header | Unusable]:
@@ -260,26 +260,49 @@ def _open_all(paths: Sequence[str], num_threads: int, timeout: float) -> Iterato
 
 def _read_header(path: str) -> Header | Unusable:
     try:
-        raster = Raster(path)
+        raster = Raster(path, located=False)
         try:
-            src = raster.src
-            real = not any(dtype.startswith("complex") for dtype in src.dtypes)
-            try:
-                descriptions = tuple(src.descriptions)
-            except UnicodeDecodeError:
-                descriptions = None
-            header = Header(src.width, src.height, real, descriptions, src.count)
+            _check_size(raster)
+            return raster.header
         finally:
             raster.close()
-    except DAMAGE:
-        return Unusable(path, why_unreadable(path), True)
-    if not 0 < header.width * header.height <= MAX_PIXELS_PER_BYTE * _size_on_disk(path):
-        return Unusable(path, "unreadable", True)
-    return header
+    except Exception as error:  # whatever a file can cause
+        return unusable(path, error, opened=False)
 
 
-def _size_on_disk(path: str) -> float:
-    return float("inf") if is_remote(path) else os.path.getsize(path)
+def _check_size(raster: Raster) -> None:
+    """Refuse a damaged header that claims more pixels than the file has, of which GDAL would make zeros.
+
+    Raises:
+        ValueError: If the file cannot hold what it says.
+    """
+    path, header, src = raster.path, raster.header, raster.src
+    if is_remote(path) or src.driver != "GTiff" or not header.num_bands:
+        return
+    size = os.path.getsize(path)
+    if header.width * header.height <= MANY_PIXELS_PER_BYTE * size:
+        return
+    rows, columns = src.block_shapes[0]
+    blocks = -(-header.height // rows) * -(-header.width // columns)
+    if _blocks_listed(path) < blocks:
+        raise ValueError(f"{header.width} x {header.height} pixels in {size} bytes")
+    src.read(1, window=Window(header.width - 1, header.height - 1, 1, 1))  # of the last block
+
+
+def _blocks_listed(path: str) -> int:
+    """Strips or tiles that the first directory of a TIFF lists, empty ones included (TIFF 6.0; BigTIFF)."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+        order = "<" if start[:2] == b"II" else ">"
+        big = start[2:4] in (b"+\0", b"\0+")
+        (directory,) = struct.unpack_from(order + ("Q" if big else "I"), start, 8 if big else 4)
+        file.seek(directory)
+        (entries,) = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2))
+        for _ in range(min(entries, MAX_TAGS)):
+            tag, _, count = struct.unpack(order + ("HHQ8x" if big else "HHI4x"), file.read(20 if big else 12))
+            if tag in (273, 324):  # StripOffsets, TileOffsets
+                return int(count)
+    return 0
 
 
 def _state(path: str) -> tuple[int, int] | None:
@@ -292,14 +315,30 @@ def _state(path: str) -> tuple[int, int] | None:
 
 
 def _load_cache(path: str) -> dict[str, tuple[object, Header]]:
-    if not Path(path).exists():
-        return {}
+    """Read what was kept.
+
+    Raises:
+        TilesError: If it could not be written again, or is somebody else's file.
+    """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if (content["format"], content["version"]) != (CACHE_FORMAT, CACHE_VERSION):
+        check_folder("index_cache", os.path.dirname(path) or os.curdir, local=True)
+    except ConfigurationError as error:
+        raise TilesError(str(error)) from error
+    if not os.path.lexists(path):
+        return {}
+    msg = f"Found index_cache {path}, which holds no index of tiles, expected one or a new file: change index_cache."
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TilesError(msg) from error
+    if content.strip() and f'"format": "{CACHE_FORMAT}"' not in content[:CACHE_START]:
+        raise TilesError(msg)
+    try:
+        found = json.loads(content)
+        if found["version"] != CACHE_VERSION:
             return {}
-        return {name: _from_json(*entry) for name, entry in content["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {name: _from_json(*entry) for name, entry in found["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
         warnings.warn(f"Found {path} damaged, expected an index of tiles: it is made anew.", SimplerWarning, stacklevel=2)
         return {}
 

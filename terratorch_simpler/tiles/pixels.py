@@ -50,7 +50,7 @@ def make_ready(
     for frame, gaps in zip(image, lacks, strict=True):
         for band, gap in zip(frame, gaps, strict=True):
             if gap.any():
-                band[gap] = band[~gap].mean()
+                band[gap] = band[~gap].mean(dtype=np.float64)  # the sum of large float32 values may be none
 
 
 def mirror(image: NDArray[np.float32], height: int, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Open GeoTIFF files: how GDAL is set up, how many stay open, what their pixels are as float32, why they cannot be read."""
+"""Open raster files: how GDAL is set up, how many stay open, what their pixels are as float32, and which hold data."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from rasterio.enums import MaskFlags
-from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.env import ensure_env_with_credentials
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
-from terratorch_simpler.tiles.paths import is_remote
+from terratorch_simpler.tiles.paths import GEOTIFF_ENDINGS, is_remote
 
-DAMAGE = (RasterioError, CRSError, OSError, UnicodeError)
-"""What rasterio raises on damaged files; the last for band descriptions, and for names of files that are no text."""
+DRIVERS = [
+    *("GTiff", "JP2OpenJPEG", "JP2KAK", "JP2ECW", "JP2MrSID", "HFA", "ENVI", "EHdr", "netCDF", "HDF5", "HDF5Image", "HDF4"),
+    *("HDF4Image", "GRIB", "SENTINEL2", "NITF", "PCIDSK", "PNG", "JPEG", "WEBP", "GIF", "BMP", "AAIGrid", "SRTMHGT", "MEM"),
+]
+"""Formats that hold pixels. Not those whose files name other files or servers: only a .vrt is read as one."""
+
+TOLERANCE = 2 * float(np.finfo(np.float32).eps)
+"""GDAL takes a float of either size for the value that means no data if they differ by less than this share of their sum."""
 
 MAX_OPEN = 32
 """Files that stay open while nobody reads from them."""
@@ -31,7 +39,8 @@ def gdal_settings(timeout: float) -> AbstractContextManager[object]:
     """GDAL settings for the reads of one thread; what the user has set in the environment stays."""
     return _unless_set(
         GDAL_DISABLE_READDIR_ON_OPEN="TRUE",  # else the folder is listed for every file in it that is opened
-        GDAL_HTTP_TIMEOUT=math.ceil(timeout),
+        VRT_SHARED_SOURCE=0,  # else threads that read two virtual rasters share the files these name
+        GDAL_HTTP_TIMEOUT=min(math.ceil(timeout), 10**6),
         GDAL_HTTP_MAX_RETRY=2,
         GDAL_HTTP_RETRY_DELAY=0.5,  # of GDAL's own 30 s little would be left of the time one read may take
     )
@@ -44,27 +53,50 @@ def _unless_set(**settings: object) -> AbstractContextManager[object]:
     return scoped
 
 
+class Header(NamedTuple):
+    """What a file says about itself; descriptions are None where they are damaged."""
+
+    width: int
+    height: int
+    real: bool
+    descriptions: tuple[str | None, ...] | None
+    num_bands: int
+
+
 class Raster:
-    """One open GeoTIFF file, for one thread at a time.
+    """One open raster file, for one thread at a time.
 
     Args:
-        path: File to open. Nothing but the GeoTIFF driver is tried: files that name other files are not followed.
+        path: File to open.
+        located: Whether its CRS is wanted, which takes longer to read than all the rest of a small file.
+
+    Attributes:
+        header: What it says about itself.
 
     Raises:
-        RasterioError: If it cannot be opened.
+        Exception: Of any type, if it cannot be opened.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, located: bool = True) -> None:
         self.path = path
+        ending = os.path.splitext(path)[1].lower()
+        drivers = ["GTiff"] if ending in GEOTIFF_ENDINGS else ["VRT"] if ending == ".vrt" else DRIVERS
+        options = {} if located or drivers != ["GTiff"] else {"GEOREF_SOURCES": "PAM"}  # NONE would leave .aux.xml unread
         if is_remote(path):
             with _unless_set(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # no requests for folders and sidecar files
-                self.src = rasterio.open(path, driver="GTiff")  # with the credentials that URLs need
+                # As rasterio.open, which takes no list of drivers.
+                self.src = ensure_env_with_credentials(DatasetReader)(path, driver=drivers, sharing=False, **options)
         else:
-            self.src = DatasetReader(path, driver="GTiff", sharing=False)
-        # An alpha band is no mask here: GDAL declares the fourth band of every 8-bit image one, near infrared as well.
-        self._has_mask = any(
-            MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags for flags in self.src.mask_flag_enums
-        )
+            # Absolute: GDAL takes file:a.tif and zip:a.tif for something else than files of such names.
+            self.src = DatasetReader(os.path.abspath(path), driver=drivers, sharing=False, **options)
+        try:
+            self.header = self._read_header()
+            self._flags = self.src.mask_flag_enums
+            kinds = self.src.colorinterp if any(MaskFlags.alpha in flags for flags in self._flags) else ()
+            self._alpha = frozenset(band for band, kind in enumerate(kinds, 1) if kind is ColorInterp.alpha)
+        except BaseException:
+            self.src.close()
+            raise
 
     def read(
         self, indexes: Sequence[int], window: Window, nodata: float | None, into: NDArray[np.float32]
@@ -74,7 +106,7 @@ class Raster:
         Args:
             indexes: Bands to read, from 1.
             window: Which pixels.
-            nodata: Value that means no data; None for the file's own. The file's mask and NaN count in any case.
+            nodata: Value that means no data; None for the file's own. The file's masks and NaN count in any case.
             into: Filled with the pixels, (..., h, w) for as many bands.
 
         Returns:
@@ -90,29 +122,84 @@ class Raster:
             if stored.dtype.itemsize > into.dtype.itemsize:
                 finite &= np.abs(stored) <= np.finfo(np.float32).max
             lacks = None if finite.all() else ~finite
-        for band, value in enumerate(self.src.nodatavals[index - 1] if nodata is None else nodata for index in indexes):
-            if value is None or not math.isfinite(value):
-                continue
-            with np.errstate(over="ignore"):
-                hit = stored[band] == (stored.dtype.type(value) if stored.dtype.kind == "f" else value)
-            if hit.any():
+        for band, index in enumerate(indexes):
+            declared = nodata is None
+            hit = is_nodata(stored[band], self.src.nodatavals[index - 1] if declared else nodata, declared)
+            if hit is not None and hit.any():
                 lacks = np.zeros(stored.shape, bool) if lacks is None else lacks
                 lacks[band] |= hit
-        if self._has_mask:
-            masked = self.src.read_masks(indexes[0], window=window) == 0
-            if masked.any():
-                lacks = masked | (np.zeros(stored.shape, bool) if lacks is None else lacks)
+        for which, mask in self._masks(indexes, window):
+            if not mask.all():
+                lacks = np.zeros(stored.shape, bool) if lacks is None else lacks
+                lacks[which] |= mask == 0
         return lacks
 
     def close(self) -> None:
         """Close the file."""
         self.src.close()
 
+    def _read_header(self) -> Header:
+        src = self.src
+        real = not any(dtype.startswith("complex") for dtype in src.dtypes)
+        try:
+            descriptions = tuple(src.descriptions)
+        except UnicodeDecodeError:
+            descriptions = None
+        return Header(src.width, src.height, real, descriptions, src.count)
+
+    def _masks(self, indexes: Sequence[int], window: Window) -> Iterator[tuple[int | slice, NDArray[np.uint8]]]:
+        """Masks stored in the file or beside it, and which of the bands each is for; 0 where there is no data."""
+        flags = [self._flags[index - 1] for index in indexes]
+        for index, of in zip(indexes, flags, strict=True):
+            # An alpha band that is read is data: GDAL calls the fourth band of every 8-bit image one, near infrared too.
+            if MaskFlags.per_dataset in of and (MaskFlags.alpha not in of or self._alpha.isdisjoint(indexes)):
+                yield slice(None), self.src.read_masks(index, window=window)
+                break
+        for band, (index, of) in enumerate(zip(indexes, flags, strict=True)):
+            if not of:  # the band has a mask of its own
+                yield band, self.src.read_masks(index, window=window)
+
+
+def is_nodata(stored: NDArray[Any], value: float | None, declared: bool) -> NDArray[np.bool_] | None:
+    """Where stored values are the one that means no data, compared as GDAL does.
+
+    Args:
+        stored: Pixels of a band, in the file's type.
+        value: The value; for None, NaN and infinities, which are no data in any file, the answer is None.
+        declared: Whether the file says so. GDAL drops the fraction of what a file of integers declares.
+
+    Returns:
+        True where there is no data, or None if nowhere.
+    """
+    if value is None or not math.isfinite(value):
+        return None
+    if stored.dtype.kind != "f":
+        whole = int(value) if declared or value == math.floor(value) else None
+        return None if whole is None else np.asarray(stored == whole)
+    with np.errstate(all="ignore"):
+        exact = stored.dtype.type(value)
+        if exact == 0:
+            return np.asarray(stored == exact)
+        ends = sorted((exact * (1 - 4 * TOLERANCE), exact * (1 + 4 * TOLERANCE)))
+        if not np.isfinite(2 * exact):  # so is the sum, for GDAL as well, of which any difference is less
+            ends = sorted((exact * 0, exact * np.inf))
+        near = np.asarray((stored >= ends[0]) & (stored <= ends[1]))
+        if near.any():
+            some = stored[near]
+            equal = np.abs(some - exact) < np.abs(some + exact) * stored.dtype.type(TOLERANCE)
+            near[near] = equal | (some == exact)
+    return near
+
 
 class OpenFiles:
-    """Keeps the files used last open, for the next of their windows."""
+    """Keeps the files used last open, for the next of their windows.
 
-    def __init__(self) -> None:
+    Args:
+        located: Whether the CRS of the files is wanted.
+    """
+
+    def __init__(self, located: bool = True) -> None:
+        self._located = located
         self._idle: OrderedDict[int, Raster] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
@@ -128,7 +215,7 @@ class OpenFiles:
     @contextmanager
     def borrow(self, path: str) -> Iterator[Raster]:
         """Lend a file to one thread; after an error it is closed."""
-        raster = self._take(path) or Raster(path)
+        raster = self._take(path) or Raster(path, self._located)
         try:
             yield raster
         except BaseException:
@@ -159,22 +246,3 @@ def accept_files_without_georeference() -> None:
     TerraTorch's datasets set this filter too; ``catch_warnings`` would restore the filters of other threads.
     """
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
-
-
-def why_unreadable(path: str) -> str:
-    """Short reason why a file that GDAL refused could not be read."""
-    if is_remote(path):
-        return "unreadable"
-    try:
-        # Not open(): for a named pipe it would wait for somebody to write.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        try:
-            return "unreadable" if os.read(handle, 1) else "empty file"
-        finally:
-            os.close(handle)
-    except FileNotFoundError:
-        return "vanished"
-    except PermissionError:
-        return "permission denied"
-    except OSError:
-        return "unreadable"

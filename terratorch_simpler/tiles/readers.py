@@ -72,6 +72,7 @@ class Readers(Generic[Item, Result]):
         self._num_threads = num_threads
         self._threads: list[_Thread[Item, Result]] = []
         self._given_up: list[_Thread[Item, Result]] = []
+        self._error: BaseException | None = None
 
     def __enter__(self) -> Readers[Item, Result]:
         return self
@@ -109,12 +110,14 @@ class Readers(Generic[Item, Result]):
 
         Raises:
             TilesError: If so many reads hang that nothing more can be expected.
-            BaseException: What the function raised.
+            BaseException: What the function raised, or the context of a thread.
         """
         if not self._threads:
             with self._context():
                 return [self._read(item) for item in run.items]
         while not run.done.wait(min(POLL_SECONDS, self._timeout)):
+            if self._error is not None:
+                raise self._error
             self._replace_hung()
         if run.error is not None:
             raise run.error
@@ -126,12 +129,15 @@ class Readers(Generic[Item, Result]):
         return thread
 
     def _work(self, thread: _Thread[Item, Result], run: Run[Item, Result] | None) -> None:
-        with self._context():
-            run = run or self._todo.get()
-            while run is not None and self._finish(thread, run):
-                run = self._todo.get()
-            if run is None:
-                self._todo.put(None)
+        try:
+            with self._context():
+                run = run or self._todo.get()
+                while run is not None and self._finish(thread, run):
+                    run = self._todo.get()
+                if run is None:
+                    self._todo.put(None)
+        except BaseException as err:  # of the context: belongs to whoever waits for anything
+            self._error = err
 
     def _finish(self, thread: _Thread[Item, Result], run: Run[Item, Result]) -> bool:
         """Read what a run lacks; tell whether the thread should go on."""

@@ -29,20 +29,45 @@ ENOUGH_TO_JUDGE = 4096
 """A stream of millions of tiles need not be read to the end to see that most are damaged."""
 
 
+class Unusable(NamedTuple):
+    """A file or window that cannot be used.
+
+    Attributes:
+        path: The file.
+        reason: Why, in few words that are counted.
+        bad: Whether it is damage, rather than nothing to read.
+        detail: What the library that was asked to read it says.
+    """
+
+    path: str
+    reason: str
+    bad: bool
+    detail: str = ""
+
+
+def error_reason(error: OSError) -> str:
+    """The counted reason for an error of the operating system."""
+    if isinstance(error, FileNotFoundError):
+        return "vanished"
+    return "permission denied" if isinstance(error, PermissionError) else "unreadable"
+
+
 class Skip(NamedTuple):
     """Something that could not be used.
 
     Attributes:
-        position: Its place in the stream; -1 for what was set aside before.
+        position: Its place in the stream; -1 for a file that was set aside before.
         reason: Why it could not be used.
         name: Which one.
         bad: Whether it counts towards ``max_bad_fraction``: damage does, missing data does not.
+        detail: What the library that was asked to read it says.
     """
 
     position: int
     reason: str
     name: str
     bad: bool
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,27 +145,32 @@ class TileSource(Protocol):
 class Skipped:
     """Counts what could not be used by reason, names the first few, and stops when it is too much.
 
+    Files that were set aside before the stream and tiles of the stream are judged apart, and the worse of both shares
+    counts: a scene that cannot be opened weighs as much as any other scene, not as one of its thousand windows.
+
     Args:
         planned: Tiles in the stream.
-        max_bad_fraction: Share of them that may be unreadable.
-        tried: What was tried before the stream begins, such as files that were opened.
+        max_bad_fraction: Share of them, and of the files, that may be unreadable.
+        files: Files that were tried before the stream begins.
 
     Attributes:
         counts: How many by reason.
         named: The first few.
-        tried: How many files and tiles were tried: of a long stream the share is that of these.
+        tried: How many tiles were tried: of a long stream the share is that of these.
     """
 
-    def __init__(self, planned: int, max_bad_fraction: float, tried: int = 0) -> None:
+    def __init__(self, planned: int, max_bad_fraction: float, files: int = 0) -> None:
         """Start at zero."""
         self.counts: Counter[str] = Counter()
         self.named: list[str] = []
-        self.tried = tried
-        self._tried_before = tried
+        self.tried = 0
         self._max_bad_fraction = max_bad_fraction
         self._planned = planned
+        self._files = files
         self._bad = 0
+        self._bad_files = 0
         self._bad_named: list[str] = []
+        self._detail = ""
 
     def add(self, skip: Skip) -> None:
         """Count one, in the order of the stream.
@@ -149,40 +179,50 @@ class Skipped:
             TilesError: If too many were bad.
         """
         self.counts[skip.reason] += 1
-        self.tried = self._tried_before + skip.position + 1
-        self._bad += skip.bad
         # A file is named once, however many of its windows fail, and missing data does not crowd out damage.
         named = f"{skip.name} ({skip.reason})"
         for names in (self.named, self._bad_named) if skip.bad else (self.named,):
             if len(names) < NAMED and named not in names:
                 names.append(named)
-        judged = min(self._planned, max(self.tried, ENOUGH_TO_JUDGE))
-        if self._bad > self._max_bad_fraction * judged:
-            other = any(self.counts[reason] for reason in OTHER_BANDS)
-            remedy = (
-                "name the images alone by a glob in paths, such as /data/*_image.tif, or remove"
-                if other
-                else "repair or remove"
-            )
-            msg = (
-                f"Found {self._bad} unreadable of {judged} tiles, expected at most {self._max_bad_fraction:.0%} "
-                f"(max_bad_fraction): {remedy} {', '.join(self._bad_named)}."
-            )
-            raise TilesError(msg)
+        if skip.position >= 0:
+            self.tried = skip.position + 1
+        if skip.bad:
+            self._detail = self._detail or skip.detail
+            self._bad_files += skip.position < 0
+            self._bad += skip.position >= 0
+        self._judge("files", self._bad_files, self._files)
+        self._judge("tiles", self._bad, min(self._planned, max(self.tried, ENOUGH_TO_JUDGE)))
+
+    def _judge(self, what: str, bad: int, judged: int) -> None:
+        if bad <= self._max_bad_fraction * judged:
+            return
+        other = any(self.counts[reason] for reason in OTHER_BANDS)
+        remedy = (
+            "name the images alone by a glob in paths, such as /data/*_image.tif, or remove" if other else "repair or remove"
+        )
+        detail = f"; the first failed with {self._detail.rstrip('.')}" if self._detail else ""
+        msg = (
+            f"Found {bad} unreadable of {judged} {what}, expected at most {self._max_bad_fraction:.0%} "
+            f"(max_bad_fraction): {remedy} {', '.join(self._bad_named)}{detail}."
+        )
+        raise TilesError(msg)
 
     def state(self) -> dict[str, Any]:
         """The counts as plain values, to go on from later."""
-        return {"counts": dict(self.counts), "named": [*self.named], "bad": self._bad, "bad_named": [*self._bad_named]}
+        bad = {"bad": self._bad, "bad_files": self._bad_files, "bad_named": [*self._bad_named]}
+        return {"counts": dict(self.counts), "named": [*self.named], **bad}
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         """Take over counts from :meth:`state`."""
         self.counts = Counter(state["counts"])
-        self.named, self._bad, self._bad_named = [*state["named"]], state["bad"], [*state["bad_named"]]
+        self.named, self._bad_named = [*state["named"]], [*state["bad_named"]]
+        self._bad, self._bad_files = state["bad"], state["bad_files"]
 
     def __str__(self) -> str:
         """Counts and the first few names in a clause."""
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items()))
-        return f"{counts}; first: {', '.join(self.named)}"
+        named = [*self._bad_named, *(name for name in self.named if name not in self._bad_named)][:NAMED]
+        return f"{counts}; first: {', '.join(named)}"
 
 
 def fingerprint(parts: Iterable[object]) -> str:

@@ -33,9 +33,17 @@ def day_in_tags(src: DatasetReader) -> tuple[int, int] | None:
 
 
 def centre(src: DatasetReader, window: Window) -> tuple[float, float] | None:
-    """Latitude and longitude of a window's centre in degrees, or None for a file that does not know its place."""
+    """Latitude and longitude of a window's centre in degrees, or None for a file that does not know its place.
+
+    Nor does one whose CRS is none of the Earth's, or whose pixels lie beside it, as the corners of geostationary images.
+    """
     if src.crs is None or src.transform == Affine.identity():
         return None
     x, y = src.xy(window.row_off + window.height / 2, window.col_off + window.width / 2, offset="ul")
-    (longitude,), (latitude,) = transform(src.crs, "EPSG:4326", [x], [y])
-    return latitude, longitude
+    try:
+        (longitude,), (latitude,) = transform(src.crs, "EPSG:4326", [x], [y])
+    except Exception:  # errors of GDAL that are none of rasterio's
+        return None
+    if not (abs(latitude) <= 90 and abs(longitude) <= 360):  # False for NaN
+        return None
+    return latitude, (longitude + 180) % 360 - 180 if abs(longitude) > 180 else longitude

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from rasterio.windows import Window
 
 from terratorch_simpler.tiles.buffers import Slot
-from terratorch_simpler.tiles.index import Place, Unusable
+from terratorch_simpler.tiles.failures import FileChangedError, unusable
+from terratorch_simpler.tiles.index import Place
 from terratorch_simpler.tiles.pixels import Statistics, make_ready, mirror
-from terratorch_simpler.tiles.rasters import DAMAGE, OpenFiles, why_unreadable
+from terratorch_simpler.tiles.rasters import Header, OpenFiles
+from terratorch_simpler.tiles.source import Unusable
 from terratorch_simpler.tiles.when_where import centre, day_in_tags
 
 Day = tuple[int, int]
@@ -56,6 +58,7 @@ class WindowReader:
     """Reads windows from files that stay open, in any thread.
 
     Args:
+        headers: What the files were found to be.
         bands: Bands to read of every file, from 1.
         num_frames: Time steps, each a file of the place or stacked in its bands.
         nodata: Value that means no data; None for the file's own.
@@ -67,6 +70,7 @@ class WindowReader:
 
     def __init__(
         self,
+        headers: Mapping[str, Header],
         bands: Mapping[str, Sequence[int]],
         num_frames: int,
         nodata: float | None,
@@ -75,14 +79,17 @@ class WindowReader:
         days: Mapping[str, Day] | None,
         timeout: float,
     ) -> None:
+        self._headers = headers
         self._bands = bands
         self._num_frames = num_frames
         self._nodata = nodata
         self._max_nodata_fraction = max_nodata_fraction
         self._scaling = scaling
+        # Values that are only converted to float32 were checked for that.
+        self._may_overflow = scaling != Scaling(1.0, 0.0, None, None)
         self._days = days
         self._timeout = timeout
-        self._files = OpenFiles()
+        self._files = OpenFiles(located=days is not None)
         self._hung: set[str] = set()
 
     def __enter__(self) -> WindowReader:
@@ -118,9 +125,9 @@ class WindowReader:
                 if path in self._hung:
                     return Unusable(path, "timed out", True)
                 reads.append(self._read_file(path, place, frames))
-        except DAMAGE:
+        except Exception as error:  # whatever a file can cause
             late = time.monotonic() - started >= self._timeout
-            return Unusable(path, "timed out" if late else why_unreadable(path), True)
+            return Unusable(path, "timed out", True) if late else unusable(path, error, opened=True)
         days = [read.day for read in reads if read.day is not None]
         location = next((read.location for read in reads if read.location is not None), None)
         if self._days is not None and (len(days) < len(reads) or location is None):
@@ -133,6 +140,8 @@ class WindowReader:
             if not valid.any() or np.logical_not(valid).mean() > self._max_nodata_fraction:
                 return Unusable(path, "nodata", False)
         self._make_ready(image, lacks, reads)
+        if self._may_overflow and not (np.isfinite(image.min()) and np.isfinite(image.max())):
+            return Unusable(path, "not finite", True)
         if image.shape != whole.shape:
             mirror(whole, place.height, place.width)
             known = np.zeros(whole.shape[2:], bool)
@@ -144,6 +153,8 @@ class WindowReader:
         window = Window(place.column, place.row, place.width, place.height)
         indexes = self._bands[path]
         with self._files.borrow(path) as raster:
+            if raster.header != self._headers[path]:
+                raise FileChangedError
             gaps = raster.read(indexes, window, self._nodata, frames)
             scales = [raster.src.scales[index - 1] for index in indexes]
             offsets = [raster.src.offsets[index - 1] for index in indexes]
@@ -183,4 +194,5 @@ def _gaps(shape: tuple[int, ...], reads: Sequence[_Read]) -> NDArray[np.bool_] |
 
 
 def _array(values: Sequence[float], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    return np.array(values, dtype=np.float32).reshape(shape)
+    with np.errstate(over="ignore"):  # files may say anything; what becomes infinite is counted
+        return np.array(values).astype(np.float32).reshape(shape)
