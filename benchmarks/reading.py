@@ -3,7 +3,8 @@
     python benchmarks/reading.py --chips /data/hls_water --json reading.json
 
 (a) windows of 512 px from generated scenes of six bands, tiled with deflate, zstd, lzw or nothing, and deflate in strips;
-(b) the 128 px chips of a folder (``images/*_image.tif``, ``water_mask/*_mask.tif``), linked often enough to last.
+(b) the 128 px chips of a folder (``images/*_image.tif``, ``water_mask/*_mask.tif``), copied often enough to last;
+(c) many small files of one window each: found, opened and read, for which nothing but the first pass counts.
 
 Contenders, each in a process of its own that stays, with the same number of threads or worker processes:
 
@@ -12,6 +13,7 @@ Contenders, each in a process of its own that stays, with the same number of thr
     ours        GeoTiffTiles: random order, float32, nodata mask, batches
     torchgeo    RasterDataset with GridGeoSampler, and RandomGeoSampler, in a DataLoader
     terratorch  TerraTorch's generic segmentation dataset, masks included, in a DataLoader
+    before      GeoTiffTiles of another checkout of this repository, with --before
 
 GDAL's block cache is kept so small that nothing read once is there when it is read again. Memory is the peak of the process
 and its workers above what it took before its first run. The last lines read few and many tiles.
@@ -27,6 +29,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -82,17 +85,49 @@ def write_scenes(folder: Path, layout: dict[str, Any], pixels: NDArray[np.int16]
             target.write(pixels)
 
 
-def link_chips(source: Path, folder: Path, times: int) -> None:
-    """Name every chip and mask several times."""
+def copy_chips(source: Path, folder: Path, times: int) -> None:
+    """Copy every chip and mask several times: links to one file would be one file."""
     for name in ("images", "water_mask"):
         (folder / name).mkdir(parents=True)
         for copy in range(times):
             for file in sorted((source / name).glob("*.tif")):
-                (folder / name / f"{copy:03}_{file.name}").symlink_to(file.resolve())
+                shutil.copyfile(file, folder / name / f"{copy:03}_{file.name}")
+
+
+def write_small_files(folder: Path, files: int, side: int = 64) -> None:
+    """One window a file, in folders of a thousand."""
+    pixels = draw_scene(side)
+    profile = {"driver": "GTiff", "width": side, "height": side, "count": 6, "dtype": "int16", "crs": "EPSG:32632"}
+    for number in range(files):
+        place = folder / f"{number // 1000:03}"
+        place.mkdir(parents=True, exist_ok=True)
+        where = rasterio.Affine(10, 0, 500_000 + 640 * number, 0, -10, 5_000_000)
+        with rasterio.open(place / f"{number:06}.tif", "w", **profile, transform=where, compress="deflate") as target:
+            target.write(pixels)
+
+
+def read_small_files(task: dict[str, Any]) -> int:
+    """Open, read and close in threads: the limit for files of one window."""
+    paths = sorted(glob.glob(f"{task['folder']}/*/*.tif"))
+
+    def read(share: list[str]) -> None:
+        batch: list[NDArray[np.float32]] = []
+        for path in share:
+            with rasterio.open(path) as src:
+                batch = [*batch[-BATCH + 1 :], src.read().astype(np.float32)]
+
+    with (
+        rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE"),  # else each file's folder is listed
+        ThreadPoolExecutor(task["threads"]) as pool,
+    ):
+        list(pool.map(read, (paths[start :: task["threads"]] for start in range(task["threads"]))))
+    return len(paths)
 
 
 def read_raw(task: dict[str, Any]) -> int:
     """Windows in file order, in threads."""
+    if task.get("small_files"):
+        return read_small_files(task)
     size, threads = task["size"], task["threads"]
     work = []
     for path in sorted(glob.glob(f"{task['folder']}/*.tif")):
@@ -173,13 +208,16 @@ def read_terratorch(task: dict[str, Any]) -> int:
 CONTENDERS: dict[str, Callable[[dict[str, Any]], int]] = {
     "raw": read_raw,
     "ours": read_ours,
+    "before": read_ours,
     "torchgeo": read_torchgeo,
     "terratorch": read_terratorch,
 }
 
 
-def serve(name: str, pipe: Any) -> None:
+def serve(name: str, pipe: Any, checkout: Path | None) -> None:
     """Run tasks as they come, in a process that has imported everything."""
+    if checkout is not None:
+        sys.path.insert(0, str(checkout.resolve()))
     if name != "raw":
         import terratorch_simpler.tiles  # noqa: F401  TerraTorch, torchgeo and ours
     pipe.send("ready")
@@ -192,11 +230,11 @@ def serve(name: str, pipe: Any) -> None:
 class Contender:
     """One contender's process."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, checkout: Path | None = None) -> None:
         """Start it, and wait until it has imported what it needs."""
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(name, other))
+        self._process = context.Process(target=serve, args=(name, other, checkout))
         self._process.start()
         self._pipe.recv()
         self._before = memory(self._process.pid)
@@ -280,19 +318,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most", type=int, default=10_000, help="tiles of the longest stream in the memory table")
+    parser.add_argument("--small_files", type=int, default=20_000)
+    parser.add_argument("--before", type=Path, help="another checkout of this repository, to compare with")
+    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ.update(GDAL_CACHEMAX=str(CACHE_MB), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
-        contenders = {name: Contender(name) for name in CONTENDERS if args.chips or name != "terratorch"}
+        absent = [name for name, given in (("terratorch", args.chips), ("before", args.before)) if not given]
+        contenders = {
+            name: Contender(name, args.before if name == "before" else None) for name in CONTENDERS if name not in absent
+        }
+        before = ["before"] if args.before else []
         pixels = draw_scene(args.side)
-        for name, layout in LAYOUTS.items():
+        for name in args.layouts:
+            layout = LAYOUTS[name]
             write_scenes(folder / name, layout, pixels, args.scenes)
             few, every = (args.strip_tiles,) * 2 if "strips" in name else (args.torchgeo_tiles, 10**9)
             task = {"folder": str(folder / name), "size": 512, "tiles": every, "threads": args.threads}
-            tasks = {"raw": task, "raw float32": {**task, "convert": True}, "ours": task} | {
+            tasks = {"raw": task, "raw float32": {**task, "convert": True}, "ours": task, **dict.fromkeys(before, task)} | {
                 f"torchgeo {sampler}": {**task, "tiles": few, "sampler": sampler} for sampler in ("grid", "random")
             }
             results[name] = compare(contenders, tasks, args.rounds)
@@ -300,18 +346,32 @@ def main() -> None:
             if name != MEMORY_LAYOUT:
                 shutil.rmtree(folder / name)
         if args.chips:
-            link_chips(args.chips, folder / "chips", times=4)
+            copy_chips(args.chips, folder / "chips", times=4)
             task = {"folder": str(folder / "chips" / "images"), "size": 128, "tiles": 10**9, "threads": args.threads}
             results["chips"] = compare(
                 contenders,
-                {"raw": task, "raw float32": {**task, "convert": True}, "ours": task, "terratorch": task},
+                {"raw": task, "raw float32": {**task, "convert": True}, "ours": task, "terratorch": task}
+                | dict.fromkeys(before, task),
                 args.rounds,
             )
             show("128 px chips", results["chips"])
+        if args.small_files:
+            write_small_files(folder / "small", args.small_files)
+            task = {
+                "folder": str(folder / "small"),
+                "size": 64,
+                "tiles": 10**9,
+                "threads": args.threads,
+                "small_files": True,
+            }
+            results["small files"] = compare(
+                contenders, {"raw": task, "ours": task} | dict.fromkeys(before, task), args.rounds
+            )
+            show(f"{args.small_files} files of 64 px", results["small files"])
         for contender in contenders.values():
             contender.stop()
         results["memory"] = {}
-        for tiles in (100, args.most // 10, args.most):
+        for tiles in () if MEMORY_LAYOUT not in args.layouts else (100, args.most // 10, args.most):
             fresh = Contender("ours")
             task = {
                 "folder": str(folder / MEMORY_LAYOUT),
