@@ -353,7 +353,7 @@ def settings(reference: Reference, max_windows: int, workers: int) -> Iterator[S
         workers: Threads in one of the settings; the others read in the caller's thread.
     """
     width, height, count = reference.width, reference.height, reference.count
-    size = 64 if min(width, height) >= 192 or not count else 24  # several windows in small files
+    size = 64 if min(width, height) >= 192 or not count else 32  # several windows in small files
 
     def stride(start: int) -> int:
         while ((width - size) // start + 1) * ((height - size) // start + 1) > max_windows:
@@ -634,7 +634,7 @@ def check_folder(
         make: Makes the tiles.
     """
     report.streams += 1
-    size = 24
+    size = 32
     sides = [max(reference.width, reference.height) for reference in references.values() if not reference.reasons]
     step = max(size, max(sides, default=0) // 8)
     setting = Setting("folder", size, step, max_nodata_fraction=1.0, more={"num_workers": 2})
