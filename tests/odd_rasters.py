@@ -288,7 +288,7 @@ kind("web_mercator.tif", crs="EPSG:3857", transform=rasterio.Affine(30, 0, 1e6, 
 kind(
     "geostationary.tif",  # the corners look past the Earth
     crs="+proj=geos +h=35786023 +lon_0=-75 +sweep=x",
-    transform=rasterio.Affine(113226.9, 0, -5434894.885, 0, -135872.4, 5434894.885),
+    transform=rasterio.Affine(147000, 0, -7000000, 0, -176000, 7000000),
     tags=DATED,
 )
 
