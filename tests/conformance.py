@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from rasterio.enums import MaskFlags
 from rasterio.io import MemoryFile
 from rasterio.warp import transform
@@ -113,7 +114,9 @@ class Reference:
             self.error = f"{type(err).__name__}: {err}"
             self.reasons = NO_RASTER
             return
-        if not self.count:
+        if self.driver == "GTiff" and not _lists_all_blocks(path):
+            self.reasons = frozenset({"unreadable"})
+        elif not self.count:
             self.reasons = frozenset({"subdatasets"}) if subdatasets else NO_RASTER
         elif any(dtype.startswith("complex") for dtype in self.dtypes):
             self.reasons = frozenset({"complex numbers"})
@@ -273,6 +276,22 @@ class Reference:
         except Exception:  # of any type, as above
             return None
         return (latitude, longitude) if abs(latitude) <= 90 and -180 <= longitude <= 360 else None
+
+
+def _lists_all_blocks(path: str) -> bool:
+    """Whether the directory of a TIFF has a place for every block: of others GDAL makes zeros, without an error."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+            directory = ImageFileDirectory_v2(start if 43 in start[2:4] else start[:8])
+            file.seek(directory.next)
+            directory.load(file)
+        width, height = directory[256], directory[257]
+        if 324 in directory:
+            return len(directory[324]) >= math.ceil(width / directory[322]) * math.ceil(height / directory[323])
+        return len(directory[273]) >= math.ceil(height / directory.get(278, height))
+    except Exception:  # of any type: of what Pillow cannot read nothing is known
+        return True
 
 
 def _equal(stored: np.ndarray, nodata: float) -> np.ndarray:

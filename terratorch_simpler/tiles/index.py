@@ -29,6 +29,9 @@ from terratorch_simpler.tiles.source import Unusable
 MANY_PIXELS_PER_BYTE = 2**10
 """No block of pixels that differ at all is packed so well: the file is nearly empty, or its header is damaged."""
 MAX_TAGS = 4096
+STRIP_OFFSETS, ROWS_PER_STRIP, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS = 273, 278, 322, 323, 324
+SHORT = 3
+"""Tags and a type of TIFF."""
 
 CACHE_FORMAT = "terratorch-simpler/tile-index"
 CACHE_VERSION = 1
@@ -282,15 +285,17 @@ def _check_size(raster: Raster) -> None:
     size = os.path.getsize(path)
     if header.width * header.height <= MANY_PIXELS_PER_BYTE * size:
         return
-    rows, columns = src.block_shapes[0]
-    blocks = -(-header.height // rows) * -(-header.width // columns)
-    if _blocks_listed(path) < blocks:
+    if _lacks_blocks(path, header):
         raise ValueError(f"{header.width} x {header.height} pixels in {size} bytes")
     src.read(1, window=Window(header.width - 1, header.height - 1, 1, 1))  # of the last block
 
 
-def _blocks_listed(path: str) -> int:
-    """Strips or tiles that the first directory of a TIFF lists, empty ones included (TIFF 6.0; BigTIFF)."""
+def _lacks_blocks(path: str, header: Header) -> bool:
+    """Whether the directory of a TIFF lists fewer strips or tiles than its size takes; empty ones are listed (TIFF 6.0).
+
+    GDAL does not tell: what it calls blocks may be parts of strips.
+    """
+    tags = {}
     with open(path, "rb") as file:
         start = file.read(16)
         order = "<" if start[:2] == b"II" else ">"
@@ -299,10 +304,16 @@ def _blocks_listed(path: str) -> int:
         file.seek(directory)
         (entries,) = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2))
         for _ in range(min(entries, MAX_TAGS)):
-            tag, _, count = struct.unpack(order + ("HHQ8x" if big else "HHI4x"), file.read(20 if big else 12))
-            if tag in (273, 324):  # StripOffsets, TileOffsets
-                return int(count)
-    return 0
+            entry = file.read(20 if big else 12)
+            tag, kind = struct.unpack_from(order + "HH", entry)
+            (count,) = struct.unpack_from(order + ("Q" if big else "I"), entry, 4)
+            (value,) = struct.unpack_from(order + ("H" if kind == SHORT else "I"), entry, 12 if big else 8)
+            tags[tag] = count if tag in (STRIP_OFFSETS, TILE_OFFSETS) else value
+    if TILE_OFFSETS in tags:
+        needed = -(-header.width // tags[TILE_WIDTH]) * -(-header.height // tags[TILE_LENGTH])
+    else:
+        needed = -(-header.height // min(tags.get(ROWS_PER_STRIP, header.height), header.height))
+    return bool(tags.get(TILE_OFFSETS, tags.get(STRIP_OFFSETS, 0)) < needed)
 
 
 def _state(path: str) -> tuple[int, int] | None:

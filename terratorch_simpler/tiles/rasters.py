@@ -16,7 +16,7 @@ import rasterio
 from numpy.typing import NDArray
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.env import ensure_env_with_credentials
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
@@ -30,6 +30,9 @@ DRIVERS = [
 
 TOLERANCE = 2 * float(np.finfo(np.float32).eps)
 """GDAL takes a float of either size for the value that means no data if they differ by less than this share of their sum."""
+
+ROUNDED = ("int64", "uint64")
+"""Types whose nodata rasterio tells as a float."""
 
 MAX_OPEN = 32
 """Files that stay open while nobody reads from them."""
@@ -63,6 +66,15 @@ class Header(NamedTuple):
     num_bands: int
 
 
+def _open(path: str, drivers: Sequence[str], **options: str) -> DatasetReader:
+    if is_remote(path):
+        with _unless_set(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # no requests for folders and sidecar files
+            # As rasterio.open, which takes no list of drivers.
+            return ensure_env_with_credentials(DatasetReader)(path, driver=drivers, sharing=False, **options)
+    # Absolute: GDAL takes file:a.tif and zip:a.tif for something else than files of such names.
+    return DatasetReader(os.path.abspath(path), driver=drivers, sharing=False, **options)
+
+
 class Raster:
     """One open raster file, for one thread at a time.
 
@@ -79,16 +91,7 @@ class Raster:
 
     def __init__(self, path: str, located: bool = True) -> None:
         self.path = path
-        ending = os.path.splitext(path)[1].lower()
-        drivers = ["GTiff"] if ending in GEOTIFF_ENDINGS else ["VRT"] if ending == ".vrt" else DRIVERS
-        options = {} if located or drivers != ["GTiff"] else {"GEOREF_SOURCES": "PAM"}  # NONE would leave .aux.xml unread
-        if is_remote(path):
-            with _unless_set(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # no requests for folders and sidecar files
-                # As rasterio.open, which takes no list of drivers.
-                self.src = ensure_env_with_credentials(DatasetReader)(path, driver=drivers, sharing=False, **options)
-        else:
-            # Absolute: GDAL takes file:a.tif and zip:a.tif for something else than files of such names.
-            self.src = DatasetReader(os.path.abspath(path), driver=drivers, sharing=False, **options)
+        self.src = self._open(located)
         try:
             self.header = self._read_header()
             self._flags = self.src.mask_flag_enums
@@ -97,6 +100,18 @@ class Raster:
         except BaseException:
             self.src.close()
             raise
+
+    def _open(self, located: bool) -> DatasetReader:
+        ending = os.path.splitext(self.path)[1].lower()
+        if ending not in GEOTIFF_ENDINGS:
+            return _open(self.path, ["VRT"] if ending == ".vrt" else DRIVERS)
+        try:
+            # NONE would leave .aux.xml unread.
+            return _open(self.path, ["GTiff"], **({} if located else {"GEOREF_SOURCES": "PAM"}))
+        except RasterioIOError:
+            if is_remote(self.path):
+                raise
+            return _open(self.path, DRIVERS)  # another format by that name
 
     def read(
         self, indexes: Sequence[int], window: Window, nodata: float | None, into: NDArray[np.float32]
@@ -112,25 +127,10 @@ class Raster:
         Returns:
             True where a band lacks data (C, h, w), or None if nothing is lacking.
         """
-        # In the file's own type, then converted: faster than letting GDAL convert, and nodata is compared exactly.
-        stored = self.src.read(indexes, window=window)
-        with np.errstate(over="ignore"):  # float64 files mark nodata by numbers that become infinite here
-            into[...] = stored.reshape(into.shape)
-        lacks = None
-        if stored.dtype.kind == "f":
-            finite = np.isfinite(stored)
-            if stored.dtype.itemsize > into.dtype.itemsize:
-                finite &= np.abs(stored) <= np.finfo(np.float32).max
-            lacks = None if finite.all() else ~finite
-        for band, index in enumerate(indexes):
-            declared = nodata is None
-            hit = is_nodata(stored[band], self.src.nodatavals[index - 1] if declared else nodata, declared)
-            if hit is not None and hit.any():
-                lacks = np.zeros(stored.shape, bool) if lacks is None else lacks
-                lacks[band] |= hit
-        for which, mask in self._masks(indexes, window):
+        lacks = self._read_values(indexes, window, nodata, into)
+        for which, mask in self._masks(indexes, window, nodata):
             if not mask.all():
-                lacks = np.zeros(stored.shape, bool) if lacks is None else lacks
+                lacks = np.zeros((len(indexes), *mask.shape), bool) if lacks is None else lacks
                 lacks[which] |= mask == 0
         return lacks
 
@@ -147,16 +147,56 @@ class Raster:
             descriptions = None
         return Header(src.width, src.height, real, descriptions, src.count)
 
-    def _masks(self, indexes: Sequence[int], window: Window) -> Iterator[tuple[int | slice, NDArray[np.uint8]]]:
+    def _read_values(
+        self, indexes: Sequence[int], window: Window, nodata: float | None, into: NDArray[np.float32]
+    ) -> NDArray[np.bool_] | None:
+        types = {self.src.dtypes[index - 1] for index in indexes}
+        if len(types) > 1:  # virtual rasters; rasterio reads one type at a time
+            bands = np.empty((len(indexes), 1, *into.shape[-2:]), np.float32)
+            each = [self._read_values([index], window, nodata, band) for index, band in zip(indexes, bands, strict=True)]
+            into[...] = bands.reshape(into.shape)
+            none = np.zeros(bands.shape[1:], bool)
+            return np.concatenate([none if lacks is None else lacks for lacks in each])
+        # In the file's own type, then converted: faster than letting GDAL convert, and nodata is compared exactly.
+        stored = self.src.read(indexes, window=window)
+        with np.errstate(over="ignore"):  # float64 files mark nodata by numbers that become infinite here
+            into[...] = stored.reshape(into.shape)
+        lacks = None
+        if stored.dtype.kind == "f":
+            finite = np.isfinite(stored)
+            if stored.dtype.itemsize > into.dtype.itemsize:
+                finite &= np.abs(stored) <= np.finfo(np.float32).max
+            lacks = None if finite.all() else ~finite
+        for band, index in enumerate(indexes):
+            declared = nodata is None
+            if declared and not self._compares_nodata(index):
+                continue
+            hit = is_nodata(stored[band], self.src.nodatavals[index - 1] if declared else nodata, declared)
+            if hit is not None and hit.any():
+                lacks = np.zeros(stored.shape, bool) if lacks is None else lacks
+                lacks[band] |= hit
+        return lacks
+
+    def _compares_nodata(self, index: int) -> bool:
+        """Whether a band lacks data where it has the file's own value: not where GDAL has a mask, or rasterio rounds it."""
+        flags = self._flags[index - 1]
+        return MaskFlags.nodata in flags and MaskFlags.per_dataset not in flags and self.src.dtypes[index - 1] not in ROUNDED
+
+    def _masks(
+        self, indexes: Sequence[int], window: Window, nodata: float | None
+    ) -> Iterator[tuple[int | slice, NDArray[np.uint8]]]:
         """Masks stored in the file or beside it, and which of the bands each is for; 0 where there is no data."""
         flags = [self._flags[index - 1] for index in indexes]
         for index, of in zip(indexes, flags, strict=True):
             # An alpha band that is read is data: GDAL calls the fourth band of every 8-bit image one, near infrared too.
-            if MaskFlags.per_dataset in of and (MaskFlags.alpha not in of or self._alpha.isdisjoint(indexes)):
+            alpha = MaskFlags.alpha in of and not self._alpha.isdisjoint(indexes)
+            replaced = MaskFlags.nodata in of and nodata is not None
+            if MaskFlags.per_dataset in of and not alpha and not replaced:
                 yield slice(None), self.src.read_masks(index, window=window)
                 break
         for band, (index, of) in enumerate(zip(indexes, flags, strict=True)):
-            if not of:  # the band has a mask of its own
+            rounded = nodata is None and MaskFlags.nodata in of and self.src.dtypes[index - 1] in ROUNDED
+            if not of or rounded:  # the band has a mask of its own
                 yield band, self.src.read_masks(index, window=window)
 
 
