@@ -48,7 +48,7 @@ def scaling(name: str, value: Any) -> float | str:
     if isinstance(value, str) and value == "file":
         return "file"
     found = float(number(name, value, "a number or file"))
-    _check_float32(name, [found])
+    _check_float32(name, [found], found)
     return found
 
 
@@ -76,7 +76,7 @@ def numbers(name: str, values: Any) -> list[float]:
         msg = f"Found {name} {_shown(values)}, expected numbers, one a band: change {name}."
         raise TilesError(msg)
     floats = [float(value) for value in found if value is not None]
-    _check_float32(name, floats)
+    _check_float32(name, floats, floats)
     return floats
 
 
@@ -152,10 +152,10 @@ def _number(value: Any) -> float | int | None:
     return found if math.isfinite(found) else None
 
 
-def _check_float32(name: str, values: list[float]) -> None:
+def _check_float32(name: str, values: list[float], written: object) -> None:
     largest = float(np.finfo(np.float32).max)
     if any(abs(value) > largest for value in values):
-        msg = f"Found {name} {_shown(values)}, expected at most {largest:.2g}, since pixels are float32: change {name}."
+        msg = f"Found {name} {_shown(written)}, expected at most {largest:.2g}, since pixels are float32: change {name}."
         raise TilesError(msg)
 
 

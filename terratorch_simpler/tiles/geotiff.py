@@ -1,4 +1,4 @@
-"""Unlabeled windows of GeoTIFF files."""
+"""Unlabeled windows of GeoTIFF and other raster files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WINDOWS_PER_RUN = 8
 
 
 class GeoTiffTiles:
-    """Windows of GeoTIFF files in a seeded order, as float32 tensors with a mask of valid pixels.
+    """Windows of GeoTIFF and other raster files in a seeded order, as float32 tensors with a mask of valid pixels.
 
     Windows lie on a grid of ``stride`` in every file, and their order is a permutation of all of them, drawn from
     ``seed``: every prefix of the stream is a uniform sample without replacement. The order does not depend on
@@ -47,19 +47,21 @@ class GeoTiffTiles:
     Names are those of torchgeo where it has them. Unlike its ``RasterDataset``, files need no common CRS or resolution
     and are neither resampled nor merged: an encoder sees pixels, not places.
     Unlike ``GridGeoSampler``, windows stay inside the files, and unlike ``RandomGeoSampler``, no pixel comes twice with
-    ``stride >= tile_size``. An alpha band is read as any other, since GDAL declares the fourth band of every 8-bit
-    file one.
+    ``stride >= tile_size``.
+
+    A pixel is valid if it is in every band that is read, by GDAL's masks. An alpha band that is read is data, since GDAL
+    declares the fourth band of every 8-bit file one; else it is a mask.
 
     Args:
-        paths: A file, a folder (its GeoTIFF files, subfolders included), a glob, a .txt file with one path a line, a
-            GDAL /vsi path or URL of a file, or a list of these.
+        paths: A file of any raster format, a folder (its raster files, subfolders included), a glob, a list (.txt, .lst,
+            .csv) with one path a line, a GDAL /vsi path, URL or subdataset, or several of these.
         tile_size: Side of a tile in pixels.
         stride: Step of the grid in pixels; by default ``tile_size``.
         bands: Bands to read, as 1-based numbers or band descriptions; by default all, as many as most files have.
         num_frames: Time steps of a tile; more than one gives (B, C, T, H, W). With ``filename_regex`` each is a file:
             the files of a place, in order of their dates, make up runs of ``num_frames``. Without it the steps are
             stacked in the bands of every file, all bands of a step together.
-        nodata: Value that means no data; by default the file's own. NaN, infinities and the file's mask band always do.
+        nodata: Value that means no data; by default the file's own. NaN, infinities and the file's masks always do.
         max_nodata_fraction: Share of a tile's pixels that may lack data in any band or step.
         scale: Factor on the stored values; "file" for the one written in the file, which TerraTorch's datasets ignore.
         offset: Added after ``scale``; "file" likewise.
@@ -68,8 +70,8 @@ class GeoTiffTiles:
         stds: Band standard deviations.
         batch_size: Tiles in a batch.
         num_workers: Threads that read; 0 reads in the thread that asks, without ``timeout``.
-        max_bad_fraction: Share of files and windows that may be unreadable before it is an error: of those tried, once
-            these are 4096, else of all.
+        max_bad_fraction: Share of the files, and share of the windows, that may be unreadable before it is an error:
+            of the windows tried, once these are 4096, else of all.
         seed: Seed of the order.
         pad: "reflect" to mirror files smaller than a tile, where what is added does not count as valid; by default
             they are skipped.

@@ -24,7 +24,7 @@ from terratorch_simpler.tiles.paths import GEOTIFF_ENDINGS, is_remote
 
 DRIVERS = [
     *("GTiff", "JP2OpenJPEG", "JP2KAK", "JP2ECW", "JP2MrSID", "HFA", "ENVI", "EHdr", "netCDF", "HDF5", "HDF5Image", "HDF4"),
-    *("HDF4Image", "GRIB", "SENTINEL2", "NITF", "PCIDSK", "PNG", "JPEG", "WEBP", "GIF", "BMP", "AAIGrid", "SRTMHGT", "MEM"),
+    *("HDF4Image", "GRIB", "SENTINEL2", "NITF", "PCIDSK", "PNG", "JPEG", "WEBP", "GIF", "BMP", "AAIGrid", "SRTMHGT"),
 ]
 """Formats that hold pixels. Not those whose files name other files or servers: only a .vrt is read as one."""
 
