@@ -88,6 +88,16 @@ def test_folders_that_cannot_be_listed_are_counted(tmp_path, as_nobody):
         read(str(tmp_path), max_bad_fraction=0.4)
 
 
+def test_files_in_a_folder_that_cannot_be_searched_are_counted(tmp_path, as_nobody):
+    """Its names can be read, nothing else."""
+    for name in ("a.tif", "b/b.tif", "b/notes.txt"):
+        chip(tmp_path / name)
+    (tmp_path / "b").chmod(0o744)
+    as_nobody()
+    for paths in (tmp_path, tmp_path / "**" / "*"):
+        assert read(str(paths)) == ({"a.tif"}, {"permission denied": 2})
+
+
 # What is no tile
 
 

@@ -73,23 +73,22 @@ class Buffers:
             TilesError: If there is not so much memory.
         """
         if self._pin_memory:
-            return Buffer(torch.empty(self._shape, pin_memory=True))
+            return Buffer(self._fresh(pin_memory=True))
         # Looked up here rather than by callbacks of the references: an interrupt that falls into one is lost.
         free = next((number for number, (lent, _) in enumerate(self._lent) if lent() is None), None)
-        memory = self._fresh() if free is None else self._lent.pop(free)[1]
+        memory = self._fresh().numpy() if free is None else self._lent.pop(free)[1]
         lent = memory[:]  # an object of its own, which lives as long as the tensor's storage
         self._lent.append((weakref.ref(lent), memory))
         return Buffer(torch.from_numpy(lent))
 
-    def _fresh(self) -> NDArray[np.float32]:
+    def _fresh(self, pin_memory: bool = False) -> Tensor:
         # Not np.empty: it asks for huge pages, for which the system has to move others where memory is fragmented.
         try:
-            memory: NDArray[np.float32] = torch.empty(self._shape).numpy()
+            return torch.empty(self._shape, pin_memory=pin_memory)
         except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # beyond 64 bits, PyTorch raises the last two
             shape = " x ".join(map(str, self._shape))
             msg = f"Found no memory for a batch of {shape} pixels, expected one that fits: change tile_size or batch_size."
             raise TilesError(msg) from error
-        return memory
 
 
 def fill_batches(tiles: Iterable[Tile], size: int, take: Callable[[], Buffer]) -> Iterator[tuple[Tensor, list[Tile]]]:

@@ -7,6 +7,7 @@ import fnmatch
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -129,7 +130,11 @@ class _Search:
             if os.path.isdir(path):
                 found |= not any_file and self._add_folder(path)  # beside files, folders are what ** comes by
             elif not os.path.isfile(path):
-                self._leave_out(path, *(("no raster",) if os.path.exists(path) else ("broken link", True)))
+                try:
+                    os.stat(path)
+                    self._leave_out(path, "no raster")
+                except OSError as error:
+                    self._leave_out_unreachable(path, error)
             elif path.lower().endswith(ARCHIVE_ENDINGS):
                 self._leave_out(path, "archive")
             else:
@@ -168,16 +173,19 @@ class _Search:
         ahead = [folder]
         while ahead:
             path = ahead.pop()
-            if not os.path.isdir(path or os.curdir):
-                if os.path.isfile(path):
-                    if not folders:
-                        yield path
-                elif not folders:
-                    broken = os.path.islink(path)
-                    wanted = path.lower().endswith(RASTER_ENDINGS)
-                    self._leave_out(path, "broken link" if broken else "no raster", bad=broken and wanted)
+            try:
+                found = os.stat(path or os.curdir)
+            except OSError as error:
+                self._leave_out_unreachable(path, error)
                 continue
-            found = os.stat(path or os.curdir)
+            if not stat.S_ISDIR(found.st_mode):
+                if folders:
+                    continue
+                if stat.S_ISREG(found.st_mode):
+                    yield path
+                else:  # a pipe, a socket, a device
+                    self._leave_out(path, "no raster")
+                continue
             known = seen.setdefault((found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path), path)
             if known is not path:
                 self._leave_out(path, "same folder")
@@ -211,6 +219,12 @@ class _Search:
                 self._leave_out(line, "vanished", bad=True)
         self._lists.pop()
         return any_found
+
+    def _leave_out_unreachable(self, path: str, error: OSError) -> None:
+        reason = error_reason(error)
+        if reason != "permission denied" and os.path.islink(path):
+            reason = "broken link"
+        self._leave_out(path, reason, bad=reason == "permission denied" or path.lower().endswith(RASTER_ENDINGS))
 
     def _leave_out(self, path: str, reason: str, bad: bool = False) -> None:
         unusable = Unusable(path, reason, bad)
