@@ -197,6 +197,9 @@ def test_shards_are_disjoint_shares_of_one_sequence(tmp_path):
     for index in (-1, 2):
         with pytest.raises(TilesError, match=rf"Found shard {index} of 2, expected 0 to 1"):
             GeoTiffTiles(folder).shard(2, index)
+    for wrong in ((0, 0), ("many", 0), (2, 0.5), (2, 0, 0), (2, 0, 1, -3)):
+        with pytest.raises(TilesError, match=r"^Found \w+ .*, expected .*: change \w+\.$"):
+            GeoTiffTiles(folder).shard(*wrong)
 
 
 def test_files_that_cannot_be_used_count_in_one_share_only(tmp_path):
@@ -767,6 +770,12 @@ def test_fingerprint_follows_the_files_and_the_settings(tmp_path):
         ({"timeout": float("inf")}, "Found timeout inf, expected seconds above 0"),
         ({"nodata": 10**400}, r"Found nodata 1000\d+\.\.\., expected a number"),
         ({"filename_regex": "(?P<date>"}, r"Found filename_regex .*, expected a regular expression \("),
+        (
+            {"filename_regex": "(?P<date>.*)", "date_format": "%Y%Y"},
+            r"Found date_format '%Y%Y', expected codes of strptime, each",
+        ),
+        ({"filename_regex": "(?P<date>.*)", "date_format": "%Q"}, r"Found date_format '%Q', expected codes of strptime"),
+        ({"index_cache": "a\0b"}, r"Found index_cache 'a\\x00b', expected a path"),
         ({"filename_regex": "(.*)"}, r"Found filename_regex .*, expected a group \(\?P<date>"),
         (
             {"use_metadata": True, "num_frames": 2},

@@ -150,6 +150,24 @@ def test_globs(tmp_path):
         assert {name[0] for name in read(str(tmp_path / pattern))[0]} == set(expected), pattern
 
 
+def test_folders_that_a_glob_matches_beside_files_are_counted(tmp_path):
+    for name in ("a/1.tif", "b/2.tif"):
+        chip(tmp_path / name)
+    (tmp_path / "README").write_text("no raster")
+    assert read(str(tmp_path / "*")) == ({"1.tif", "2.tif"}, {"no raster": 1})
+    chip(tmp_path / "3.tif")
+    assert read(str(tmp_path / "*")) == ({"3.tif"}, {"no raster": 1, "folder beside files": 2})
+
+
+def test_globs_that_say_much_say_it_fast(tmp_path):
+    deep = tmp_path.joinpath(*"abcdefghij" * 6)
+    chip(deep / "1.tif")
+    assert read(str(tmp_path) + "/**" * 12 + "/*.tif")[0] == {"1.tif"}
+    assert read(str(tmp_path) + "/." * 1500 + "/**/*.tif")[0] == {"1.tif"}
+    with pytest.raises(TilesError, match=SENTENCE):
+        read(str(tmp_path) + "/*" * 1500)
+
+
 # Lists
 
 
@@ -206,6 +224,52 @@ def test_tables_are_no_lists(tmp_path):
         TilesError, match=r"^Found several columns in .*table\.csv, expected one path a line: keep the column"
     ):
         read(str(tmp_path / "table.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", b"# scenes, made by me\na.tif\n", {"a.tif"}),
+        ("a.csv", b"path\r\na.tif\r\n", {"a.tif"}),
+        ("a.csv", b'"a.tif"\r\n"f,g.tif"\r\n', {"a.tif", "f,g.tif"}),
+        ("a.txt", b'"sub\\b.tif"\r\n\x1a', {"b.tif"}),
+        ("a.txt", b"sub\\*.tif", {"b.tif"}),
+        ("a.txt", b"Fl\xe4che\\*.tif", {"c.tif"}),
+        ("a.txt", b"Fl\xe4che\\c.tif", {"c.tif"}),
+        ("a.txt", b"Fl\xe4che/**/*.tif", {"c.tif"}),
+        ("a.txt", b"Fl\xe4che", {"c.tif"}),
+        ("a.csv", b"a.tif;1\r\n", "Found several columns in"),
+        ("a.csv", b'"' + b"x" * 200_000, "field larger than field limit .*: check its quotes"),
+        ("a.txt", "a.tif\n".encode("utf-16-le"), "Found NUL characters in .*a.txt, expected a list of paths as UTF-8"),
+    ],
+)
+def test_lists_of_other_programs(tmp_path, name, content, expected):
+    for file in ("a.tif", "sub/b.tif", "Fläche/c.tif", "f,g.tif"):
+        chip(tmp_path / file)
+    (tmp_path / name).write_bytes(content)
+    if isinstance(expected, set):
+        assert read(str(tmp_path / name)) == (expected, {})
+        return
+    with pytest.raises(TilesError, match=expected):
+        read(str(tmp_path / name))
+
+
+def test_lists_are_read_once_however_often_they_are_named(tmp_path):
+    """Each naming the next twice, 40 lists would be a trillion."""
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"{number + 1}.txt\n{number + 1}.txt\n")
+    (tmp_path / "40.txt").write_text("a.tif\n")
+    chip(tmp_path / "a.tif")
+    assert read(str(tmp_path / "0.txt")) == ({"a.tif"}, {})
+    for number in range(41, 400):
+        (tmp_path / f"{number}.txt").write_text(f"{number + 1}.txt\n")
+    with pytest.raises(TilesError, match="which lists itself"):
+        read(str(tmp_path / "41.txt"))
+
+
+def test_paths_without_an_order_are_refused(tmp_path):
+    with pytest.raises(TilesError, match=r"^Found \{.* in paths, expected a file, folder"):
+        read({str(chip(tmp_path / name)) for name in ("a.tif", "b.tif")})
 
 
 # Other formats
@@ -281,6 +345,41 @@ def test_sources_of_a_virtual_raster_that_are_gone_are_damage(tmp_path):
     write_formats(tmp_path)
     (tmp_path / "source" / "a.tif").unlink()
     assert read([str(tmp_path / name) for name in ("c.vrt", "b.img")]) == ({"b.img"}, {"unreadable": 1})
+
+
+VRT = (
+    '<VRTDataset rasterXSize="256" rasterYSize="256"><VRTRasterBand dataType="Byte" band="1">{nodata}<SimpleSource>'
+    '<SourceFilename relativeToVRT="1">{source}</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand>'
+    "</VRTDataset>"
+)
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+@pytest.mark.parametrize("nodata", ["", "<NoDataValue>0</NoDataValue>"])
+@pytest.mark.parametrize("source", ["gone.tif", "garbage.tif", "inner.vrt"])
+def test_virtual_rasters_whose_sources_cannot_be_opened_give_no_zeros(tmp_path, source, nodata, workers):
+    """Read by several threads, GDAL fails in one of them and gives zeros to the others."""
+    (tmp_path / "garbage.tif").write_bytes(b"II*\0" + bytes(range(200)))
+    (tmp_path / "inner.vrt").write_text(VRT.format(nodata="", source="gone.tif"))
+    (tmp_path / "a.vrt").write_text(VRT.format(nodata=nodata, source=source))
+    write(tmp_path / "b.tif", draw(1, 256, 256))
+    (tmp_path / "c.vrt").write_text(VRT.format(nodata="", source="b.tif"))
+    index = str(tmp_path / "index.json")
+    for _ in range(2):  # headers of virtual rasters are not kept
+        tiles = GeoTiffTiles(
+            [str(tmp_path / "a.vrt"), str(tmp_path / "c.vrt")], tile_size=16, num_workers=workers, max_bad_fraction=0.5,
+            index_cache=index,
+        )  # fmt: skip
+        assert {os.path.basename(tile[1]) for tile in one_by_one(tiles)} == {"c.vrt"}
+        assert tiles.skipped == {"unreadable": 1}
+
+
+def test_a_mask_beside_a_raster_is_a_tiff(tmp_path):
+    """GDAL opens it as whatever it is, and a virtual raster names files and servers."""
+    for name in ("a.tif", "b.tif"):
+        chip(tmp_path / name)
+    (tmp_path / "a.tif.msk").write_text(VRT.format(nodata="", source="/vsicurl/http://127.0.0.1:9/x.tif"))
+    assert read([str(tmp_path / name) for name in ("a.tif", "b.tif")]) == ({"b.tif"}, {"unreadable": 1})
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def test_cache_saves_opening_files_that_have_not_changed(tmp_path, monkeypatch):
         '{"format": "terratorch-simpler/tile-index", "version": 1, "files": {"a": [1, 1, "5", 5, true, null, 1]}}',
         '{"format": "terratorch-simpler/tile-index", "version": 1, "files": {"a": [1, 1, 5, 5, 1, null, 1]}}',
         '{"format": "terratorch-simpler/tile-index", "version": 1, "files": {"a": [1, 1, 5, 5, true, [3], 1]}}',
+        '{"format": "terratorch-simpler/tile-index", "version": 1, "files": {"a": [1, 1, 5, 1000000000000, true, null, 1]}}',
+        '{"format": "terratorch-simpler/tile-index", "version": 1, "files": ' + "[" * 100_000,
     ],
 )
 def test_damaged_cache_is_made_anew(tmp_path, content):
@@ -119,6 +121,41 @@ def test_damaged_cache_is_made_anew(tmp_path, content):
     with pytest.warns(SimplerWarning, match=r"Found .*tiles\.json damaged, expected an index of tiles: it is made anew\."):
         assert len(tiles) == 140
     assert len(json.loads(cache.read_text())["files"]) == 4
+
+
+def test_sidecars_are_part_of_a_file(tmp_path):
+    """Band names in .aux.xml change what a header says, not the raster."""
+    path = write(tmp_path / "a.tif", draw(2, 8, 8), tags=None)
+    index = str(tmp_path / "index.json")
+    for names in ("RB", "BR"):
+        bands = "".join(
+            f'<PAMRasterBand band="{n}"><Description>{x}</Description></PAMRasterBand>' for n, x in enumerate(names, 1)
+        )
+        Path(f"{path}.aux.xml").write_text(f"<PAMDataset>{bands}</PAMDataset>")
+        ((_, _, _, image, _),) = one_by_one(GeoTiffTiles(str(path), tile_size=8, bands=["R"], index_cache=index))
+        assert np.array_equal(image[0], draw(2, 8, 8)[names.index("R")])
+
+
+@pytest.mark.filterwarnings("error::terratorch_simpler.errors.SimplerWarning")
+def test_cache_of_old_files_is_used(tmp_path, monkeypatch):
+    folder = write_many(tmp_path / "scenes", count=3)
+    os.utime(tmp_path / "scenes" / "1.tif", (0, 0))
+    index = {"tile_size": 8, "index_cache": str(tmp_path / "index.json")}
+    assert len(GeoTiffTiles(folder, **index)) == 105
+    opened = counted(monkeypatch)
+    assert len(GeoTiffTiles(folder, **index)) == 105
+    assert not opened
+
+
+def test_sizes_that_nobody_has_are_counted(tmp_path):
+    write(tmp_path / "a.tif", draw(1, 8, 8))
+    size = 2**31 - 1
+    (tmp_path / "b.vrt").write_text(
+        f'<VRTDataset rasterXSize="{size}" rasterYSize="{size}"><VRTRasterBand dataType="Byte" band="1"/></VRTDataset>'
+    )
+    tiles = GeoTiffTiles(str(tmp_path), tile_size=8, max_bad_fraction=0.5)
+    assert len(one_by_one(tiles)) == 1
+    assert tiles.skipped == {"too many windows": 1}
 
 
 @pytest.mark.parametrize("content", [b"[]", b"II*\0raster", b"\xff\xfe", b'{"weights": 1}', b"my notes"])

@@ -131,10 +131,11 @@ def path(name: str, value: Any) -> str:
     Raises:
         TilesError: If it is none.
     """
-    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or not os.fspath(value):
+    written = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(written, str) or not written or "\0" in written:
         msg = f"Found {name} {_shown(value)}, expected a path: change {name}."
         raise TilesError(msg)
-    return str(os.fspath(value))
+    return str(written)
 
 
 def _number(value: Any) -> float | int | None:

@@ -8,10 +8,12 @@ import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from terratorch_simpler.errors import TilesError
@@ -178,7 +180,12 @@ class GeoTiffTiles:
             TilesError: If there is no such share.
         """
         share = copy.copy(self)
-        share._share = Share(num_shards, index, block, start)
+        share._share = Share(
+            arguments.whole_number("num_shards", num_shards, 1),
+            arguments.whole_number("index", index, -(2**31)),  # which there are, Share says
+            arguments.whole_number("block", block, 1),
+            arguments.whole_number("start", start, 0),
+        )
         share.skips = Skipped(planned=0, max_bad_fraction=self.max_bad_fraction)
         return share
 
@@ -274,9 +281,19 @@ class GeoTiffTiles:
         except re.error as err:
             msg = f"Found filename_regex {self.filename_regex!r}, expected a regular expression ({err}): change it."
             raise TilesError(msg) from err
+        self._check_date_format()
         if "date" not in named:
             msg = f"Found filename_regex {self.filename_regex!r}, expected a group (?P<date>...): mark the date."
             raise TilesError(msg)
+
+    def _check_date_format(self) -> None:
+        try:
+            datetime.strptime(datetime(2001, 2, 3).strftime(self.date_format), self.date_format)
+        except (ValueError, re.error) as err:
+            msg = (
+                f"Found date_format {self.date_format!r}, expected codes of strptime, each once ({err}): change date_format."
+            )
+            raise TilesError(msg) from err
 
     def _windows(self) -> Grid:
         """The windows of all files; opens each file once, without reading pixels."""
@@ -293,7 +310,7 @@ class GeoTiffTiles:
     def _read_all(self, grid: Grid, buffers: Buffers) -> Generator[Tile, None, None]:
         """Read in the seeded order, a bounded number of windows ahead."""
         accept_files_without_georeference()  # may have been reset since the headers were read
-        order = np.random.default_rng(self.seed).permutation(len(grid))
+        order = self._order(len(grid))
         positions = self._share.positions(len(grid))
         part = self.batch_size * self._batches_ahead()
         ahead: deque[tuple[list[Job], list[Run[Job, Tile | Unusable]]]] = deque()
@@ -320,6 +337,13 @@ class GeoTiffTiles:
                     yield from self._in_order(readers, *ahead.popleft())
             while ahead:
                 yield from self._in_order(readers, *ahead.popleft())
+
+    def _order(self, windows: int) -> NDArray[np.int64]:
+        try:
+            return np.random.default_rng(self.seed).permutation(windows)
+        except (MemoryError, ValueError) as error:
+            msg = f"Found {windows} windows, expected so many that their order fits memory: use a larger stride."
+            raise TilesError(msg) from error
 
     def _jobs(self, places: Sequence[tuple[int, Place]], buffers: Buffers) -> list[Job]:
         size = self.batch_size

@@ -10,7 +10,7 @@ import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from torchgeo.datasets.utils import disambiguate_timestamp
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning, TilesError
 from terratorch_simpler.files import check_folder, whole_file
 from terratorch_simpler.tiles.failures import unusable
-from terratorch_simpler.tiles.paths import is_remote
+from terratorch_simpler.tiles.paths import GEOTIFF_ENDINGS, is_remote
 from terratorch_simpler.tiles.rasters import Header, Raster, gdal_settings
 from terratorch_simpler.tiles.readers import Readers, TimedOut
 from terratorch_simpler.tiles.source import Unusable
@@ -39,6 +39,12 @@ CACHE_START = 100
 """Characters in which a file says that it is an index of tiles: no other is written over."""
 
 FILES_PER_RUN = 32
+
+SIDECARS = (".aux.xml", ".msk", ".ovr")
+"""Endings of the files in which GDAL keeps more of a raster beside it."""
+
+MAX_WINDOWS = 2**28
+"""Windows of one file: more is the size of a damaged header, or a stride that nobody means. Their order takes 4 GB."""
 
 TOO_SMALL = "smaller than tile_size"
 SUBDATASETS = "subdatasets"
@@ -205,11 +211,16 @@ class Catalogue:
 
     def grid(self, series: Sequence[tuple[str, ...]], tile_size: int, stride: int, pad: bool) -> Grid:
         """The windows of the series; those smaller than a tile are set aside unless they are padded."""
-        large = [run for run in series if pad or min(self._size(run[0])) >= tile_size]
+        usable = []
         for run in series:
-            if not pad and min(self._size(run[0])) < tile_size:
+            width, height = self._size(run[0])
+            if not pad and min(width, height) < tile_size:
                 self._set_aside(run, TOO_SMALL, bad=False)
-        return Grid(large, [self._size(run[0]) for run in large], tile_size, stride)
+            elif len(Grid([run], [(width, height)], tile_size, stride)) > MAX_WINDOWS:
+                self._set_aside(run, "too many windows", bad=True)
+            else:
+                usable.append(run)
+        return Grid(usable, [self._size(run[0]) for run in usable], tile_size, stride)
 
     def _size(self, path: str) -> tuple[int, int]:
         header = self.headers[path]
@@ -243,7 +254,9 @@ def read_headers(paths: Sequence[str], num_threads: int, timeout: float, cache: 
     known = _load_cache(cache) if cache else {}
     states = {path: _state(path) for path in paths} if cache else {}
     found: dict[str, Header | Unusable] = {
-        path: known[path][1] for path in paths if path in known and known[path][0] == states[path]
+        path: known[path][1]
+        for path in paths
+        if path in known and states[path] is not None and known[path][0] == states[path]
     }
     fresh = [path for path in paths if path not in found]
     for path, header in zip(fresh, _open_all(fresh, num_threads, timeout), strict=True):
@@ -266,6 +279,7 @@ def _read_header(path: str) -> Header | Unusable:
         raster = Raster(path, located=False)
         try:
             _check_size(raster)
+            _check_sources(raster, set())
             return raster.header
         finally:
             raster.close()
@@ -288,6 +302,24 @@ def _check_size(raster: Raster) -> None:
     if _lacks_blocks(path, header):
         raise ValueError(f"{header.width} x {header.height} pixels in {size} bytes")
     src.read(1, window=Window(header.width - 1, header.height - 1, 1, 1))  # of the last block
+
+
+def _check_sources(raster: Raster, seen: set[str]) -> None:
+    """Open what a virtual raster names, once: threads that read it together get zeros for what cannot be opened.
+
+    Raises:
+        Exception: Of any type, if one cannot be opened.
+    """
+    seen.add(raster.path)
+    if raster.src.driver != "VRT":
+        return
+    for path in raster.src.files:
+        if path not in seen and not path.endswith(SIDECARS):
+            source = Raster(path, located=False)
+            try:
+                _check_sources(source, seen)
+            finally:
+                source.close()
 
 
 def _lacks_blocks(path: str, header: Header) -> bool:
@@ -317,12 +349,20 @@ def _lacks_blocks(path: str, header: Header) -> bool:
 
 
 def _state(path: str) -> tuple[int, int] | None:
-    """Size and time of the last change, which tell whether a header is still true."""
+    """Size and time of the last change of a file and what lies beside it, which tell whether a header is still true.
+
+    Of formats whose headers depend on other files nothing is known.
+    """
+    if not path.lower().endswith(GEOTIFF_ENDINGS):
+        return None
     try:
-        stat = os.stat(path)
+        found = [os.stat(path)]
     except OSError:
         return None
-    return stat.st_size, stat.st_mtime_ns
+    for ending in SIDECARS:
+        with suppress(OSError):
+            found.append(os.stat(path + ending))
+    return sum(stat.st_size for stat in found), sum(stat.st_mtime_ns for stat in found)
 
 
 def _load_cache(path: str) -> dict[str, tuple[object, Header]]:
@@ -335,11 +375,12 @@ def _load_cache(path: str) -> dict[str, tuple[object, Header]]:
         check_folder("index_cache", os.path.dirname(path) or os.curdir, local=True)
     except ConfigurationError as error:
         raise TilesError(str(error)) from error
-    if not os.path.lexists(path):
-        return {}
     msg = f"Found index_cache {path}, which holds no index of tiles, expected one or a new file: change index_cache."
     try:
+        os.lstat(path)
         content = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
     except (OSError, UnicodeDecodeError) as error:
         raise TilesError(msg) from error
     if content.strip() and f'"format": "{CACHE_FORMAT}"' not in content[:CACHE_START]:
@@ -349,7 +390,7 @@ def _load_cache(path: str) -> dict[str, tuple[object, Header]]:
         if found["version"] != CACHE_VERSION:
             return {}
         return {name: _from_json(*entry) for name, entry in found["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         warnings.warn(f"Found {path} damaged, expected an index of tiles: it is made anew.", SimplerWarning, stacklevel=2)
         return {}
 
@@ -357,9 +398,11 @@ def _load_cache(path: str) -> dict[str, tuple[object, Header]]:
 def _from_json(
     size: int, changed: int, width: int, height: int, real: bool, descriptions: list[str | None] | None, num_bands: int
 ) -> tuple[object, Header]:
-    numbers = (size, changed, width, height, num_bands)
-    if not all(type(number) is int and number > 0 for number in numbers) or type(real) is not bool:
+    numbers = (width, height, num_bands)
+    if not all(type(number) is int and 0 < number < 2**31 for number in numbers) or type(real) is not bool:
         raise ValueError(numbers)
+    if type(size) is not int or type(changed) is not int:
+        raise TypeError(size, changed)
     if descriptions is not None and not all(text is None or isinstance(text, str) for text in descriptions):
         raise ValueError(descriptions)
     return (size, changed), Header(width, height, real, None if descriptions is None else tuple(descriptions), num_bands)

@@ -8,7 +8,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any, NamedTuple
 
 from torchgeo.datasets.utils import path_is_vsi
@@ -23,6 +23,9 @@ PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 """Read by name or glob only: in folders of scenes they are previews."""
 ARCHIVE_ENDINGS = (".zip", ".gz", ".tgz", ".tar", ".bz2", ".xz", ".7z", ".rar")
 LIST_ENDINGS = (".txt", ".lst", ".csv")
+
+MAX_DEPTH = 200
+"""Folders in a glob, and lists that name each other."""
 
 _SUBDATASET = re.compile(r"(netcdf|hdf5|hdf4_\w+|sentinel2_\w+|gtiff_dir|nitf_im):.", re.IGNORECASE)
 _EXPECTED = "a file, folder, glob, list (.txt, .lst, .csv) or /vsi path"
@@ -44,7 +47,8 @@ def find_files(paths: Any) -> Found:
     Raises:
         TilesError: If one of them names no raster file, or is no path.
     """
-    several = isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike)
+    # No sets: the order of the stream would change from one process to the next.
+    several = isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike | Set)
     names = [_name(path) for path in (paths if several else [paths])]
     search = _Search()
     missing = [name for name in names if not search.add(name)]
@@ -76,6 +80,7 @@ class _Search:
         self.left_out: list[Unusable] = []
         self._once: dict[object, str] = {}
         self._lists: list[object] = []
+        self._lists_read: dict[object, bool] = {}
 
     def add(self, path: str) -> bool:
         """Add what a path names; tell whether that is any raster file, known before or not."""
@@ -123,12 +128,19 @@ class _Search:
 
     def _add_glob(self, pattern: str) -> bool:
         start = os.path.sep if pattern.startswith(os.path.sep) else ""
-        matches = sorted({*self._matching(start, [part for part in pattern.split(os.path.sep) if part])})
-        any_file = any(os.path.isfile(path) for path in matches)
+        parts = [part for part in pattern.split(os.path.sep) if part not in ("", ".")]
+        parts = [part for part, before in zip(parts, ["", *parts[:-1]], strict=True) if (part, before) != ("**", "**")]
+        if not 0 < len(parts) <= MAX_DEPTH:
+            return False
+        matches = sorted({*self._matching(start, parts)})
+        any_file = any(os.path.isfile(path) and path.lower().endswith(RASTER_ENDINGS + PICTURE_ENDINGS) for path in matches)
         found = False
         for path in matches:
             if os.path.isdir(path):
-                found |= not any_file and self._add_folder(path)  # beside files, folders are what ** comes by
+                if not any_file:
+                    found |= self._add_folder(path)
+                elif "**" not in parts:  # which goes through folders itself
+                    self._leave_out(path, "folder beside files")
             elif not os.path.isfile(path):
                 try:
                     os.stat(path)
@@ -208,17 +220,19 @@ class _Search:
     def _add_list(self, path: str) -> bool:
         found = os.stat(path)
         this = (found.st_dev, found.st_ino)
-        if this in self._lists:
+        if this in self._lists or len(self._lists) > MAX_DEPTH:
             raise TilesError(f"Found {path}, which lists itself, expected one path a line: take it out of the list.")
-        self._lists.append(this)
-        any_found = False
-        for line in _lines(path):
-            if self.add(line):
-                any_found = True
-            else:
-                self._leave_out(line, "vanished", bad=True)
-        self._lists.pop()
-        return any_found
+        if this not in self._lists_read:
+            self._lists.append(this)
+            any_found = False
+            for line in _lines(path):
+                if self.add(line):
+                    any_found = True
+                else:
+                    self._leave_out(line, "vanished", bad=True)
+            self._lists.pop()
+            self._lists_read[this] = any_found
+        return self._lists_read[this]
 
     def _leave_out_unreachable(self, path: str, error: OSError) -> None:
         reason = error_reason(error)
@@ -252,23 +266,50 @@ def _lines(path: str) -> list[str]:
         text = os.fsdecode(content)
     except OSError as error:
         raise TilesError(f"Found {path} ({error}), expected a list of paths, one a line: check paths.") from error
-    lines = re.split(r"\r\n|\r|\n", text)  # not splitlines: a name may hold other characters that end lines
-    if path.lower().endswith(".csv"):
-        rows = [row for row in csv.reader(lines) if any(field.strip() for field in row)]
-        if any(len(row) > 1 for row in rows):
-            raise TilesError(f"Found several columns in {path}, expected one path a line: keep the column of the paths.")
-        lines = [row[0] for row in rows]
+    if "\0" in text:
+        raise TilesError(f"Found NUL characters in {path}, expected a list of paths as UTF-8 text: save it as that.")
+    lines = re.split(r"\r\n|\r|\n", text.rstrip("\x1a"))  # not splitlines: a name may hold other characters that end lines
+    lines = [line.strip(" \t") for line in lines]
+    lines = [line for line in lines if line and not line.startswith("#")]
     folder = os.path.dirname(path)
-    stripped = (line.strip(" \t") for line in lines)
-    return [_existing(folder, line) for line in stripped if line and not line.startswith("#")]
+    if path.lower().endswith(".csv"):
+        lines = _only_column(path, folder, lines)
+    else:
+        lines = [line[1:-1] if len(line) > 2 and line[0] == line[-1] == '"' else line for line in lines]
+    return [_existing(folder, line) for line in lines]
+
+
+def _only_column(path: str, folder: str, lines: list[str]) -> list[str]:
+    msg = f"Found several columns in {path}, expected one path a line: keep the column of the paths."
+    try:
+        rows = [row for row in csv.reader(lines) if any(field.strip() for field in row)]
+    except csv.Error as error:
+        raise TilesError(f"Found {path} ({error}), expected one path a line: check its quotes.") from error
+    if any(len(row) > 1 for row in rows):
+        raise TilesError(msg)
+    fields = [row[0].strip() for row in rows]
+    if any(";" in field and not os.path.lexists(_existing(folder, field)) for field in fields):
+        raise TilesError(msg)
+    # A word without a dot or slash that names nothing is the heading of the column.
+    heading = fields[:1] and not re.search(r"[./\\*]", fields[0]) and not os.path.lexists(_existing(folder, fields[0]))
+    return fields[1:] if heading else fields
 
 
 def _existing(folder: str, line: str) -> str:
-    if "\0" in line or is_remote(line):
-        return _name(line)
-    spellings = [line, line.replace("\\", "/")]  # the second as Windows writes it
-    with_bytes = os.fsencode(line) if any("\udc80" <= character <= "\udcff" for character in line) else b""
-    if with_bytes:
-        spellings.append(with_bytes.decode("cp1252", errors="replace"))
-    there = (os.path.join(folder, spelling) for spelling in spellings)
-    return next((path for path in there if os.path.lexists(path)), os.path.join(folder, line))
+    """The path of a line, in the spelling that is there."""
+    if is_remote(line):
+        return line
+    spellings = [line]
+    if any("\udc80" <= character <= "\udcff" for character in line):
+        spellings.append(os.fsencode(line).decode("cp1252", errors="replace"))
+    spellings += [spelling.replace("\\", "/") for spelling in spellings if "\\" in spelling]  # as Windows writes it
+    there = [os.path.join(folder, spelling) for spelling in spellings]
+    for path in there:
+        if os.path.lexists(path):
+            return path
+    if glob.has_magic(line):  # the spelling whose folder is there
+        starts = (os.path.dirname(re.split(r"[*?[]", path, maxsplit=1)[0]) for path in reversed(there))
+        return next(
+            (path for path, start in zip(reversed(there), starts, strict=True) if os.path.lexists(start or ".")), there[0]
+        )
+    return there[0]

@@ -22,11 +22,13 @@ from rasterio.windows import Window
 
 from terratorch_simpler.tiles.paths import GEOTIFF_ENDINGS, is_remote
 
+PICTURES = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "JP2OpenJPEG", "JP2KAK", "JP2ECW", "JP2MrSID"]
 DRIVERS = [
-    *("GTiff", "JP2OpenJPEG", "JP2KAK", "JP2ECW", "JP2MrSID", "HFA", "ENVI", "EHdr", "netCDF", "HDF5", "HDF5Image", "HDF4"),
-    *("HDF4Image", "GRIB", "SENTINEL2", "NITF", "PCIDSK", "PNG", "JPEG", "WEBP", "GIF", "BMP", "AAIGrid", "SRTMHGT"),
+    *("GTiff", *PICTURES, "HFA", "ENVI", "EHdr", "netCDF", "HDF5", "HDF5Image", "HDF4", "HDF4Image", "GRIB"),
+    *("SENTINEL2", "NITF", "SRTMHGT"),
 ]
-"""Formats that hold pixels. Not those whose files name other files or servers: only a .vrt is read as one."""
+"""Formats that hold pixels. Not those whose files name rasters or servers: only a .vrt is read as one. What is left of that
+kind: HDF5 and HFA may keep pixels in a further file of this machine, which is named inside of them."""
 
 TOLERANCE = 2 * float(np.finfo(np.float32).eps)
 """GDAL takes a float of either size for the value that means no data if they differ by less than this share of their sum."""
@@ -71,8 +73,21 @@ def _open(path: str, drivers: Sequence[str], **options: str) -> DatasetReader:
         with _unless_set(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # no requests for folders and sidecar files
             # As rasterio.open, which takes no list of drivers.
             return ensure_env_with_credentials(DatasetReader)(path, driver=drivers, sharing=False, **options)
+    _check_mask_file(f"{path}.msk")
     # Absolute: GDAL takes file:a.tif and zip:a.tif for something else than files of such names.
     return DatasetReader(os.path.abspath(path), driver=drivers, sharing=False, **options)
+
+
+def _check_mask_file(path: str) -> None:
+    """Refuse a mask beside a raster that is no TIFF, as GDAL writes them: it would be opened as whatever it is.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+                raise ValueError(f"{path} is no TIFF")
 
 
 class Raster:
@@ -111,7 +126,7 @@ class Raster:
         except RasterioIOError:
             if is_remote(self.path):
                 raise
-            return _open(self.path, DRIVERS)  # another format by that name
+            return _open(self.path, PICTURES)  # another format by that name
 
     def read(
         self, indexes: Sequence[int], window: Window, nodata: float | None, into: NDArray[np.float32]

@@ -209,14 +209,14 @@ class Skipped:
 
     def state(self) -> dict[str, Any]:
         """The counts as plain values, to go on from later."""
-        bad = {"bad": self._bad, "bad_files": self._bad_files, "bad_named": [*self._bad_named]}
+        bad = {"bad": self._bad, "bad_files": self._bad_files, "bad_named": [*self._bad_named], "tried": self.tried}
         return {"counts": dict(self.counts), "named": [*self.named], **bad}
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         """Take over counts from :meth:`state`."""
         self.counts = Counter(state["counts"])
         self.named, self._bad_named = [*state["named"]], [*state["bad_named"]]
-        self._bad, self._bad_files = state["bad"], state["bad_files"]
+        self._bad, self._bad_files, self.tried = state["bad"], state["bad_files"], state["tried"]
 
     def __str__(self) -> str:
         """Counts and the first few names in a clause."""
