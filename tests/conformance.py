@@ -36,6 +36,34 @@ from terratorch_simpler.tiles import GeoTiffTiles
 
 IN_FOLDERS = (".tif", ".tiff", ".gtif", ".gtiff", ".geotiff", ".btf", ".jp2", ".j2k", ".vrt", ".img", ".nc", ".h5", ".hdf5")
 """Endings of the files that are read in a folder; files given by name are read whatever their name."""
+FORMATS = frozenset(
+    [
+        "GTiff",
+        "VRT",
+        "JP2OpenJPEG",
+        "JP2KAK",
+        "JP2ECW",
+        "JP2MrSID",
+        "HFA",
+        "ENVI",
+        "EHdr",
+        "netCDF",
+        "HDF5",
+        "HDF5Image",
+        "HDF4",
+        "HDF4Image",
+        "GRIB",
+        "SENTINEL2",
+        "NITF",
+        "SRTMHGT",
+        "PNG",
+        "JPEG",
+        "WEBP",
+        "GIF",
+        "BMP",
+    ]
+)
+"""What is read by name; other formats are no raster here."""
 LISTS = (".txt", ".csv", ".lst")
 """Endings of files that name other files, and are not read by name here."""
 NO_RASTER = frozenset({"unreadable", "no raster", "archive", "permission denied"})
@@ -114,7 +142,9 @@ class Reference:
             self.error = f"{type(err).__name__}: {err}"
             self.reasons = NO_RASTER
             return
-        if self.driver == "GTiff" and not _lists_all_blocks(path):
+        if self.driver not in FORMATS:
+            self.reasons = NO_RASTER
+        elif self.driver == "GTiff" and not _lists_all_blocks(path):
             self.reasons = frozenset({"unreadable"})
         elif not self.count:
             self.reasons = frozenset({"subdatasets"}) if subdatasets else NO_RASTER
