@@ -274,13 +274,6 @@ class Reference:
                     return True
         return False
 
-    def _read_afresh(self, band: int, at: Position, mask: bool = False) -> np.ndarray | None:
-        try:
-            with rasterio.open(self.path) as src:
-                return (src.read_masks if mask else src.read)(band, window=Window(*at))
-        except Exception:  # of any type, as above
-            return None
-
     def _scaled(self, pixels: np.ndarray, bands: list[int], setting: Setting) -> tuple[np.ndarray, np.ndarray | None]:
         def by_band(values: Iterable[float]) -> np.ndarray:
             return np.array(list(values), "float32").reshape(-1, 1, 1)

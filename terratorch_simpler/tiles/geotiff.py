@@ -55,7 +55,7 @@ class GeoTiffTiles:
     declares the fourth band of every 8-bit file one; else it is a mask.
 
     Args:
-        paths: A file of any raster format, a folder (its raster files, subfolders included), a glob, a list (.txt, .lst,
+        paths: A raster file, a folder (its raster files, subfolders included), a glob, a list (.txt, .lst,
             .csv) with one path a line, a GDAL /vsi path, URL or subdataset, or several of these.
         tile_size: Side of a tile in pixels.
         stride: Step of the grid in pixels; by default ``tile_size``.

@@ -254,9 +254,7 @@ def read_headers(paths: Sequence[str], num_threads: int, timeout: float, cache: 
     known = _load_cache(cache) if cache else {}
     states = {path: _state(path) for path in paths} if cache else {}
     found: dict[str, Header | Unusable] = {
-        path: known[path][1]
-        for path in paths
-        if path in known and states[path] is not None and known[path][0] == states[path]
+        path: known[path][1] for path in paths if path in known and known[path][0] == states[path]
     }
     fresh = [path for path in paths if path not in found]
     for path, header in zip(fresh, _open_all(fresh, num_threads, timeout), strict=True):
