@@ -22,7 +22,7 @@ from terratorch_simpler.encoders import (
     Narrowing,
     find_adapter,
 )
-from terratorch_simpler.encoders.qkv import narrow_heads_can_be_split
+from terratorch_simpler.encoders.qkv import is_narrow, narrow_heads_can_be_split
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, DepthError, PlanError
 from terratorch_simpler.plan import SlimmingPlan, feature_position, resolve_keep, resolve_width
 from terratorch_simpler.recovery import SpanMap, TokenMap
@@ -430,8 +430,9 @@ class SimplerBackbone(nn.Module):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Its parts; TerraTorch, which splits query, key and value while it walks through them, may split narrow ones."""
-        with narrow_heads_can_be_split() if self.width < 1 else nullcontext():
-            yield from super().named_modules(*args, **kwargs)
+        for name, part in super().named_modules(*args, **kwargs):
+            with narrow_heads_can_be_split() if self.width < 1 and is_narrow(part) else nullcontext():
+                yield name, part
 
     def freeze(self) -> None:
         """Freeze the encoder, the way the encoder itself does it if it has one (Prithvi keeps VPT prompts trainable)."""

@@ -341,8 +341,12 @@ def stream_for(seconds, folder, timer):
 
 
 def interrupt_again(dropped):
-    """Python drops an interrupt that falls into the callback of a weak reference; its own library has some."""
-    if dropped.exc_type is KeyboardInterrupt and dropped.object.__module__ in ("weakref", "_weakrefset"):
+    """Python drops an interrupt that falls into a callback of weak references or of the garbage collector.
+
+    Its own library and Hypothesis have some; this package must have none.
+    """
+    module = getattr(dropped.object, "__module__", None) or ""
+    if dropped.exc_type is KeyboardInterrupt and not module.startswith("terratorch_simpler"):
         threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()  # not here: it would be dropped again
     else:
         sys.__unraisablehook__(dropped)

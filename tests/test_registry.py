@@ -178,3 +178,19 @@ def test_lora_on_heads_that_are_narrow_at_build():
         assert split.q_linear.base_layer.weight.shape == (192 * width, 192)
         assert task(torch.zeros(1, 6, 64, 64)).output.shape == (1, 2, 64, 64)
         assert peft_utils.QKVSep is host
+
+
+def test_walks_that_end_in_any_order_leave_terratorchs_class_alone(build):
+    host = peft_utils.QKVSep
+    backbone = build(width=0.5, keep=2)
+    walks = [backbone.named_modules() for _ in range(3)]
+    for walk in walks:
+        assert next(name for name, _ in walk if name.endswith(".qkv"))
+    for walk in walks:
+        walk.close()
+    assert peft_utils.QKVSep is host
+    next(name for name, _ in backbone.named_modules() if name.endswith(".qkv"))
+    assert peft_utils.QKVSep is host
+    left = backbone.named_modules()  # left where it is, as in a traceback that somebody keeps
+    assert next(name for name, part in left if part is backbone.blocks)
+    assert peft_utils.QKVSep is host

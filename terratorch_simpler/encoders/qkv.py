@@ -4,19 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
+from threading import RLock
 
 import torch
 from terratorch.models import peft_utils
 from terratorch.models.peft_utils import QKVSep
 from torch import nn
 
+_lock = RLock()  # re-entrant: a walk that was left open may be closed by the garbage collector while another one begins
+_open = 0
+
 
 @contextmanager
 def narrow_heads_can_be_split() -> Iterator[None]:
-    """Let TerraTorch split narrow heads in here; elsewhere its class is its own."""
-    with mock.patch.object(peft_utils, "QKVSep", NarrowQKVSep):
+    """Let TerraTorch split narrow heads in here; elsewhere its class is its own.
+
+    Walks through modules overlap and end in any order, some only when they are garbage: the last one to end puts
+    TerraTorch's class back.
+    """
+    global _open
+    with _lock:
+        _open += 1
+        peft_utils.QKVSep = NarrowQKVSep
+    try:
         yield
+    finally:
+        with _lock:
+            _open -= 1
+            if not _open:
+                peft_utils.QKVSep = QKVSep
+
+
+def is_narrow(layer: nn.Module) -> bool:
+    """Whether a layer may hold query, key and value of narrowed heads, which TerraTorch refuses to split."""
+    return isinstance(layer, nn.Linear) and layer.out_features % 3 == 0 and layer.out_features < 3 * layer.in_features
 
 
 class NarrowQKVSep(QKVSep):  # type: ignore[misc] # TerraTorch has no types
@@ -24,7 +45,7 @@ class NarrowQKVSep(QKVSep):  # type: ignore[misc] # TerraTorch has no types
 
     def __init__(self, original_qkv: nn.Linear) -> None:
         """Split into three layers; without narrow heads this is TerraTorch's own."""
-        if original_qkv.out_features % 3 or original_qkv.out_features >= 3 * original_qkv.in_features:
+        if not is_narrow(original_qkv):
             super().__init__(original_qkv)
             return
         nn.Module.__init__(self)
