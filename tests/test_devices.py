@@ -1,11 +1,13 @@
 """Devices, on a machine without any: what runs together lies together, nothing waits, and all comes back where it was."""
 
+import inspect
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics import MeanMetric
@@ -18,10 +20,12 @@ from terratorch_simpler.measure.grouped import GroupedStatistics
 from terratorch_simpler.measure.groups import Group, Held
 from terratorch_simpler.measure.memory import Feeder, comparing_device
 from terratorch_simpler.measure.repairs import drawn_only
+from terratorch_simpler.measure.tokens import Draw
 from terratorch_simpler.processes import Processes
 from terratorch_simpler.selection import Selection, labelled_rows, on_device
 from terratorch_simpler.similarity import hsic_matrix, moments
 from tests.fake_gpu import FakeGpu
+from tests.families import FAMILIES, wrapped
 from tests.memory import Tiles, land
 
 
@@ -138,20 +142,39 @@ def test_whatever_runs_before_the_encoder_is_moved_with_it(lent, build, monkeypa
     assert everything(module) == before
 
 
+class Copies(TorchDispatchMode):
+    """Where copies from the GPU go: every one waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.to = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.device.type == "cpu":
+            given = [value for value in tree_leaves((args, kwargs or {})) if isinstance(value, torch.Tensor)]
+            if any(value.device.type == "cuda" for value in given):
+                self.to.append(found.device)
+        return found
+
+
 TOKENS = {"patch": ("patch", 0), "with class tokens": ("patch", 1), "mean": ("mean", 0), "all": ("all", 0)}
 
 
-def rows_of(gpu, backbone, tokens, special=0):
+def rows_of(gpu, backbone, tokens, special=0, images=None):
     """Rows of a batch, as a pass draws them."""
 
     def forward(batch):
         with gpu.mode:
             backbone(gpu.like(batch["image"]))
 
-    with torch.no_grad(), gpu.mode:
-        backbone.to(gpu.device)
-    with torch.no_grad(), Tap(backbone, backbone, tokens, 0, with_special=bool(special)) as tap:
-        (rows, _), *_ = Feeder(tap, forward).parts(next(iter(Tiles(land(64), batch_size=64))))
+    images = land(64) if images is None else images
+    with (
+        torch.no_grad(),
+        gpu.lent(on_device, backbone, gpu.device),
+        Tap(backbone, backbone, tokens, 0, with_special=bool(special)) as tap,
+    ):
+        (rows, _), *_ = Feeder(tap, forward).parts(next(iter(Tiles(images, batch_size=64))))
     return rows
 
 
@@ -175,6 +198,24 @@ def test_nothing_waits_for_the_gpu_and_no_devices_mix(gpu, build, case):
     rows, found = compare(gpu, rows_of(gpu, build(embed_dim=48, num_heads=3), tokens, special), special)
     assert {value.device.type for value in (rows, *found)} == {"cuda"}
     assert {value.dtype for value in found} == {torch.float64, torch.int64}
+
+
+# TerraTorch's own code of these reads values back: the adapter checks sizes, and the other one generates tokens.
+WAIT_THEMSELVES = ("prithvi vit_adapter", "terramind tim")
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.key not in WAIT_THEMSELVES], ids=lambda family: family.key
+)
+def test_no_family_waits_for_the_gpu_or_mixes_devices(gpu, family):
+    backbone = wrapped(family)
+    with torch.no_grad():
+        backbone(family.image(2))  # what an encoder makes at first use
+        with Copies() as copies:
+            rows = rows_of(gpu, backbone, "patch", images=family.image(64))
+            _, found = compare(gpu, rows)
+    assert copies.to == []
+    assert {value.device.type for value in (rows, *found)} == {"cuda"}
 
 
 def test_means_under_bfloat16_are_those_of_the_outputs_in_float32(build):
@@ -209,20 +250,27 @@ def test_what_waits_or_mixes_would_be_seen(gpu, build, fault, monkeypatch):
         compare(gpu, rows_of(gpu, build(embed_dim=48, num_heads=3), "patch"))
 
 
+@pytest.mark.parametrize("copy", [Tensor.cpu, lambda rows: rows.to("cpu"), lambda rows: rows.to(torch.empty(0))])
+def test_a_copy_to_the_processor_would_be_seen(gpu, build, copy, monkeypatch):
+    take = Draw.take
+
+    def hidden(self, tokens):
+        copy(tokens)
+        return take(self, tokens)
+
+    monkeypatch.setattr(Draw, "take", hidden)
+    backbone = build(embed_dim=48, num_heads=3)
+    with Copies() as copies:
+        rows_of(gpu, backbone, "patch")
+    assert len(copies.to) == backbone.num_blocks + 1
+
+
 def test_a_group_comes_to_the_processor_in_one_copy(gpu, monkeypatch):
     """Every copy from a GPU waits for it."""
-    copies = []
-
-    class Copies(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten._to_copy.default and args[0].device.type == "cuda":
-                copies.append(kwargs.get("device"))
-            return func(*args, **(kwargs or {}))
-
     metric = GroupedStatistics(2, 1)
-    with Copies(), gpu.mode:
+    with Copies() as copies, gpu.mode:
         metric.update(torch.empty(3, 64, 8, device="cuda"), 64, 0)
-    assert [device.type for device in copies if device is not None] == ["cpu"]
+    assert len(copies.to) == 1
 
 
 class NoFloat64(TorchDispatchMode):
@@ -262,3 +310,74 @@ def test_labelled_features_are_read_on_the_same_device(lent, build, monkeypatch)
     assert found == ["cuda"] * 13
     assert module.seen == ["cuda"]
     assert everything(module) == before
+
+
+class Streams:
+    """What CUDA is asked for, in order."""
+
+    def __init__(self, monkeypatch):
+        self.asked, self.now = [], "compute"
+        streams = self
+
+        class Stream:
+            def __init__(self, device=None, name="transfer"):
+                self.name = name
+
+            def wait_stream(self, other):
+                streams.asked.append((self.name, "waits for", other.name))
+
+        @contextmanager
+        def on(stream):
+            streams.now = stream.name
+            yield
+            streams.now = "compute"
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", on)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(name=streams.now))
+        monkeypatch.setattr(
+            Tensor, "record_stream", lambda tensor, stream: streams.asked.append((stream.name, "keeps", tensor.data_ptr()))
+        )
+
+    def move(self, inputs):
+        self.asked.append((self.now, "copies", None))
+        return inputs
+
+
+def check_transfer(streams, beside_compute):
+    """A batch is copied on a stream of its own, awaited, and every tensor of it is kept until it was read, once."""
+    image = {"S2L2A": torch.zeros(2, 3), "S1RTC": torch.zeros(2, 2)}
+    batch = {"image": image, "temporal_coords": torch.zeros(2, 1), "filename": ["a", "b"]}
+    transfer = beside_compute(streams.move, torch.device("cuda"))
+    for _ in range(2):  # batches
+        streams.asked.clear()
+        moved = transfer(batch)
+        kept = [tensor.data_ptr() for tensor in (*image.values(), batch["temporal_coords"])]
+        assert moved is batch
+        assert streams.now == "compute"
+        assert streams.asked[:2] == [("transfer", "copies", None), ("compute", "waits for", "transfer")]
+        assert sorted(streams.asked[2:]) == sorted(("compute", "keeps", address) for address in kept)
+
+
+def test_batches_are_copied_beside_the_computation_without_a_race(monkeypatch):
+    check_transfer(Streams(monkeypatch), selection._beside_compute)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("compute.wait_stream(stream)", "pass"),
+        ("compute.wait_stream(stream)", "stream.wait_stream(compute)"),
+        ("tensor.record_stream(compute)", "pass"),
+        ("tensor.record_stream(compute)", "tensor.record_stream(stream)"),
+        ("in _tensors(moved)", "in [(name, value) for name, value in moved.items() if isinstance(value, torch.Tensor)]"),
+        ("with torch.cuda.stream(stream):", "if True:"),
+    ],
+)
+def test_a_race_of_streams_would_be_seen(monkeypatch, line, fault):
+    source = inspect.getsource(selection._beside_compute)
+    assert source.count(line) == 1
+    planted = dict(vars(selection))
+    exec(source.replace(line, fault), planted)
+    with pytest.raises(AssertionError):
+        check_transfer(Streams(monkeypatch), planted["_beside_compute"])
