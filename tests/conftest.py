@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -23,6 +24,24 @@ huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.set_num_threads(1)
 # Lightning decides when it is imported whether what it says can be captured: here always, whatever pytest set up by then.
 logging.getLogger("lightning.pytorch").propagate = True
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
+def pytest_collection_modifyitems(config, items):
+    """Mark as slow what slow.txt names: ``make test`` leaves it to ``make test-all``."""
+    lines = Path(__file__).with_name("slow.txt").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    slow = re.compile("|".join(re.escape(f"tests/{line}").replace(r"\*", ".*") + r"(\[.*)?" for line in patterns))
+    for item in items:
+        if slow.fullmatch(item.nodeid):
+            item.add_marker(pytest.mark.slow)
+    if not any("::" in argument for argument in config.args):
+        files = {item.nodeid.partition("::")[0] for item in items}
+        functions = {item.nodeid.partition("[")[0] for item in items}
+        named = {f"tests/{line.partition('[')[0]}" for line in patterns}
+        if stale := sorted(name for name in named - functions if name.partition("::")[0] in files):
+            msg = f"Found {', '.join(stale)} in tests/slow.txt, expected names of tests that exist: remove the lines."
+            raise pytest.UsageError(msg)
 
 
 @pytest.fixture(scope="session")
