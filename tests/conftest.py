@@ -2,6 +2,8 @@
 
 import logging
 import os
+import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -23,6 +25,12 @@ huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.set_num_threads(1)
 # Lightning decides when it is imported whether what it says can be captured: here always, whatever pytest set up by then.
 logging.getLogger("lightning.pytorch").propagate = True
+
+
+def pytest_report_header():
+    """The host that the tests run on."""
+    hosts = ", ".join(f"{name} {version(name.lower())}" for name in ("TerraTorch", "torchgeo", "torch"))
+    return f"host: {hosts}, Python {platform.python_version()}"
 
 
 @pytest.fixture(scope="session")

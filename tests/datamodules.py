@@ -4,12 +4,9 @@ A row of ``STREAMED`` writes its data into a folder and gives the datamodule; of
 ``NOT_SET_UP`` are those that this version of TerraTorch cannot set up at all; ``MISSING`` need packages that are not here.
 """
 
-import ast
 import importlib
 import json
 import pickle
-import pkgutil
-from pathlib import Path
 
 import albumentations as A
 import h5py
@@ -35,25 +32,6 @@ GAP = (slice(None), slice(0, 5), slice(3, 9))
 GAP_PIXELS = 30
 COUNT = 5
 NODATA = -9999
-
-
-def shipped_classes():
-    """Names of the classes in the installed package, also in modules that cannot be imported here, and of those modules."""
-    found, missing = set(), set()
-    for module in pkgutil.walk_packages(shipped.__path__, f"{shipped.__name__}."):
-        try:
-            members = vars(importlib.import_module(module.name)).items()
-        except ImportError:
-            tree = ast.parse(Path(module.module_finder.path, f"{module.name.rpartition('.')[2]}.py").read_text())
-            names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and "Module" in node.name}
-            missing |= {name for name in names if name.endswith("DataModule")}
-            continue
-        found |= {
-            name
-            for name, member in members
-            if isinstance(member, type) and issubclass(member, LightningDataModule) and member.__module__ == module.name
-        }
-    return found, missing
 
 
 def flip(*more):

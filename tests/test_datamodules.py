@@ -5,7 +5,9 @@ import random
 
 import numpy as np
 import pytest
+import terratorch.datamodules
 import torch
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import Subset
 
 from terratorch_simpler import SlimmingPlan
@@ -14,6 +16,7 @@ from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.tiles import DatamoduleTiles
 from tests import datamodules
 from tests.datamodules import DRAWN, MISSING, NOT_SET_UP, REFUSED, STREAMED
+from tests.installed import shipped_classes
 from tests.runs import Command, config
 
 pytestmark = [
@@ -26,7 +29,7 @@ pytestmark = [
 
 
 def test_there_is_a_row_for_every_class_that_is_installed():
-    found, missing = datamodules.shipped_classes()
+    found, missing = shipped_classes(terratorch.datamodules, LightningDataModule, "DataModule")
     assert found == STREAMED.keys() | NOT_SET_UP.keys() | (MISSING.keys() - missing)
     assert missing <= MISSING.keys()
 

@@ -74,9 +74,6 @@ def fit(trainer, tmp_path, task, datamodule, tiles=48, **kwargs):
 SEGMENTATION = {
     "UNet": {"necks": NECKS, **UNET},
     "UPerNet": {"necks": NECKS, "decoder": "UperNetDecoder", "decoder_channels": 16},
-    "UPerNet with scale modules": {
-        "necks": NECKS[:2], "decoder": "UperNetDecoder", "decoder_channels": 16, "decoder_scale_modules": True,
-    },
     "FCN": {"necks": NECKS[:2], "decoder": "FCNDecoder", "decoder_channels": 16},
     "FCN without necks": {"decoder": "FCNDecoder", "decoder_channels": 16},
     "linear": {
