@@ -1,64 +1,93 @@
 # make demo          the whole path on generated scenes, offline, on a CPU
-# make test          the tests
+# make test          the tests, but those that tests/slow.txt names
+# make test-all      those that make test leaves out
 # make check         lint and types
 # make docs          the documentation, strictly, into site/
 # make bench         the benchmarks, into benchmarks/results (DATA: folder of hls_water, ukis_csmask and scenes; DEVICE: cpu or cuda)
 # make study         the accuracy study on DATA, or what is left of it, into benchmarks/results/study
+# make test-newest   the tests with the newest TerraTorch, on Python 3.13 or 3.12 (PYTHON_NEWEST, if it is neither in PATH nor in pyenv)
 # make test-minimum  the tests with the oldest versions that pyproject.toml allows, without onnx (on Python 3.11, for which all have wheels)
 # make test-plain    the tests without the extras peft and onnx
-# Each makes its virtual environment first if it is missing or the project's requirements changed.
+# Each makes its virtual environment first if it is missing or the project's requirements changed. PYTHON is the interpreter of
+# .venv and says which versions it gets: those of constraints/python3.11.txt, or of constraints/python3.12+.txt.
 PYTHON ?= python3
+# A name in PATH may be a shim of pyenv that does not run, so each is run.
+PYTHON_NEWEST ?= $(shell for version in 3.13 3.12; do \
+	for python in "$$(command -v python$$version)" $$(ls -d "$$(pyenv root)"/versions/$$version.*/bin/python$$version | sort -rV); do \
+	if "$$python" -c ''; then echo "$$python"; exit; fi; done; done 2>/dev/null)
 BIN := .venv/bin
 DATA ?= data
 DEVICE ?= cpu
+TESTS := -m pytest --numprocesses 2 --dist worksteal
+EVERYTHING := --editable '.[peft,onnx,test,docs,notebooks,bench,dev]'
+PIP := -m pip install --quiet --disable-pip-version-check
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+NEWEST := constraints/python3.12+.txt
+CONSTRAINTS := $(if $(filter 3.10 3.11,$(VERSION)),constraints/python3.11.txt,$(NEWEST))
 
-.PHONY: demo test check docs bench study test-minimum test-plain
+.PHONY: demo test test-all check docs bench study test-newest test-minimum test-plain
 
-.venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[peft,onnx,test,docs,notebooks,bench,dev]'
+# The stamp names the Python, and an environment of another one is made anew.
+INSTALLED := .venv/.installed-$(VERSION)
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	test -x .venv/bin/python$(VERSION) || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python $(PIP) --constraint $(CONSTRAINTS) $(EVERYTHING)
 	touch $@
 
-demo: .venv/.installed
+demo: $(INSTALLED)
 	$(BIN)/terratorch-simpler demo --output_dir demo
 
-test: .venv/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: $(INSTALLED)
+	$(BIN)/python $(TESTS)
 
-check: .venv/.installed
+test-all: $(INSTALLED)
+	$(BIN)/python $(TESTS) -m 'slow and not gpu'
+
+check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: .venv/.installed
+docs: $(INSTALLED)
 	$(BIN)/python -m mkdocs build --strict
 
-bench: .venv/.installed
+bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.speed --device $(DEVICE) --profile
 	$(BIN)/python -m benchmarks.selection_overhead --device $(DEVICE)
 	$(BIN)/python -m benchmarks.cka_packages --device $(DEVICE)
 	$(BIN)/python -m benchmarks.share_of_training --device $(DEVICE) --data $(DATA)/hls_water
 	$(BIN)/python -m benchmarks.evidence
 
-study: .venv/.installed
+study: $(INSTALLED)
 	$(BIN)/python -m benchmarks.study $(DATA) -o benchmarks/results/study
 	$(BIN)/python -m benchmarks.evidence
+
+.venv-newest/.installed: pyproject.toml $(NEWEST)
+	@"$(PYTHON_NEWEST)" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+		echo "Found no Python 3.13 or 3.12 that runs ($(or $(PYTHON_NEWEST),none in PATH or pyenv)), expected one for the tests" \
+		"with the newest TerraTorch: install it, or give its path as PYTHON_NEWEST=..." >&2; exit 1; }
+	"$(PYTHON_NEWEST)" -m venv --clear .venv-newest
+	.venv-newest/bin/python $(PIP) --constraint $(NEWEST) $(EVERYTHING)
+	touch $@
+
+test-newest: .venv-newest/.installed
+	.venv-newest/bin/python $(TESTS)
 
 # torchvision is TerraTorch's dependency, not ours: named here so that it is as old as torch. No onnx: it needs a newer PyTorch.
 .venv-minimum/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-minimum
-	.venv-minimum/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-minimum/bin/python $(PIP) uv
 	.venv-minimum/bin/uv pip install --quiet --python .venv-minimum --upgrade --resolution lowest-direct \
 		--editable '.[peft,test]' 'torchvision>=0.21'
 	touch $@
 
 test-minimum: .venv-minimum/.installed
-	.venv-minimum/bin/python -m pytest --numprocesses 2 --dist loadfile
+	.venv-minimum/bin/python $(TESTS)
 
-.venv-plain/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-plain
-	.venv-plain/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+.venv-plain/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv --clear .venv-plain
+	.venv-plain/bin/python $(PIP) --constraint $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
 test-plain: .venv-plain/.installed
-	.venv-plain/bin/python -m pytest --numprocesses 2 --dist loadfile
+	.venv-plain/bin/python $(TESTS)

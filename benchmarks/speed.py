@@ -40,6 +40,7 @@ BARS = {"linear": 4.0, "upernet": 3.5, "upernet64": 3.5, "unet": 3.0}
 def model_args(decoder: str, backbone: str, blocks: int, keep: int | None) -> dict[str, Any]:
     """Arguments of the factory: the decoder's features are the last block's, or those of the four quarters."""
     quarters = [blocks // 4 * (quarter + 1) - 1 for quarter in range(4)]
+    pyramid = [{"name": "SelectIndices", "indices": quarters}, RESHAPE, {"name": "LearnedInterpolateToPyramidal"}]
     decoders: dict[str, dict[str, Any]] = {
         "linear": {
             "necks": [{"name": "SelectIndices", "indices": [blocks - 1]}, RESHAPE],
@@ -48,16 +49,15 @@ def model_args(decoder: str, backbone: str, blocks: int, keep: int | None) -> di
             "decoder_num_classes": CLASSES,
         },
         "unet": {
-            "necks": [{"name": "SelectIndices", "indices": quarters}, RESHAPE, {"name": "LearnedInterpolateToPyramidal"}],
+            "necks": pyramid,
             "decoder": "UNetDecoder",
             "decoder_channels": [512, 256, 128, 64],
         },
         **{
             name: {
-                "necks": [{"name": "SelectIndices", "indices": quarters}, RESHAPE],
+                "necks": pyramid,
                 "decoder": "UperNetDecoder",
                 "decoder_channels": channels,
-                "decoder_scale_modules": True,
             }
             for name, channels in (("upernet", 256), ("upernet64", 64))
         },

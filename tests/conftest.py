@@ -2,7 +2,8 @@
 
 import logging
 import os
-import re
+import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -26,21 +27,26 @@ torch.set_num_threads(1)
 logging.getLogger("lightning.pytorch").propagate = True
 
 
+def pytest_report_header():
+    """The host that the tests run on."""
+    hosts = ", ".join(f"{name} {version(name.lower())}" for name in ("TerraTorch", "torchgeo", "torch"))
+    return f"host: {hosts}, Python {platform.python_version()}"
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(config, items):
     """Mark as slow what slow.txt names: ``make test`` leaves it to ``make test-all``."""
     lines = Path(__file__).with_name("slow.txt").read_text().splitlines()
-    patterns = [line for line in lines if line and not line.startswith("#")]
-    slow = re.compile("|".join(re.escape(f"tests/{line}").replace(r"\*", ".*") + r"(\[.*)?" for line in patterns))
-    for item in items:
-        if slow.fullmatch(item.nodeid):
+    slow = {line for line in lines if not line.startswith("#")}
+    names = [item.nodeid.removeprefix("tests/") for item in items]
+    files, functions = ({name.partition(end)[0] for name in names} for end in ("::", "["))
+    for item, name in zip(items, names, strict=True):
+        if slow & {name, name.partition("[")[0], name.partition("::")[0]}:
             item.add_marker(pytest.mark.slow)
     if not any("::" in argument for argument in config.args):
-        files = {item.nodeid.partition("::")[0] for item in items}
-        functions = {item.nodeid.partition("[")[0] for item in items}
-        named = {f"tests/{line.partition('[')[0]}" for line in patterns}
-        if stale := sorted(name for name in named - functions if name.partition("::")[0] in files):
-            msg = f"Found {', '.join(stale)} in tests/slow.txt, expected names of tests that exist: remove the lines."
+        stale = {line for line in slow if line.partition("::")[0] in files and line.partition("[")[0] not in functions | files}
+        if stale:
+            msg = f"Found {', '.join(sorted(stale))} in tests/slow.txt, expected names of tests: remove the lines."
             raise pytest.UsageError(msg)
 
 

@@ -4,17 +4,16 @@ A row of ``STREAMED`` writes its data into a folder and gives the datamodule; of
 ``NOT_SET_UP`` are those that this version of TerraTorch cannot set up at all; ``MISSING`` need packages that are not here.
 """
 
-import ast
 import importlib
 import json
 import pickle
-import pkgutil
-from pathlib import Path
+from functools import partial
 
 import albumentations as A
 import h5py
 import numpy as np
 import pandas as pd
+import pytest
 import terratorch.datamodules as shipped
 import torch
 from albumentations.pytorch import ToTensorV2
@@ -27,6 +26,7 @@ from torchgeo.datasets import NonGeoDataset, RasterDataset
 from torchgeo.samplers import RandomBatchGeoSampler
 
 from tests import layouts
+from tests.installed import since
 from tests.layouts import smooth
 from tests.rasters import write
 
@@ -35,25 +35,6 @@ GAP = (slice(None), slice(0, 5), slice(3, 9))
 GAP_PIXELS = 30
 COUNT = 5
 NODATA = -9999
-
-
-def shipped_classes():
-    """Names of the classes in the installed package, also in modules that cannot be imported here, and of those modules."""
-    found, missing = set(), set()
-    for module in pkgutil.walk_packages(shipped.__path__, f"{shipped.__name__}."):
-        try:
-            members = vars(importlib.import_module(module.name)).items()
-        except ImportError:
-            tree = ast.parse(Path(module.module_finder.path, f"{module.name.rpartition('.')[2]}.py").read_text())
-            names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and "Module" in node.name}
-            missing |= {name for name in names if name.endswith("DataModule")}
-            continue
-        found |= {
-            name
-            for name, member in members
-            if isinstance(member, type) and issubclass(member, LightningDataModule) and member.__module__ == module.name
-        }
-    return found, missing
 
 
 def flip(*more):
@@ -98,6 +79,33 @@ def generic_segmentation(folder):
 def generic_regression(folder):
     return shipped.GenericNonGeoPixelwiseRegressionDataModule(
         no_data_replace=-1, constant_scale=0.5, train_transform=flip(), **pairs(folder)
+    )
+
+
+def taco(folder, form="data.tacozip"):
+    """TACO data of images with labels, in one file or in a folder."""
+    pytest.importorskip("tacoreader")
+    create = pytest.importorskip("tacotoolbox").create
+    from tacotoolbox.datamodel import Sample, Taco, Tortilla
+
+    samples = []
+    for number in range(2 * COUNT):
+        image, label = folder / f"{number}_image.tif", folder / f"{number}_label.tif"
+        raster(image, 3, number, gap=number == 0)
+        labels(label, number)
+        pair = Sample(id=f"pair_{number}", path=Tortilla([Sample(id="image", path=image), Sample(id="label", path=label)]))
+        pair.extend_with({"tortilla:data_split": "train" if number < COUNT else "validation"})
+        samples.append(pair)
+    about = {"id": "pairs", "dataset_version": "1.0.0", "description": "Generated.", "licenses": ["CC0-1.0"]}
+    data = Taco(tortilla=Tortilla(samples), providers=[{"name": "tests"}], tasks=["semantic-segmentation"], **about)
+    create(data, folder / form)
+    return folder / form
+
+
+def generic_taco(folder, form="data.tacozip"):
+    path = taco(folder, form)
+    return shipped.GenericNonGeoSegmentationDataModule(
+        num_classes=2, no_data_replace=0, train_transform=flip(), batch_size=2, num_workers=0, tortilla_file=path
     )
 
 
@@ -484,6 +492,17 @@ STREAMED = {
     "TorchNonGeoDataModule": (torchgeo_images, COUNT, 0),
     "mVHR10DataModule": (vhr10, 4, 0),
     **{name: (geobench(name), COUNT, 0) for name in GEOBENCH},
+    **since(  # older ones take what tacoreader before 2 reads
+        "1.2.12",
+        {
+            "GenericNonGeoSegmentationDataModule of a TACO file": (generic_taco, COUNT, GAP_PIXELS),
+            "GenericNonGeoSegmentationDataModule of a TACO folder": (
+                partial(generic_taco, form="data"),
+                COUNT,
+                GAP_PIXELS,
+            ),
+        },
+    ),
 }
 
 DRAWN = {"DummyDataModule", "OpenEarthMapNonGeoDataModule", "OpenSentinelMapDataModule", "RandomDataModule"}
@@ -532,6 +551,13 @@ class Weather(LightningDataModule):
         self.train_dataset = [self.sample] * COUNT
 
 
+def embeddings(folder):
+    for name, values in (("embeddings", torch.ones(COUNT, 16)), ("labels", torch.ones(COUNT, 2))):
+        torch.save(values, folder / f"{name}.pt")
+    torch.save([str(number) for number in range(COUNT)], folder / "patch_ids.pt")
+    return shipped.EmbeddingClassificationDataModule(batch_size=2, train_data_root=str(folder))
+
+
 REFUSED = {
     "places on a map": (
         Scenes,
@@ -540,8 +566,21 @@ REFUSED = {
     "a stream": (Endless, r"Found Endless, whose Stream is a stream, expected images by number"),
     "without an image": (Weather, r"Found Weather, whose samples are keys \['target', 'x'\], expected a dict with an image"),
     "pairs": (lambda f: Weather(f, (torch.ones(3, 8, 8), 1)), r"Found Weather, whose samples are tuple, expected a dict"),
+    "vectors": (
+        lambda f: Weather(f, {"image": np.ones(7)}),
+        r"Found Weather, whose images are of shape \(7,\), as embeddings",
+    ),
+    **since(
+        "1.2.12",
+        {
+            "EmbeddingClassificationDataModule": (
+                embeddings,
+                r"Found EmbeddingClassificationDataModule, whose images are of shape \(16,\), as embeddings are, expected",
+            )
+        },
+    ),
 }
-"""What there is no stream of, by a datamodule of the kind, and what is said."""
+"""What there is no stream of, by a datamodule of the kind or its class in TerraTorch, and what is said."""
 
 
 def fire_scars_geo(folder):

@@ -2,13 +2,16 @@
 
 import copy
 import gc
+import inspect
 import pickle
+import re
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from terratorch.models import EncoderDecoderFactory
+from terratorch.models.decoders import UperNetDecoder
 from terratorch.registry import BACKBONE_REGISTRY
 
 from terratorch_simpler.backbone import SimplerBackbone
@@ -259,10 +262,17 @@ NECKS = [
     {"name": "ReshapeTokensToImage"},
     {"name": "LearnedInterpolateToPyramidal"},
 ]
+# TerraTorch 1.2.12 has taken it away; LearnedInterpolateToPyramidal holds the same layers.
+needs_scale_modules = pytest.mark.skipif(
+    "scale_modules" not in inspect.signature(UperNetDecoder).parameters,
+    reason="UperNetDecoder of the installed TerraTorch has no scale_modules",
+)
 DECODERS = [
     ("UNetDecoder", {"decoder_channels": [32, 16, 8, 4]}, NECKS),
     ("UperNetDecoder", {"decoder_channels": 32}, NECKS),
-    ("UperNetDecoder", {"decoder_channels": 32, "decoder_scale_modules": True}, NECKS[:2]),
+    pytest.param(
+        *("UperNetDecoder", {"decoder_channels": 32, "decoder_scale_modules": True}, NECKS[:2]), marks=needs_scale_modules
+    ),
     ("FCNDecoder", {"decoder_channels": 32}, None),
 ]
 
@@ -298,6 +308,38 @@ def test_cut_model_equals_plain_terratorch_with_mapped_indices(decoder, kwargs, 
         other = expected[name.replace("encoder.encoder.", "encoder.")]
         assert (parameter.grad is None) == (other is None)
         assert other is None or torch.allclose(parameter.grad, other, atol=1e-7)
+
+
+def upernet(necks, **kwargs):
+    torch.manual_seed(0)
+    return EncoderDecoderFactory().build_model(
+        *("segmentation", "simpler_prithvi_eo_v2_tiny_tl", "UperNetDecoder"),
+        num_classes=3, necks=necks, decoder_channels=32, **kwargs,
+    )  # fmt: skip
+
+
+def scale_modules_as_neck(state):
+    """What docs/troubleshooting.md says to do with the weights of a UPerNet with scale_modules."""
+    return {re.sub(r"^decoder\.(fpn\d)\.", r"neck.2.\1.", key): value for key, value in state.items()}
+
+
+@needs_scale_modules
+def test_weights_of_scale_modules_are_those_of_the_neck():
+    old, new = upernet(NECKS[:2], decoder_scale_modules=True).eval(), upernet(NECKS).eval()
+    new.load_state_dict(scale_modules_as_neck(old.state_dict()), strict=True)
+    x = image((6, 64, 64))
+    assert torch.equal(old(x).output, new(x).output)
+
+
+def test_weights_of_scale_modules_are_refused_by_name_where_there_are_none():
+    """A checkpoint of UPerNet with scale_modules, as TerraTorch before 1.2.12 wrote it, and a config with the neck."""
+    model = upernet(NECKS)
+    state = model.state_dict()
+    old = {re.sub(r"^neck\.2\.(fpn\d)\.", r"decoder.\1.", key): value for key, value in state.items()}
+    assert old.keys() != state.keys()
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "decoder\.fpn1\.0\.weight"'):
+        upernet(NECKS).load_state_dict(old, strict=True)
+    upernet(NECKS).load_state_dict(scale_modules_as_neck(old), strict=True)
 
 
 # --- checkpoints

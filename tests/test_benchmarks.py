@@ -23,7 +23,7 @@ def speeds(tmp_path_factory):
     """A narrow Prithvi of 4 blocks cut to 1."""
     folder = tmp_path_factory.mktemp("speed")
     small = "--backbone prithvi_eo_tiny --blocks 4 --keep 1 --sizes 64 --batches 2 --precisions fp32 --rounds 1 --device cpu"
-    speed.main([*small.split(), "--decoders", "linear", "unet", "--profile", "-o", str(folder)])
+    speed.main([*small.split(), "--decoders", "linear", "unet", "upernet64", "--profile", "-o", str(folder)])
     return json.loads((folder / "speed-cpu.json").read_text())
 
 

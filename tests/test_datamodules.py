@@ -5,15 +5,19 @@ import random
 
 import numpy as np
 import pytest
+import terratorch.datamodules
 import torch
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import Subset
 
 from terratorch_simpler import SlimmingPlan
 from terratorch_simpler.demo.scenes import write_scenes
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.tiles import DatamoduleTiles
+from terratorch_simpler.tiles.source import file_stat
 from tests import datamodules
 from tests.datamodules import DRAWN, MISSING, NOT_SET_UP, REFUSED, STREAMED
+from tests.installed import shipped_classes
 from tests.runs import Command, config
 
 pytestmark = [
@@ -26,8 +30,10 @@ pytestmark = [
 
 
 def test_there_is_a_row_for_every_class_that_is_installed():
-    found, missing = datamodules.shipped_classes()
-    assert found == STREAMED.keys() | NOT_SET_UP.keys() | (MISSING.keys() - missing)
+    found, missing = shipped_classes(terratorch.datamodules, LightningDataModule, "DataModule")
+    refused = {name for name in REFUSED if name.endswith("DataModule")}
+    streamed = {name.partition(" of ")[0] for name in STREAMED}
+    assert found == streamed | refused | NOT_SET_UP.keys() | (MISSING.keys() - missing)
     assert missing <= MISSING.keys()
 
 
@@ -131,6 +137,16 @@ def test_what_terratorch_itself_cannot_set_up(name, tmp_path):
     make, error, expected = NOT_SET_UP[name]
     with pytest.raises(error, match=expected):
         make(tmp_path).setup("fit")
+
+
+def test_parts_of_one_file_are_told_apart(tmp_path):
+    """As images in a TACO file are, which GDAL reads by where they begin."""
+    (tmp_path / "data.tacozip").write_bytes(b"0123456789")
+    first, second = (file_stat(f"/vsisubfile/{start}_5,{tmp_path / 'data.tacozip'}") for start in (0, 5))
+    assert (first.name, second.name) == ("/vsisubfile/0_5,data.tacozip", "/vsisubfile/5_5,data.tacozip")
+    whole = file_stat(tmp_path / "data.tacozip")
+    assert first[1:] == second[1:] == whole[1:]
+    assert whole.size == 10
 
 
 def test_tiling_leaves_its_cache_alone(made, tmp_path):

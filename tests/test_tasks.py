@@ -10,6 +10,8 @@ import rasterio
 import torch
 import yaml
 from albumentations.pytorch import ToTensorV2
+from lightning.pytorch import LightningDataModule, LightningModule
+from terratorch import tasks as shipped
 from terratorch.__main__ import main as terratorch_main
 from terratorch.datamodules import (
     GenericMultiModalDataModule,
@@ -21,14 +23,22 @@ from terratorch.datamodules import (
 from terratorch.tasks import (
     ClassificationTask,
     EmbeddingGenerationTask,
+    InferenceTask,
+    MultiLabelClassificationTask,
     ObjectDetectionTask,
     PixelwiseRegressionTask,
+    ReconstructionTask,
+    ScalarRegressionTask,
     SemanticSegmentationTask,
+    TerraTorchTask,
 )
+from torch.utils.data import DataLoader
 
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan, cli
 from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.errors import ConfigurationError
 from tests import layouts
+from tests.installed import shipped_classes, since
 from tests.rasters import write
 
 pytestmark = [
@@ -43,6 +53,10 @@ NECKS = [
     {"name": "LearnedInterpolateToPyramidal"},
 ]
 UNET = {"decoder": "UNetDecoder", "decoder_channels": [16, 8, 8, 4]}
+needs_embedding_tasks = pytest.mark.skipif(
+    not hasattr(shipped, "EmbeddingClassificationTask"),
+    reason="the installed TerraTorch has no tasks with estimators on features",
+)
 MEANS, STDS = [650.0, 900.0, 925.0, 2250.0, 1950.0, 1350.0], [500.0, 550.0, 650.0, 850.0, 850.0, 800.0]
 
 
@@ -74,9 +88,6 @@ def fit(trainer, tmp_path, task, datamodule, tiles=48, **kwargs):
 SEGMENTATION = {
     "UNet": {"necks": NECKS, **UNET},
     "UPerNet": {"necks": NECKS, "decoder": "UperNetDecoder", "decoder_channels": 16},
-    "UPerNet with scale modules": {
-        "necks": NECKS[:2], "decoder": "UperNetDecoder", "decoder_channels": 16, "decoder_scale_modules": True,
-    },
     "FCN": {"necks": NECKS[:2], "decoder": "FCNDecoder", "decoder_channels": 16},
     "FCN without necks": {"decoder": "FCNDecoder", "decoder_channels": 16},
     "linear": {
@@ -142,6 +153,85 @@ def test_classification(trainer, tmp_path, classes, neck):
         return ClassificationTask(model_factory="EncoderDecoderFactory", model_args=model_args)
 
     fit(trainer, tmp_path, task, classes)
+
+
+class Labeled(LightningDataModule):
+    """40 images of two kinds, with a label that their number gives."""
+
+    def __init__(self, label):
+        super().__init__()
+        self.label = label
+
+    def setup(self, stage):
+        samples = []
+        for number in range(40):
+            image = torch.from_numpy(layouts.smooth(6, 64, 64, seed=number)).float() + 2 * (number % 2)
+            samples.append({"image": image, "label": torch.tensor(self.label(number))})
+        self.train_dataset, self.val_dataset, self.test_dataset = samples, samples[:4], samples[4:12]
+
+    def train_dataloader(self):
+        return DataLoader(self.train_dataset, 8)
+
+    def val_dataloader(self):
+        return DataLoader(self.val_dataset, 4)
+
+    def test_dataloader(self):
+        return DataLoader(self.test_dataset, 4)
+
+
+MEAN_TOKEN = [{"name": "AggregateTokens", "pooling": "mean", "drop_cls": True}]
+
+
+def labels_of(number):
+    return [number % 2, 1 - number % 2, int(number % 3 == 0)]
+
+
+def test_multilabel_classification(trainer, tmp_path):
+    def task():
+        torch.manual_seed(0)
+        model_args = {"backbone": TINY, "necks": MEAN_TOKEN, "decoder": "IdentityDecoder", "num_classes": 3}
+        return MultiLabelClassificationTask(model_factory="EncoderDecoderFactory", model_args=model_args)
+
+    fit(trainer, tmp_path, task, Labeled(labels_of), tiles=40)
+
+
+def test_scalar_regression(trainer, tmp_path):
+    def task():
+        torch.manual_seed(0)
+        model_args = {"backbone": TINY, "necks": MEAN_TOKEN, "decoder": "IdentityDecoder", "num_outputs": 1}
+        return ScalarRegressionTask(model_factory="EncoderDecoderFactory", model_args=model_args)
+
+    fit(trainer, tmp_path, task, Labeled(lambda number: [number / 40]), tiles=40)
+
+
+def estimator_on_features(name, classes):
+    torch.manual_seed(0)
+    model_args = {
+        "backbone": TINY, "necks": MEAN_TOKEN, "decoder": "SklearnDecoder", "decoder_num_classes": classes,
+        "decoder_n_estimators": 5, "decoder_random_state": 0, "num_classes": classes,
+    }  # fmt: skip
+    return getattr(shipped, name)(model_args=model_args)
+
+
+@needs_embedding_tasks
+def test_an_estimator_on_features_of_several_labels(trainer, tmp_path):
+    """The estimator is no module: TerraTorch keeps it in a file beside the checkpoint."""
+    fit(trainer, tmp_path, lambda: estimator_on_features("EmbeddingClassificationTask", 3), Labeled(labels_of), tiles=40)
+
+
+@needs_embedding_tasks
+def test_an_estimator_on_features_of_the_pruned_encoder(trainer, tmp_path):
+    """The task that the other is made of, which has neither validation nor test."""
+    task = estimator_on_features("EmbeddingDecodingTask", 2)
+    datamodule = Labeled(lambda number: number % 2)
+    trainer(SimplerCallback(output_dir=str(tmp_path / "simpler")), limit_val_batches=0).fit(task, datamodule=datamodule)
+    plan = SlimmingPlan.load(tmp_path / "simpler" / "plan.json")
+    assert backbone_of(task).num_blocks == len(plan.kept_blocks) < plan.full_num_blocks
+    # TerraTorch puts a linear layer that nobody trains behind the estimator, so its own answer is looked at.
+    answers = []
+    task.model.decoder.register_forward_hook(lambda _module, _args, output: answers.append(output))
+    task.eval()(torch.stack([sample["image"] for sample in datamodule.train_dataset]))
+    assert answers[0].argmax(dim=1).tolist() == [sample["label"].item() for sample in datamodule.train_dataset]
 
 
 @pytest.fixture
@@ -346,3 +436,54 @@ def test_geotiff_tiles_for_one_modality(shared_data, tmp_path, trainer, monkeypa
     first = next(iter(GeoTiffTiles(str(shared_data / "terramind_examples/S2L2A"), 32, num_workers=0)))["image"]
     torch.testing.assert_close(seen[0], (first - 1500.0) / 1000.0)
     assert SlimmingPlan.load(tmp_path / "simpler/plan.json").tiles_seen == 64
+
+
+def a_whole_model(name):
+    """Tasks around models that have no backbone of TerraTorch's registry."""
+    if name == "ReconstructionTask":
+        return ReconstructionTask("FullModelFactory", {"model": torch.nn.Conv2d(6, 6, 1)})
+    return InferenceTask(model=torch.nn.Conv2d(6, 6, 1))
+
+
+@pytest.mark.parametrize("name", ["ReconstructionTask", "InferenceTask"])
+def test_tasks_of_whole_models_are_refused(trainer, tmp_path, name):
+    task = a_whole_model(name)
+    run = trainer(SimplerCallback(output_dir=str(tmp_path / "simpler")))
+    run.strategy.connect(task)
+    with pytest.raises(ConfigurationError, match=f"^Found no SimplerBackbone in {name}, expected one .* 'simpler_': write"):
+        run.callbacks[0].setup(run, task, "fit")
+    assert not (tmp_path / "simpler").exists()
+
+
+TASKS = {
+    "ClassificationTask": test_classification,
+    "EmbeddingGenerationTask": test_embeddings_of_a_cut_encoder,
+    "InferenceTask": test_tasks_of_whole_models_are_refused,
+    "MultiLabelClassificationTask": test_multilabel_classification,
+    "ObjectDetectionTask": test_detection,
+    "PixelwiseRegressionTask": test_pixelwise_regression,
+    "ReconstructionTask": test_tasks_of_whole_models_are_refused,
+    "ScalarRegressionTask": test_scalar_regression,
+    "SemanticSegmentationTask": test_segmentation,
+    **since(
+        "1.2.12",
+        {
+            "EmbeddingClassificationTask": test_an_estimator_on_features_of_several_labels,
+            "EmbeddingDecodingTask": test_an_estimator_on_features_of_the_pruned_encoder,
+        },
+    ),
+}
+"""Every task, and the test that tries it."""
+
+WITHOUT_A_TEST = {
+    "TerraTorchTask": "a base class",
+    "ECCCTask": "needs granitewxc, and builds its model without a registry",
+    "WxCDownscalingTask": "needs granitewxc",
+    "WxCTask": "its factory, WxCModelFactory, is refused: test_registry.py",
+}
+
+
+def test_there_is_a_row_for_every_task_that_is_installed():
+    found, missing = shipped_classes(shipped, LightningModule, "Task")
+    assert found | missing == TASKS.keys() | WITHOUT_A_TEST.keys()
+    assert issubclass(SemanticSegmentationTask, TerraTorchTask)

@@ -330,6 +330,12 @@ class _Images(Dataset[dict[str, Any]]):
                 "modality, under 'image': give the callback tiles of its own."
             )
             raise ConfigurationError(msg)
+        if not isinstance(image, dict) and image.ndim < 3 and 0 not in image.shape:
+            msg = (
+                f"Found {self._name}, whose images are of shape {tuple(image.shape)}, as embeddings are, expected "
+                "(channels, height, width): give the callback tiles of its own."
+            )
+            raise ConfigurationError(msg)
         return True
 
     def __getitem__(self, index: int) -> dict[str, Any]:

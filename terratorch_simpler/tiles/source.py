@@ -248,10 +248,11 @@ class FileStat(NamedTuple):
 
 
 def file_stat(path: object) -> FileStat:
-    """Look a file up, once."""
-    name = os.path.basename(str(path))
+    """Look a file up, once; of a part of a file, GDAL's ``/vsisubfile/offset_size,path``, the whole file and which part."""
+    part, comma, file = str(path).partition(",") if str(path).startswith("/vsisubfile/") else ("", "", str(path))
+    name = f"{part}{comma}{os.path.basename(file)}"
     try:
-        found = os.stat(str(path))
+        found = os.stat(file)
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return FileStat(name, -1, -1)
     return FileStat(name, found.st_size, int(found.st_mtime))
