@@ -6,6 +6,7 @@ import types
 from contextlib import nullcontext
 
 import pytest
+import terratorch.tasks
 import torch
 import yaml
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -66,6 +67,7 @@ def trained(tmp_path, trainer):
                 parameter.add_(0.02 * torch.randn_like(parameter))
         saver = trainer()
         saver.strategy.connect(built)
+        built.trainer = saver
         saver.save_checkpoint(tmp_path / "fit.ckpt")
         config = {**CONFIG, "model": {"class_path": f"terratorch.tasks.{task.__name__}"}}
         return built.eval(), config, tmp_path / "fit.ckpt"
@@ -301,7 +303,7 @@ def test_no_constant_is_within_the_tolerance(spread):
 
 LEGITIMATE = {
     "two classes": (ClassificationTask, {**SCALAR, "decoder": "IdentityDecoder", "num_classes": 2}),
-    "one number": (ScalarRegressionTask, {**SCALAR, "decoder": "IdentityDecoder"}),
+    "one number": (ScalarRegressionTask, {**SCALAR, "decoder": "IdentityDecoder", "num_outputs": 1}),
     "pixelwise number": (PixelwiseRegressionTask, SMALL),
 }
 
@@ -421,6 +423,18 @@ def test_what_the_plain_model_would_lose_is_refused_by_name(trained, tmp_path, c
     assert not (tmp_path / "out").exists()
     with pytest.raises(NotCarriedError):
         load_trained(config, checkpoint)
+
+
+@pytest.mark.skipif(not hasattr(terratorch.tasks, "EmbeddingClassificationTask"), reason="TerraTorch has it since 1.2.13")
+def test_estimators_beside_the_checkpoint_are_refused(trained, in_process, tmp_path):
+    task = terratorch.tasks.EmbeddingClassificationTask
+    decoder = {"decoder": "SklearnDecoder", "decoder_num_classes": 2, "num_classes": 2}
+    _, config, checkpoint = trained([0, 7], task=task, **SCALAR, **decoder)
+    with pytest.raises(NotCarriedError, match="Found 'sklearn_fitted', 'sklearn_model_path' in checkpoint"):
+        load_trained(config, checkpoint)
+    edited(checkpoint, lambda content: [content.pop(key) for key in ("sklearn_fitted", "sklearn_model_path")])
+    with pytest.raises(ComparisonError, match="differ by 0 of the largest value"):  # an estimator that is not fitted
+        export_plain(load_trained(config, checkpoint), config, tmp_path / "out")
 
 
 def test_what_lightning_keeps_for_itself_is_left_out(trained, tmp_path):
