@@ -471,13 +471,14 @@ def test_arguments_that_a_task_passes_on_are_kept(trained):
 
 
 def test_averages_that_lightning_keeps_aside_are_refused(trained, trainer, tmp_path):
-    task, config, checkpoint = trained([0], num_classes=2, **SMALL)
+    task, config, checkpoint = trained([0], **STACKS["unet"])
     averaging = StochasticWeightAveraging(swa_lrs=0.1)
     averaging.setup(trainer(), task, "fit")
     averaging.n_averaged = torch.tensor(2)
     state = averaging.state_dict()
+    next(value for key, value in state["average_model_state"].items() if key.endswith("running_mean")).add_(1)
     edited(checkpoint, lambda content: content.update(callbacks={averaging.state_key: state}))
-    load_trained(config, checkpoint)  # the averages are the weights
+    load_trained(config, checkpoint)  # the averages are the weights, as after the fit; statistics are taken anew
     heads(state["average_model_state"])[0].add_(1)
     edited(checkpoint, lambda content: content.update(callbacks={averaging.state_key: state}))
     with pytest.raises(NotCarriedError, match="state of callback 'StochasticWeightAveraging' of checkpoint"):

@@ -44,8 +44,7 @@ def check_contents(content: Mapping[str, Any], source: object, known: Collection
         known: Further keys that hold nothing of the model, such as that of the datamodule.
 
     Raises:
-        NotCarriedError: If there is a key that Lightning does not write by itself, or an average of the weights that is
-            not in state_dict.
+        NotCarriedError: If there is a key that Lightning does not write by itself, or weights that wait to be averaged.
     """
     if unknown := sorted(str(key) for key in content.keys() - BOOKKEEPING - set(known)):
         msg = (
@@ -61,23 +60,31 @@ def check_contents(content: Mapping[str, Any], source: object, known: Collection
             "n_averaged 0), expected those of the fit: give a later checkpoint, or one without that callback."
         )
         raise NotCarriedError(msg)
-    for name in _callbacks_with_other_weights(content):
-        msg = (
-            f"Found weights in the state of callback '{name}' of checkpoint {source} that differ from those in state_dict, "
-            "expected the model's in state_dict alone: save the checkpoint after the fit, when they are the model's own, or "
-            "remove that state from the file to export those in state_dict."
-        )
-        raise NotCarriedError(msg)
 
 
-def _callbacks_with_other_weights(content: Mapping[str, Any]) -> Iterator[str]:
-    """Callbacks that keep an average of weights, such as StochasticWeightAveraging once it has begun."""
+def check_callbacks(content: Mapping[str, Any], parameters: Collection[str], source: object) -> None:
+    """Refuse averages of weights that a callback keeps aside, such as StochasticWeightAveraging once it has begun.
+
+    Args:
+        content: The checkpoint.
+        parameters: Names of the parameters of the task; buffers such as running statistics may differ.
+        source: Where it came from, for messages.
+
+    Raises:
+        NotCarriedError: If there are some that are not those in state_dict.
+    """
+    weights = {name: content[WEIGHTS][name] for name in parameters if name in content[WEIGHTS]}
     states = content.get("callbacks")
     for name, state in states.items() if isinstance(states, Mapping) else ():
         if isinstance(state, Mapping) and state.get("n_averaged") == 0:
             continue
-        if any(_differ(part, content[WEIGHTS]) for part in _mappings(state)):
-            yield str(name)
+        if any(_differ(part, weights) for part in _mappings(state)):
+            msg = (
+                f"Found weights in the state of callback '{name}' of checkpoint {source} that differ from those in "
+                "state_dict, expected the model's in state_dict alone: save the checkpoint after the fit, when they are the "
+                "model's own, or remove that state from the file to export those in state_dict."
+            )
+            raise NotCarriedError(msg)
 
 
 def _mappings(state: object) -> Iterator[Mapping[Any, Any]]:
@@ -88,16 +95,11 @@ def _mappings(state: object) -> Iterator[Mapping[Any, Any]]:
 
 
 def _differ(state: Mapping[Any, Any], weights: Mapping[str, Any]) -> bool:
-    for key, value in state.items():
-        own = weights.get(str(key).removeprefix("module."))
-        if (
-            isinstance(value, Tensor)
-            and isinstance(own, Tensor)
-            and value.shape == own.shape
-            and not torch.equal(value, own)
-        ):
-            return True
-    return False
+    shared = ((value, weights.get(str(key).removeprefix("module."))) for key, value in state.items())
+    return any(
+        isinstance(value, Tensor) and isinstance(own, Tensor) and value.shape == own.shape and not torch.equal(value, own)
+        for value, own in shared
+    )
 
 
 def arguments_of(task_class: type, saved: Mapping[str, Any], source: object) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.checkpoint import load_weights, read_checkpoint
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
 from terratorch_simpler.export.comparison import SEED, Comparison, answer, difference, find_comparison
-from terratorch_simpler.export.contents import arguments_of, check_contents, check_names
+from terratorch_simpler.export.contents import arguments_of, check_callbacks, check_contents, check_names
 from terratorch_simpler.measure import random_state_kept
 
 PREFIX = "simpler_"
@@ -150,6 +150,7 @@ def load_trained(
         warnings.filterwarnings("ignore", message="You are using PEFT without a pretrained backbone")
         task = task_class(**arguments)
     _load(task, content["state_dict"], checkpoint)
+    check_callbacks(content, dict(task.named_parameters()).keys(), checkpoint)
     task.eval()
     if width is not None:
         _take_width(task, width)
