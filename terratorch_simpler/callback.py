@@ -227,7 +227,8 @@ class SimplerCallback(Callback):
         config = _config_of_run(trainer, pl_module)
         target = below(self._output(trainer, folder), PLAIN_FOLDER)
         with written_to(folder_of(target)) as plain:
-            written, weights, _ = export_plain(load_trained(config, best), config, plain)
+            trained = load_trained(config, best, known=[type(getattr(trainer, "datamodule", None)).__qualname__])
+            written, weights, _ = export_plain(trained, config, plain)
         rank_zero_info(f"Plain TerraTorch, without terratorch_simpler: {written.name} and {weights.name} in {target}.")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002

@@ -35,6 +35,14 @@ class ExportError(SimplerError, RuntimeError):
     """A model cannot be expressed without this package, or what was written does not answer alike."""
 
 
+class ComparisonError(ExportError):
+    """The answers of the trained model cannot tell it from another one, so that comparing them proves nothing."""
+
+
+class NotCarriedError(ExportError):
+    """A checkpoint holds something of the model that would be lost where this package is not installed."""
+
+
 class DegenerateFeaturesError(SimplerError, ValueError):
     """A block's output cannot be compared: constant, not finite, or too few rows."""
 

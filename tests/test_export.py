@@ -6,16 +6,32 @@ import types
 from contextlib import nullcontext
 
 import pytest
+import terratorch.tasks
 import torch
 import yaml
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from packaging.version import Version
-from terratorch.tasks import ClassificationTask, ObjectDetectionTask, SemanticSegmentationTask
+from terratorch.tasks import (
+    ClassificationTask,
+    ObjectDetectionTask,
+    PixelwiseRegressionTask,
+    ScalarRegressionTask,
+    SemanticSegmentationTask,
+)
+from torch import nn
 
 from terratorch_simpler import SlimmingPlan, cli
 from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError, SimplerWarning
+from terratorch_simpler.errors import (
+    CheckpointError,
+    ComparisonError,
+    ConfigurationError,
+    ExportError,
+    NotCarriedError,
+    SimplerWarning,
+)
 from terratorch_simpler.export import Trained, export_graph, export_plain, load_trained, plain
-from terratorch_simpler.export.trained import answer
+from terratorch_simpler.export.comparison import ROUNDING, Comparison, answer, difference, find_comparison
 from tests.extras import needs_onnx, needs_peft
 from tests.families import FAMILIES, wrapped
 
@@ -51,6 +67,7 @@ def trained(tmp_path, trainer):
                 parameter.add_(0.02 * torch.randn_like(parameter))
         saver = trainer()
         saver.strategy.connect(built)
+        built.trainer = saver
         saver.save_checkpoint(tmp_path / "fit.ckpt")
         config = {**CONFIG, "model": {"class_path": f"terratorch.tasks.{task.__name__}"}}
         return built.eval(), config, tmp_path / "fit.ckpt"
@@ -62,14 +79,15 @@ def trained(tmp_path, trainer):
 def in_process(monkeypatch):
     """Try the plain model in this process: as strict, and ten times as fast."""
 
-    def attempt(config, checkpoint, images, expected):
+    def attempt(config, checkpoint, images):
         settings = yaml.safe_load(config.read_text())["model"]
         task = getattr(sys.modules["terratorch.tasks"], settings["class_path"].rpartition(".")[2])(**settings["init_args"])
         assert not any(isinstance(part, SimplerBackbone) for part in task.modules())
+        untrained = answer(task.eval(), images)
         task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
-        return plain.difference(answer(task.eval(), images), expected)
+        return answer(task, images), untrained
 
-    monkeypatch.setattr(plain, "_try_without_us", attempt)
+    monkeypatch.setattr(plain, "_answers_without_us", attempt)
 
 
 STACKS = {
@@ -222,6 +240,263 @@ def test_the_other_process_really_cannot_import_us(tmp_path):
     assert "could not be instantiated" in done.stderr
 
 
+SCALAR = {"backbone": TINY, "necks": [{"name": "AggregateTokens", "pooling": "mean", "indices": [3]}]}
+SMALL = {"backbone": TINY, "decoder": "FCNDecoder", "decoder_channels": 8, "decoder_num_convs": 1}
+
+
+def edited(checkpoint, change):
+    """The checkpoint, after a change to its contents."""
+    content = torch.load(checkpoint, weights_only=True)
+    change(content)
+    torch.save(content, checkpoint)
+
+
+def heads(state):
+    """Weights of the head: those of its last layers."""
+    return [state[key] for key in state if key.startswith("model.head.") and state[key].is_floating_point()]
+
+
+@pytest.mark.parametrize("format_", ["plain", "pt2"])
+def test_a_model_that_answers_a_constant_is_not_compared(trained, in_process, tmp_path, format_):
+    _, config, checkpoint = trained([0], num_classes=2, **SMALL)
+    edited(checkpoint, lambda content: [part.zero_() for part in heads(content["state_dict"]) if part.ndim > 1])
+    loaded = load_trained(config, checkpoint)
+    export = {"plain": lambda: export_plain(loaded, config, tmp_path / "out")}
+    export["pt2"] = lambda: export_graph(loaded, "pt2", tmp_path / "out")
+    with pytest.raises(ComparisonError, match=r"to different images that differ by .* the comparison can tell nothing"):
+        export[format_]()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_answers_nan_is_not_compared(trained, tmp_path):
+    _, config, checkpoint = trained([0], num_classes=2, **SMALL)
+    edited(checkpoint, lambda content: heads(content["state_dict"])[0].fill_(float("nan")))
+    with pytest.raises(ComparisonError, match="Found NaN or infinity in the answers of the trained model"):
+        export_plain(load_trained(config, checkpoint), config, tmp_path / "out")
+
+
+def test_a_model_that_answers_like_fresh_weights_is_not_compared(trained, monkeypatch, tmp_path):
+    _, config, checkpoint = trained([0], num_classes=2, **SMALL)
+    loaded = load_trained(config, checkpoint)
+    alike = loaded.comparison().expected
+    monkeypatch.setattr(plain, "_answers_without_us", lambda *args: (alike, alike))
+    with pytest.raises(ComparisonError, match="Found answers of freshly initialised weights that differ by 0 of"):
+        export_plain(loaded, config, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_images_are_searched_for_until_answers_differ():
+    # Raw pixels: normalised images are all dark to this model.
+    found = find_comparison(lambda images: (images > 50).float(), lambda scale: scale * torch.tensor([[1.0], [0.1]]))
+    assert found.images.tolist() == [[100.0], [10.0]]
+    with pytest.raises(ComparisonError, match=f"differ by 0 of the largest value, expected at least {ROUNDING:g}"):
+        find_comparison(lambda images: images * 0 + 1, lambda scale: torch.tensor([[scale], [0.0]]))
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-4, 1e-5])
+def test_no_constant_is_within_the_tolerance(spread):
+    expected = torch.tensor([1.0, 1.0 - spread], dtype=torch.float64)
+    tolerance = Comparison(None, [expected], spread).tolerance(1e-4, [expected - 1])
+    assert all(difference([torch.full_like(expected, c)], [expected]) > 4 * tolerance for c in torch.linspace(0, 2, 401))
+    assert difference([expected], [expected]) == 0 < tolerance
+
+
+LEGITIMATE = {
+    "two classes": (ClassificationTask, {**SCALAR, "decoder": "IdentityDecoder", "num_classes": 2}),
+    "one number": (ScalarRegressionTask, {**SCALAR, "decoder": "IdentityDecoder", "num_outputs": 1}),
+    "pixelwise number": (PixelwiseRegressionTask, SMALL),
+}
+
+
+@pytest.mark.parametrize("head", ["usual", "zero at first", "large bias"])
+@pytest.mark.parametrize("kind", LEGITIMATE)
+def test_trained_models_are_no_false_alarms(trained, in_process, tmp_path, kind, head):
+    task, model_args = LEGITIMATE[kind]
+    _, config, checkpoint = trained([0, 7], task=task, **model_args)
+
+    def change(content):
+        for part in heads(content["state_dict"]):
+            if head == "zero at first":  # and after a few small steps
+                part.mul_(1e-4)
+            elif head == "large bias" and part.ndim == 1:
+                part.add_(300.0)  # kelvin
+
+    edited(checkpoint, change)
+    assert export_plain(load_trained(config, checkpoint), config, tmp_path / "out")[2] == 0
+
+
+def test_auxiliary_heads_are_compared(trained):
+    necks = [{**SELECT}, RESHAPE]
+    task, _, _ = trained([0], num_classes=2, **SMALL, necks=necks)
+    assert len(answer(task, torch.randn(1, 6, 64, 64))) == 1
+    output = task.model(torch.randn(1, 6, 64, 64))
+    output.auxiliary_heads = {"aux": output.output}
+    assert len(answer(lambda images: output, None)) == 2
+
+
+class Detector(nn.Module):
+    """Gives boxes whose score is high enough, as torchvision's do."""
+
+    score_thresh = 0.05
+
+    def forward(self, images):
+        scores = images.mean((1, 2, 3)).sigmoid() / 100
+        return [{"scores": score[score > self.score_thresh]} for score in scores.split(1)]
+
+
+def test_detectors_answer_boxes_of_any_score():
+    detector = Detector()
+    images = torch.randn(2, 3, 4, 4)
+    assert [part["scores"].numel() for part in detector(images)] == [0, 0]
+    assert [part.numel() for part in answer(detector, images)] == [1, 1]
+    assert detector.score_thresh == 0.05
+
+
+def fresh_head(state):
+    for part in heads(state):
+        part.normal_(std=0.02)
+
+
+def fresh_weights(state):
+    for part in state.values():
+        if part.is_floating_point():
+            part.normal_(std=0.02).abs_()
+
+
+def swapped_blocks(state):
+    for key in [key for key in state if ".encoder.blocks.0." in key]:
+        other = key.replace(".blocks.0.", ".blocks.1.")
+        state[key], state[other] = state[other], state[key]
+
+
+def fresh_buffer(state):
+    state[next(key for key in state if key.endswith("running_mean"))].zero_()
+
+
+def lost_buffer(state):
+    del state[next(key for key in state if key.endswith("running_mean"))]
+
+
+@pytest.mark.parametrize("fault", [fresh_head, fresh_weights, swapped_blocks, fresh_buffer, lost_buffer])
+def test_faults_of_the_export_are_seen(trained, in_process, monkeypatch, tmp_path, fault):
+    _, config, checkpoint = trained([0, 7], **STACKS["unet"])
+    means = next(key for key in torch.load(checkpoint, weights_only=True)["state_dict"] if key.endswith("running_mean"))
+    edited(checkpoint, lambda content: content["state_dict"][means].normal_())
+
+    class Faulty(nn.Module):
+        def __init__(self, task):
+            super().__init__()
+            self.task = task
+
+        def state_dict(self):
+            state = {key: value.clone() for key, value in self.task.state_dict().items()}
+            fault(state)
+            return state
+
+    unwrap = plain.unwrap
+    monkeypatch.setattr(plain, "unwrap", lambda task: Faulty(unwrap(task)))
+    expected = pytest.raises(RuntimeError, match="running_mean") if fault is lost_buffer else pytest.raises(
+        ExportError, match="Found answers of the plain model that differ by"
+    )  # fmt: skip
+    with expected:
+        export_plain(load_trained(config, checkpoint), config, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda c: c.update(sklearn_model_path="m.joblib", sklearn_fitted=True),
+            "'sklearn_fitted', 'sklearn_model_path' in",
+        ),
+        (lambda c: c["hyper_parameters"].update(temperature=2.0), "'temperature' in the hyper_parameters"),
+        (lambda c: c["state_dict"].update({"gate.weight": torch.ones(2)}), "'gate.weight' in the state_dict"),
+        (
+            lambda c: c.update(current_model_state={}, averaging_state={"n_averaged": torch.tensor(0)}),
+            "of which WeightAveraging has averaged none yet",
+        ),
+        (
+            lambda c: c.update(callbacks={"Own": {"ema": {k: v + 1 for k, v in c["state_dict"].items()}}}),
+            "state of callback 'Own'",
+        ),
+    ],
+    ids=["key", "argument", "tensor", "no average yet", "weights of a callback"],
+)
+def test_what_the_plain_model_would_lose_is_refused_by_name(trained, tmp_path, capsys, change, said):
+    _, config, checkpoint = trained([0], num_classes=2, **SMALL)
+    edited(checkpoint, change)
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["-c", str(tmp_path / "fit.yaml"), "--ckpt_path", str(checkpoint), "-o", str(tmp_path / "out")]
+    assert cli.main(["export", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(NotCarriedError):
+        load_trained(config, checkpoint)
+
+
+@pytest.mark.skipif(not hasattr(terratorch.tasks, "EmbeddingClassificationTask"), reason="TerraTorch has it since 1.2.13")
+def test_estimators_beside_the_checkpoint_are_refused(trained, in_process, tmp_path):
+    task = terratorch.tasks.EmbeddingClassificationTask
+    decoder = {"decoder": "SklearnDecoder", "decoder_num_classes": 2, "num_classes": 2}
+    _, config, checkpoint = trained([0, 7], task=task, **SCALAR, **decoder)
+    with pytest.raises(NotCarriedError, match="Found 'sklearn_fitted', 'sklearn_model_path' in checkpoint"):
+        load_trained(config, checkpoint)
+    edited(checkpoint, lambda content: [content.pop(key) for key in ("sklearn_fitted", "sklearn_model_path")])
+    with pytest.raises(ComparisonError, match="differ by 0 of the largest value"):  # an estimator that is not fitted
+        export_plain(load_trained(config, checkpoint), config, tmp_path / "out")
+
+
+def test_what_lightning_keeps_for_itself_is_left_out(trained, tmp_path):
+    _, config, checkpoint = trained([0], num_classes=2, **SMALL)
+
+    def change(content):
+        swa = {"n_averaged": 0, "average_model_state": {k: v + 1 for k, v in content["state_dict"].items()}}
+        content["callbacks"] = {"ModelCheckpoint": {"best_model_score": torch.tensor(1.0)}, "Averaging": swa}
+        content["averaging_state"] = {"n_averaged": torch.tensor(3)}
+        content["current_model_state"] = {k: v + 1 for k, v in content["state_dict"].items()}
+        content.update(MixedPrecision={}, datamodule_hyper_parameters={}, optimizer_states=[{}], Own={"seen": 3})
+
+    edited(checkpoint, change)
+    own = {**config, "data": {"class_path": "my.package.Own"}}
+    averages = torch.load(checkpoint, weights_only=True)["state_dict"]
+    state = load_trained(own, checkpoint).task.state_dict()
+    assert all(torch.equal(averages[key], value) for key, value in state.items())
+    with pytest.raises(NotCarriedError, match="Found 'Own' in checkpoint"):
+        load_trained(config, checkpoint)
+    load_trained(config, checkpoint, known=["Own"])
+
+
+class PassesOn(SemanticSegmentationTask):
+    """A task that leaves its arguments to TerraTorch's."""
+
+    def __init__(self, extra=1, **kwargs):
+        super().__init__(**kwargs)
+
+
+def test_arguments_that_a_task_passes_on_are_kept(trained):
+    task, config, checkpoint = trained([0], task=PassesOn, num_classes=2, **SMALL)
+    config["model"]["class_path"] = f"{__name__}.PassesOn"
+    assert load_trained(config, checkpoint).hparams["model_args"] == task.hparams["model_args"]
+
+
+def test_averages_that_lightning_keeps_aside_are_refused(trained, trainer, tmp_path):
+    task, config, checkpoint = trained([0], **STACKS["unet"])
+    averaging = StochasticWeightAveraging(swa_lrs=0.1)
+    averaging.setup(trainer(), task, "fit")
+    averaging.n_averaged = torch.tensor(2)
+    state = averaging.state_dict()
+    next(value for key, value in state["average_model_state"].items() if key.endswith("running_mean")).add_(1)
+    edited(checkpoint, lambda content: content.update(callbacks={averaging.state_key: state}))
+    load_trained(config, checkpoint)  # the averages are the weights, as after the fit; statistics are taken anew
+    heads(state["average_model_state"])[0].add_(1)
+    edited(checkpoint, lambda content: content.update(callbacks={averaging.state_key: state}))
+    with pytest.raises(NotCarriedError, match="state of callback 'StochasticWeightAveraging' of checkpoint"):
+        load_trained(config, checkpoint)
+
+
 @pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone")
 @needs_peft
 def test_adapters_that_cannot_be_folded_in_are_said(trained, monkeypatch):
@@ -233,8 +508,8 @@ def test_adapters_that_cannot_be_folded_in_are_said(trained, monkeypatch):
 
 def test_what_answers_otherwise_is_not_written(trained, monkeypatch, tmp_path):
     _, config, checkpoint = trained(**STACKS["unet"])
-    monkeypatch.setattr(plain, "_try_without_us", lambda *args: 0.3)
-    with pytest.raises(ExportError, match=r"differ by 0\.3 of the largest value, expected at most 1e-05"):
+    monkeypatch.setattr(plain, "_answers_without_us", lambda *args: ([torch.zeros(2, 3, 224, 224)], []))
+    with pytest.raises(ExportError, match=r"differ by 1 of the largest value, expected at most 1e-05"):
         export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")
     assert list((tmp_path / "plain").iterdir()) == []
 
@@ -389,7 +664,7 @@ class _Task(torch.nn.Module):
 def test_graphs_of_every_family(family, tmp_path, monkeypatch, capfd):
     backbone = wrapped(family, keep=max(family.fewest, 3))
     loaded = Trained("a.Task", _Task(_Encoder(backbone)), {"model_args": {}}, {})
-    monkeypatch.setattr(Trained, "example", lambda self, size=None, batch=2: family.image(batch))
+    monkeypatch.setattr(Trained, "example", lambda self, size=None, batch=2, scale=1.0: family.image(batch))
     if family.key == "by path":
         monkeypatch.undo()  # it does not tell its input
     for format_ in ("onnx", "pt2"):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from terratorch_simpler import SimplerCallback, SlimmableTraining
 from terratorch_simpler.cli import main
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
-from terratorch_simpler.export.trained import answer, difference
+from terratorch_simpler.export.comparison import answer, difference
 from terratorch_simpler.shape import shape_in
 from terratorch_simpler.similarity import full_float32
 from tests.extras import needs_peft

@@ -1,4 +1,4 @@
-"""Run in a process of its own: build a model with TerraTorch alone, and save what it answers.
+"""Run in a process of its own: build a model with TerraTorch alone, and save what it answers, untrained and trained.
 
 Arguments: config, checkpoint, images, file for the answer. Nothing of this package can be imported here.
 """
@@ -20,6 +20,8 @@ ANYWHERE = {
     "logger": "false",
     "callbacks": "[]",
 }
+OTHER_SEED = 20_011
+"""Not that of a fit, whose fresh weights would be those it started from."""
 
 
 def tensors(output: object) -> list[torch.Tensor]:
@@ -30,19 +32,29 @@ def tensors(output: object) -> list[torch.Tensor]:
         output = list(output.values())
     if isinstance(output, list | tuple):
         return [tensor for part in output for tensor in tensors(part)]
-    return tensors(output.output) if hasattr(output, "output") else []
+    return tensors(vars(output)) if hasattr(output, "__dict__") else []
 
 
-def main(config: str, checkpoint: str, images: str, answer: str) -> None:
-    """Build, load strictly, run, save."""
-    arguments = [f"--trainer.{key}={value}" for key, value in ANYWHERE.items()]
-    task = build_lightning_cli(["--config", config, *arguments], run=False).model
-    task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
-    task.eval()
+def answer(task: torch.nn.Module, images: object) -> list[torch.Tensor]:
+    """What it answers, in the same random state each time; of a detector every box, however low its score."""
+    for part in task.modules():
+        if hasattr(part, "score_thresh"):
+            part.score_thresh = 0.0
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("highest")  # TerraTorch allows less
     with torch.no_grad():
-        torch.save(tensors(task(torch.load(images, weights_only=True))), answer)
+        return tensors(task(images))
+
+
+def main(config: str, checkpoint: str, images: str, path: str) -> None:
+    """Build, run with fresh weights, load strictly, run, save."""
+    arguments = [f"--trainer.{key}={value}" for key, value in ANYWHERE.items()]
+    task = build_lightning_cli(["--config", config, *arguments, f"--seed_everything={OTHER_SEED}"], run=False).model
+    task.eval()
+    torch.set_float32_matmul_precision("highest")  # TerraTorch allows less
+    inputs = torch.load(images, weights_only=True)
+    untrained = answer(task, inputs)
+    task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
+    torch.save({"untrained": untrained, "trained": answer(task, inputs)}, path)
 
 
 if __name__ == "__main__":

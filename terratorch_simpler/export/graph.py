@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from terratorch_simpler.errors import ExportError, SimplerWarning
-from terratorch_simpler.export.trained import Trained, answer, difference
+from terratorch_simpler.export.comparison import answer, difference, find_comparison, flipped
+from terratorch_simpler.export.trained import Trained
 from terratorch_simpler.files import whole_file
 from terratorch_simpler.similarity import full_float32
 
@@ -47,30 +49,35 @@ def export_graph(trained: Trained, format_: str, folder: str | Path, size: int |
         The file, and the largest difference of an answer, as a share of the largest value.
 
     Raises:
+        ComparisonError: If the trained model answers all images alike, so that comparing answers says nothing.
         ExportError: If the model cannot be traced, or the graph answers otherwise.
     """
-    example = trained.example(size)
-    names = tuple(example) if isinstance(example, dict) else ()
-    images = tuple(example.values()) if isinstance(example, dict) else (example,)
-    expected = answer(trained.task, example)
-    if len(expected) != 1:
+    count = len(answer(lambda images: trained.task(images).output, trained.example(size)))
+    if count != 1:
         msg = (
-            f"Found {len(expected)} tensors in the answer of {trained.class_path}, expected one: a task whose answer "
+            f"Found {count} tensors in the answer of {trained.class_path}, expected one: a task whose answer "
             "changes its shape with the image (object detection) cannot be written as a graph; export it as plain."
         )
         raise ExportError(msg)
+    comparison = find_comparison(
+        lambda images: trained.task(images).output, lambda scale: trained.example(size, scale=scale)
+    )
+    names = tuple(comparison.images) if isinstance(comparison.images, dict) else ()
+    images = _ordered(comparison.images)
     model = _Answer(trained, names).eval()
     path = Path(folder) / GRAPH_FORMATS[format_]
     try:
-        program, images = _trace(model, images)
-        expected = [part[: len(images[0])] for part in expected]
+        # Other images than those to compare on, which a graph may hold as constants.
+        program, at_once = _trace(model, _ordered(flipped(comparison.images)))
         with whole_file(path) as part:
-            found = _write_onnx(program, images, names, part) if format_ == "onnx" else _write_pt2(program, images, part)
-            gap = difference(found, expected)
-            if not gap <= ALLOWED:
+            run = _write_onnx(program, names, part) if format_ == "onnx" else _write_pt2(program, part)
+            batches = zip(*(image.split(at_once) for image in images), strict=True)
+            gap = difference([torch.cat([run(batch) for batch in batches])], comparison.expected)
+            allowed = comparison.tolerance(ALLOWED)
+            if not gap <= allowed:
                 msg = (
                     f"Found answers of the {format_} graph that differ by {gap:.2g} of the largest value, expected at most "
-                    f"{ALLOWED:g}: it is not written; please report the config."
+                    f"{allowed:g}: it is not written; please report the config."
                 )
                 raise ExportError(msg)
     except ExportError:
@@ -85,14 +92,18 @@ def export_graph(trained: Trained, format_: str, folder: str | Path, size: int |
     return path, gap
 
 
-def _trace(model: nn.Module, images: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, tuple[Tensor, ...]]:
-    """With any number of images; or with one, where TerraTorch pads each image of a batch by itself."""
+def _ordered(images: Any) -> tuple[Tensor, ...]:
+    return tuple(images.values()) if isinstance(images, dict) else (images,)
+
+
+def _trace(model: nn.Module, images: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, int]:
+    """With any number of images, or with one where TerraTorch pads each by itself; and how many to run at once."""
     batch = torch.export.Dim("batch", min=1)
     dynamic = (tuple({0: batch} for _ in images),)  # one entry for the variadic argument
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(model, images, dynamic_shapes=dynamic, strict=False), images
+            return torch.export.export(model, images, dynamic_shapes=dynamic, strict=False), len(images[0])
         except Exception:  # a fixed batch is the next best thing
             images = tuple(image[:1] for image in images)
             program = torch.export.export(model, images, strict=False)
@@ -101,18 +112,23 @@ def _trace(model: nn.Module, images: tuple[Tensor, ...]) -> tuple[torch.export.E
         "old), expected any number: the graph takes one image at a time."
     )
     warnings.warn(msg, SimplerWarning, stacklevel=3)
-    return program, images
+    return program, 1
 
 
-def _write_pt2(program: torch.export.ExportedProgram, images: tuple[Tensor, ...], path: Path) -> list[Tensor]:
+def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> Callable[[tuple[Tensor, ...]], Tensor]:
     torch.export.save(program, path)
-    with torch.no_grad(), full_float32():
-        return [torch.export.load(path).module()(*images)]
+    module = torch.export.load(path).module()
+
+    def run(images: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad(), full_float32():
+            return module(*images)  # type: ignore[no-any-return]
+
+    return run
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, images: tuple[Tensor, ...], names: tuple[str, ...], path: Path
-) -> list[Tensor]:
+    program: torch.export.ExportedProgram, names: tuple[str, ...], path: Path
+) -> Callable[[tuple[Tensor, ...]], Tensor]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  the exporter needs it
@@ -126,5 +142,9 @@ def _write_onnx(
     assert onnx is not None
     onnx.save(path, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feeds = {node.name: image.numpy() for node, image in zip(session.get_inputs(), images, strict=True)}
-    return [torch.from_numpy(part) for part in session.run(None, feeds)]
+
+    def run(images: tuple[Tensor, ...]) -> Tensor:
+        feeds = {node.name: image.numpy() for node, image in zip(session.get_inputs(), images, strict=True)}
+        return torch.from_numpy(session.run(None, feeds)[0])
+
+    return run

@@ -7,18 +7,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from terratorch.models.necks import NeckSequential
-from torch import nn
+from torch import Tensor, nn
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.errors import ExportError
-from terratorch_simpler.export.trained import PREFIX, Trained, answer, difference, unwrap
+from terratorch_simpler.export.comparison import difference
+from terratorch_simpler.export.trained import PREFIX, Trained, unwrap
 from terratorch_simpler.files import whole_file
 
 CONFIG_FILE = "config.yaml"
@@ -73,12 +74,12 @@ def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path
         in counts as well.
 
     Raises:
+        ComparisonError: If the answers say nothing: the trained model answers all images alike, or like fresh weights.
         ExportError: If TerraTorch cannot express the model, or answers otherwise.
     """
     backbone = trained.backbone
     check_expressible(backbone)
-    images = trained.example()
-    expected = answer(trained.task, images)
+    comparison = trained.comparison()
     model_args, shifted = _plain_model_args(trained.hparams["model_args"], backbone)
     hparams = {**trained.hparams, "model_args": model_args}
     state = unwrap(trained.task).state_dict()
@@ -91,11 +92,12 @@ def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path
     with whole_file(folder / CONFIG_FILE) as new_config, whole_file(folder / CHECKPOINT_FILE) as new_checkpoint:
         new_config.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
         torch.save(checkpoint, new_checkpoint)
-        gap = _try_without_us(new_config, new_checkpoint, images, expected)
-        if not gap <= ALLOWED:
+        found, untrained = _answers_without_us(new_config, new_checkpoint, comparison.images)
+        gap, allowed = difference(found, comparison.expected), comparison.tolerance(ALLOWED, untrained)
+        if not gap <= allowed:
             msg = (
                 f"Found answers of the plain model that differ by {gap:.2g} of the largest value, expected at most "
-                f"{ALLOWED:g}: it is not written; please report the config."
+                f"{allowed:g}: it is not written; please report the config."
             )
             raise ExportError(msg)
     return folder / CONFIG_FILE, folder / CHECKPOINT_FILE, max(gap, trained.folding)
@@ -175,8 +177,8 @@ def _class_of(entry: object) -> object:
     return entry.get("class_path") if isinstance(entry, Mapping) else entry
 
 
-def _try_without_us(config: Path, checkpoint: Path, images: Any, expected: Sequence[torch.Tensor]) -> float:
-    """Largest difference of the answers of a process that cannot import this package."""
+def _answers_without_us(config: Path, checkpoint: Path, images: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Answers of a process that cannot import this package, with the weights and with fresh ones."""
     with tempfile.TemporaryDirectory() as folder:
         question, reply = Path(folder) / "images.pt", Path(folder) / "answer.pt"
         torch.save(images, question)
@@ -193,5 +195,5 @@ def _try_without_us(config: Path, checkpoint: Path, images: Any, expected: Seque
                 "is not written; please report the config."
             )
             raise ExportError(msg)
-        found = torch.load(reply, weights_only=True)
-    return difference(found, expected)
+        answers = torch.load(reply, weights_only=True)
+    return answers["trained"], answers["untrained"]

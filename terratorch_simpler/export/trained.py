@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from lightning.pytorch import LightningModule
 from terratorch.models.peft_utils import QKVSep
 from terratorch.models.utils import TemporalWrapper
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.checkpoint import load_weights, read_checkpoint
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
+from terratorch_simpler.export.comparison import SEED, Comparison, answer, difference, find_comparison
+from terratorch_simpler.export.contents import arguments_of, check_callbacks, check_contents, check_names
 from terratorch_simpler.measure import random_state_kept
-from terratorch_simpler.similarity import full_float32
 
 PREFIX = "simpler_"
-SEED = 0
+COARSE = 4
+"""Rows and columns of the coarse structure of images to compare answers on."""
 FOLDING = 1e-4
 """Largest difference that folding adapters in may make: products are added in another order."""
 
@@ -53,12 +56,24 @@ class Trained:
         """The slimmed encoder inside the task."""
         return next(part for part in self.task.modules() if isinstance(part, SimplerBackbone))
 
-    def example(self, size: int | None = None, batch: int = 2) -> Any:
-        """Seeded noise that the task takes as images.
+    def comparison(self) -> Comparison:
+        """Images that the task answers differently.
+
+        Raises:
+            ComparisonError: If none is found.
+            ExportError: If the encoder does not tell the shape of its input.
+        """
+        return find_comparison(self.task, lambda scale: self.example(scale=scale))
+
+    def example(self, size: int | None = None, batch: int = 2, scale: float = 1.0) -> Any:
+        """Seeded images, which differ as scenes do: in the level of every band, in coarse and in fine structure.
+
+        White noise alone would look the same to a model that averages over tokens.
 
         Args:
             size: Rows and columns in pixels; by default those of the encoder.
             batch: Number of images.
+            scale: Their standard deviation, about.
 
         Raises:
             ExportError: If the encoder does not tell the shape of its input.
@@ -74,18 +89,23 @@ class Trained:
         wrapper = next((part for part in self.task.modules() if isinstance(part, TemporalWrapper)), None)
         frames = None if wrapper is None else self._frames(wrapper)
 
-        def noise(one: tuple[int, ...]) -> Tensor:
+        def draw(one: tuple[int, ...]) -> Tensor:
             channels, *time, height, width = one
             if frames is not None:
                 time = [frames]
             elif time == [1]:
                 time = []  # single images come without a time axis
-            return torch.randn(batch, channels, *time, size or height, size or width, generator=generator)
+            leading, pixels = (batch, channels, *time), (size or height, size or width)
+            level = torch.randn(*leading, 1, 1, generator=generator)
+            coarse = torch.randn(1, math.prod(leading), COARSE, COARSE, generator=generator)
+            coarse = interpolate(coarse, pixels, mode="bilinear").reshape(*leading, *pixels)
+            fine = torch.randn(*leading, *pixels, generator=generator)
+            return scale * (0.6 * level + 0.8 * coarse + 0.5 * fine)
 
         if isinstance(shape, dict):
-            images = {name: noise(one) for name, one in shape.items()}
+            images = {name: draw(one) for name, one in shape.items()}
             return images if len(images) > 1 else next(iter(images.values()))
-        return noise(shape)
+        return draw(shape)
 
     def _frames(self, wrapper: TemporalWrapper) -> int:
         settings = self.hparams["model_args"]
@@ -95,23 +115,28 @@ class Trained:
 
 
 @random_state_kept()  # a layer starts from random weights before it gets its own
-def load_trained(config: Mapping[str, Any], checkpoint: str | Path, width: float | None = None) -> Trained:
+def load_trained(
+    config: Mapping[str, Any], checkpoint: str | Path, width: float | None = None, known: Collection[str] = ()
+) -> Trained:
     """Build the task of a checkpoint and load its weights.
 
     Args:
         config: TerraTorch config; its ``model.class_path`` says which task.
         checkpoint: Checkpoint of a fit; what the task was built with is read from it.
         width: One of the widths that it was trained at; by default the largest.
+        known: Keys of the checkpoint that hold nothing of the model, besides Lightning's own and that of the datamodule in
+            the config.
 
     Raises:
+        NotCarriedError: If the checkpoint holds something of the model that neither its weights nor its arguments are.
         CheckpointError: If the checkpoint cannot be read, or is not one of TerraTorch with a ``simpler_`` backbone.
         ConfigurationError: If the config names no task, or the checkpoint was not trained at this width.
     """
     content = _read(checkpoint)
+    check_contents(content, checkpoint, {*known, _datamodule(config)})
     task_class = _task_class(config)
     saved = content["hyper_parameters"]
-    known = inspect.signature(task_class.__init__).parameters
-    hparams = {key: value for key, value in saved.items() if key in known}
+    hparams = arguments_of(task_class, saved, checkpoint)
     arguments = copy.deepcopy(hparams)
     _without_downloads(arguments.get("model_args"))
     name = (arguments.get("model_args") or {}).get("backbone")
@@ -124,7 +149,8 @@ def load_trained(config: Mapping[str, Any], checkpoint: str | Path, width: float
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using PEFT without a pretrained backbone")
         task = task_class(**arguments)
-    load_weights(task, content["state_dict"], checkpoint)
+    _load(task, content["state_dict"], checkpoint)
+    check_callbacks(content, dict(task.named_parameters()).keys(), checkpoint)
     task.eval()
     if width is not None:
         _take_width(task, width)
@@ -134,6 +160,25 @@ def load_trained(config: Mapping[str, Any], checkpoint: str | Path, width: float
     rest = {key: content[key] for key in ("epoch", "global_step", "pytorch-lightning_version") if key in content}
     trained = Trained(class_path, task, hparams, {**rest, "hyper_parameters": how})
     return _fold_adapters(trained) if any(hasattr(part, "merge_and_unload") for part in task.modules()) else trained
+
+
+def _load(task: nn.Module, weights: Mapping[str, Tensor], checkpoint: str | Path) -> None:
+    try:
+        load_weights(task, weights, checkpoint)
+    except CheckpointError as err:
+        try:
+            names = task.load_state_dict(weights, strict=False)
+        except RuntimeError:
+            raise err from None
+        if not names.missing_keys:
+            check_names(names.unexpected_keys, checkpoint)
+        raise
+
+
+def _datamodule(config: Mapping[str, Any]) -> str:
+    """The key under which Lightning keeps the state of the datamodule."""
+    data = config.get("data")
+    return str(data.get("class_path") if isinstance(data, Mapping) else "").rpartition(".")[2]
 
 
 def _take_width(task: nn.Module, width: float) -> None:
@@ -148,14 +193,14 @@ def _take_width(task: nn.Module, width: float) -> None:
 
 
 def _fold_adapters(trained: Trained) -> Trained:
-    images = trained.example()
-    before = answer(trained.task, images)
+    comparison = trained.comparison()
     _merge_adapters(trained.task)
-    gap = difference(answer(trained.task, images), before)
-    if not gap <= FOLDING:
+    gap = difference(answer(trained.task, comparison.images), comparison.expected)
+    allowed = comparison.tolerance(FOLDING)
+    if not gap <= allowed:
         msg = (
             f"Found answers that differ by {gap:.2g} of the largest value once the adapters are folded into the weights, "
-            f"expected at most {FOLDING:g}: PEFT cannot fold this kind of adapter in, use LoRA."
+            f"expected at most {allowed:g}: PEFT cannot fold this kind of adapter in, use LoRA."
         )
         raise ExportError(msg)
     return replace(trained, folding=gap)
@@ -228,36 +273,3 @@ def unwrap(task: nn.Module) -> nn.Module:
         if isinstance(part, SimplerBackbone):
             _replace(task, name, part.encoder)
     return task
-
-
-def answer(task: nn.Module, images: Any) -> list[Tensor]:
-    """What a task answers, as a flat list of tensors.
-
-    Args:
-        task: The task, in evaluation mode.
-        images: A batch, or modalities by name.
-    """
-    with random_state_kept(SEED), torch.no_grad(), full_float32():
-        return list(_tensors(task(images)))
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
-    elif hasattr(output, "output"):  # TerraTorch's ModelOutput
-        yield from _tensors(output.output)
-
-
-def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest difference between two answers, as a share of the largest value; infinite if they differ in shape."""
-    if [part.shape for part in found] != [part.shape for part in expected]:
-        return float("inf")
-    largest = max((float(part.abs().max()) for part in expected if part.numel()), default=0.0) or 1.0
-    gaps = [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True) if b.numel()]
-    return max(gaps, default=0.0) / largest

@@ -1,0 +1,163 @@
+"""Answers of two models on inputs that can tell them apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from terratorch_simpler.errors import ComparisonError
+from terratorch_simpler.measure import random_state_kept
+from terratorch_simpler.similarity import full_float32
+
+SEED = 0
+SCALES = (1.0, 3.0, 10.0, 100.0, 1000.0)
+"""Standard deviations of the images to try: normalised first, since a model may have been trained on raw pixels."""
+ROUNDING = 1e-5
+"""Differences below this share of the largest value may be rounding: about a hundred steps of float32."""
+MARGIN = 10.0
+"""How many times the tolerance the images, and fresh weights, must change the answers.
+
+The answers to two images are 10 tolerances apart or more, so a constant answer is 5 away from one of them.
+"""
+ENOUGH = 1e-3
+"""Images that change the answers by this share are not searched further: no tolerance is above a tenth of it."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Images to compare a model on.
+
+    Attributes:
+        images: A batch, or modalities by name.
+        expected: What the trained model answers.
+        spread: How far its answers to different images are apart, as a share of the largest value.
+    """
+
+    images: Any
+    expected: list[Tensor]
+    spread: float
+
+    def tolerance(self, largest: float, untrained: Sequence[Tensor] | None = None) -> float:
+        """Largest difference that still says "the same", as a share of the largest value.
+
+        Args:
+            largest: What rounding may make.
+            untrained: What the same model answers with fresh weights.
+
+        Raises:
+            ComparisonError: If fresh weights answer like the trained ones.
+        """
+        apart = self.spread
+        if untrained is not None:
+            distance = difference(untrained, self.expected)
+            if distance < ROUNDING:
+                msg = (
+                    f"Found answers of freshly initialised weights that differ by {distance:.1g} of the largest value from "
+                    f"those of the trained ones, expected at least {ROUNDING:g}: the comparison can tell nothing, so "
+                    "nothing is written; give the checkpoint of a model that was trained."
+                )
+                raise ComparisonError(msg)
+            apart = min(apart, distance)
+        return min(largest, apart / MARGIN)
+
+
+def find_comparison(model: Callable[[Any], Any], draw: Callable[[float], Any]) -> Comparison:
+    """Search for images that a model answers differently.
+
+    Args:
+        model: The trained model, in evaluation mode.
+        draw: Draws images of a standard deviation.
+
+    Raises:
+        ComparisonError: If it answers all of them alike, or with values that are not finite.
+    """
+    best: Comparison | None = None
+    for scale in SCALES:
+        images = draw(scale)
+        expected = answer(model, images)
+        if not all(bool(part.isfinite().all()) for part in expected):
+            continue
+        spread = difference(answer(model, flipped(images)), expected)
+        if best is None or spread > best.spread:
+            best = Comparison(images, expected, spread)
+        if spread >= ENOUGH:
+            break
+    if best is None:
+        msg = (
+            "Found NaN or infinity in the answers of the trained model, expected finite values: the comparison can tell "
+            "nothing, so nothing is written; give an earlier checkpoint."
+        )
+        raise ComparisonError(msg)
+    if best.spread < ROUNDING:
+        msg = (
+            f"Found answers of the trained model to different images that differ by {best.spread:.1g} of the largest value, "
+            f"expected at least {ROUNDING:g}: the comparison can tell nothing, so nothing is written; give the checkpoint "
+            "of a model whose answers depend on the image."
+        )
+        raise ComparisonError(msg)
+    return best
+
+
+def flipped(images: Any) -> Any:
+    """The same images in the opposite order."""
+    return {name: part.flip(0) for name, part in images.items()} if isinstance(images, Mapping) else images.flip(0)
+
+
+def answer(model: Callable[[Any], Any], images: Any) -> list[Tensor]:
+    """What a model answers, as a flat list of tensors; of a detector every box, however low its score.
+
+    Args:
+        model: The model, in evaluation mode.
+        images: A batch, or modalities by name.
+    """
+    with random_state_kept(SEED), torch.no_grad(), full_float32(), _all_boxes(model):
+        return list(_tensors(model(images)))
+
+
+@contextmanager
+def _all_boxes(model: object) -> Iterator[None]:
+    """Detectors of torchvision leave out boxes of low scores, and would answer nothing on most images."""
+    parts = [part for part in model.modules() if hasattr(part, "score_thresh")] if isinstance(model, nn.Module) else []
+    before = [part.score_thresh for part in parts]
+    for part in parts:
+        part.score_thresh = 0.0  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.score_thresh = value
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif hasattr(output, "__dict__"):  # TerraTorch's ModelOutput, with its auxiliary heads
+        yield from _tensors(vars(output))
+
+
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference between two answers, as a share of the largest value of its tensor.
+
+    It is infinite if they differ in shape or are not finite.
+    """
+    if [part.shape for part in found] != [part.shape for part in expected]:
+        return math.inf
+    gaps = [0.0]
+    for one, other in zip(found, expected, strict=True):
+        if other.numel():
+            a, b = one.double(), other.double()
+            gap = float((a - b).abs().max()) / (float(b.abs().max()) or 1.0)
+            gaps.append(gap if math.isfinite(gap) else math.inf)
+    return max(gaps)
