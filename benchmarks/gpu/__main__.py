@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
     asked = [check for check in checks if args.only is None or check.name in args.only]
     found: list[dict[str, Any]] = [asdict(check) | {"verdict": None, "findings": []} for check in asked]
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the check at work is ended too
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the check at work is ended too
     with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as scratch:
         settings = Settings(args.device, args.small, Path(scratch), args.output.resolve().parent)
         for number, check in enumerate(asked):
@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
             found[number] |= run(check, settings, min(args.patience * check.seconds, left))
             tell(number, found[number])
             save(args.output, words, found, time.monotonic() - started)
+    signal.signal(signal.SIGTERM, handler)
     verdicts = [check["verdict"] for check in found]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("PASS", "FAIL", "SKIP"))
     print(f"{counts} in {time.monotonic() - started:.0f} s: {args.output}")

@@ -123,7 +123,7 @@ def resumed(kind: str, first: Path, last: Path) -> Finding:
     """Judge two checkpoints of one run."""
     shapes = [read_shape(path, None) for path in (first, last)]
     steps = [path.stem.rpartition("=")[2] for path in (first, last)]
-    right = shapes[0] == shapes[1] and shapes[0].kept_blocks == (0, 1, 2, 3, 4) and steps == ["2", "4"]
+    right = shapes[0] == shapes[1] and shapes[0].kept == (0, 1, 2, 3, 4) and steps == ["2", "4"]
     told = ""
     if kind == "full":
         before, after = (torch.load(path, weights_only=True)["state_dict"] for path in (first, last))
@@ -131,6 +131,4 @@ def resumed(kind: str, first: Path, last: Path) -> Finding:
         still = [name for name in before if name not in fixed and torch.equal(before[name], after[name])]
         right = right and before.keys() == after.keys() and not still
         told = f"; {len(before) - len(fixed) - len(still)} of {len(before) - len(fixed)} tensors moved after that"
-    return judged(
-        right, f"{kind}: checkpoints of steps {' and '.join(steps)} hold {shapes[1].kept_blocks} of 12 blocks{told}"
-    )
+    return judged(right, f"{kind}: checkpoints of steps {' and '.join(steps)} hold {shapes[1].kept} of 12 blocks{told}")

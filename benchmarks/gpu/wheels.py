@@ -23,6 +23,8 @@ from packaging.utils import canonicalize_name
 
 WANTED = "terratorch-simpler[test,peft]"
 THERE = ("torch", "torchvision", "lightning")
+NOT_USED = {"terratorch-simpler", "pyogrio"}
+"""The working tree itself; and what geopandas reads vector files with, which is large and nothing here does."""
 GLIBC = ("2_34", "2_31", "2_28", "2_27", "2_24", "2_17")
 """Of the platforms whose wheels are taken; manylinux2014 and manylinux1 are other names for old ones."""
 
@@ -80,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--has", type=Path, help="packages that it has")
     args = parser.parse_args(arguments)
     args.folder.mkdir(parents=True, exist_ok=True)
-    there = needed(THERE, args.python).keys() | installed(args.has) | {"terratorch-simpler"}
+    there = needed(THERE, args.python).keys() | installed(args.has) | NOT_USED
     lacking = [f"{name}=={version}" for name, version in sorted(needed([WANTED], args.python).items()) if name not in there]
     download(lacking, args.python, args.folder)
     wheels = list(args.folder.glob("*.whl"))
