@@ -66,28 +66,32 @@ class RandomTiles:
             yield {"image": self.image, "valid": valid, "index": numbers, "position": numbers}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Time both in turn, after one round that is not counted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="prithvi_eo_v2_100_tl")
     parser.add_argument("--arguments", type=json.loads, default={}, help='of the backbone, e.g. {"modalities": ["S2L2A"]}')
     record.add_arguments(parser)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="that the encoder runs in")
     parser.add_argument("--tiles", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--paths", help="GeoTIFF files, folder or glob to stream; by default random tiles in memory")
     parser.add_argument("--tile_size", type=int, help="pixels; by default as the encoder is built")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     backbone = BACKBONE_REGISTRY.build(f"simpler_{args.backbone}", **args.arguments).to(args.device).eval()
     shape = backbone.input_shape
     bands, *_, height, width = next(iter(shape.values())) if isinstance(shape, dict) else shape  # the first modality
     height, width = (args.tile_size or height, args.tile_size or width)
     tiles: TileSource = RandomTiles((bands, height, width), args.tiles, args.batch)
+    if args.device.type == "cuda" and isinstance(tiles, RandomTiles):
+        tiles.image = tiles.image.pin_memory()  # as tiles that are read lie there
     if args.paths:
         tiles = GeoTiffTiles(args.paths, height, batch_size=args.batch, pin_memory=args.device.type == "cuda")
 
     def forward(batch: Batch) -> object:
-        with torch.no_grad():
+        autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        with torch.no_grad(), autocast:
             return backbone(batch["image"].to(args.device, non_blocking=True))
 
     waits = []
@@ -113,6 +117,7 @@ def main() -> None:
         "tiles": args.tiles,
         "size": height,
         "batch": args.batch,
+        "precision": args.precision,
         "encoder_alone_s": statistics.median(encoder for encoder, _ in rounds),
         "selection_s": statistics.median(selection for _, selection in rounds),
         "ratio": statistics.median(ratios),
@@ -120,7 +125,7 @@ def main() -> None:
         "bar": BARS[args.device.type],
         "waiting_for_tiles": statistics.median(waits[1:]),
     }
-    path = record.save("selection_overhead", args, [row])
+    path = record.save("selection_overhead", args, [row], arguments)
     record.show("the pass beside the encoder alone", [row])
     print(path)
 

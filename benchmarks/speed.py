@@ -4,9 +4,10 @@
 
 Builds a segmentation task as ``terratorch fit`` would, with random weights, and another with the first blocks only, and runs
 both on the same noise. A training step is forward, cross entropy, backward and AdamW. Medians over rounds, each of
-which runs both models; memory is the peak of one training step: on a GPU what PyTorch's allocator handed out, on a CPU the
-tensors that operators handed out. ``limit`` is the ratio of the two models' multiply-accumulate operations, so the most that
-the cut can gain. ``--profile`` tells where the time of the cut model goes.
+which runs both models; memory is the peak of one training step, in ``rates`` also that of a prediction, without the
+optimizer: on a GPU what PyTorch's allocator handed out, on a CPU the tensors that operators handed out. ``limit`` is the
+ratio of the two models' multiply-accumulate operations, so the most that the cut can gain. ``--profile`` tells where the
+time of the cut model goes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from terratorch.tasks import SemanticSegmentationTask
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import terratorch_simpler  # noqa: F401  makes simpler_ known
@@ -139,23 +141,29 @@ class Contender:
         encoder = next(sum(ops.values()) for name, ops in counts.items() if name.endswith(".encoder"))
         return counter.get_total_flops() // 2, encoder // 2
 
-    def peak_memory(self) -> int:
-        """Most bytes in use in a training step, weights and optimizer included."""
-        held = [*self.model.parameters(), *self.model.buffers(), self.image, self.target]
-        held += [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    def peak_memory(self, kind: str = "train") -> int:
+        """Most bytes in use in a training step, weights and optimizer included, or in a prediction (``infer``)."""
+        held = [*self.model.parameters(), *self.model.buffers(), self.image]
+        if kind == "train":
+            held += [self.target, *filter(torch.is_tensor, tree_leaves(list(self.optimizer.state.values())))]
         run = self.run
         if self.device.type != "cuda":
             self.run = self.model  # tensors inside of a compiled graph cannot be seen: the plain model's are an upper bound
-        added = added_memory(self.train, held, self.device)
+        added = added_memory(self.train if kind == "train" else self.infer, held, self.device)
         self.run = run
         return added + sum(tensor.nbytes for tensor in held)
 
 
-def compare(full: Contender, cut: Contender, settings: argparse.Namespace) -> dict[str, Any]:
-    """Run both in turn, after one round that does not count."""
+def compare(full: Contender, cut: Contender, settings: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run both in turn, after one round that does not count.
+
+    Returns:
+        Both beside each other, and images a second and peak memory of each.
+    """
     full_macs, full_encoder = full.macs()
     cut_macs, cut_encoder = cut.macs()
     found: dict[str, Any] = {"limit": full_macs / cut_macs, "limit_encoder": full_encoder / cut_encoder}
+    rates = []
     for kind, runs in (("train", (full.train, cut.train)), ("infer", (full.infer, cut.infer))):
         rounds = [[seconds(run, settings.device) for run in runs] for _ in range(settings.rounds + 1)][1:]
         slow, fast = (statistics.median(times) for times in zip(*rounds, strict=True))
@@ -166,8 +174,14 @@ def compare(full: Contender, cut: Contender, settings: argparse.Namespace) -> di
             f"{kind}_speedup": statistics.median(ratios),
             f"{kind}_range": f"{ratios[0]:.2f}-{ratios[-1]:.2f}",
         }
-    peak_full, peak_cut = full.peak_memory(), cut.peak_memory()
-    return found | {"peak_full_mib": peak_full / 2**20, "peak_cut_mib": peak_cut / 2**20}
+        for name, one, times in zip(("intact", "cut"), (full, cut), zip(*rounds, strict=True), strict=True):
+            rate = sorted(len(one.image) / time for time in times)
+            rates.append(
+                {"run": kind, "model": name, "images_a_second": statistics.median(rate), "least": rate[0], "most": rate[-1],
+                 "peak_mib": one.peak_memory(kind) / 2**20}
+            )  # fmt: skip
+    peak_full, peak_cut = (rate["peak_mib"] for rate in rates if rate["run"] == "train")
+    return found | {"peak_full_mib": peak_full, "peak_cut_mib": peak_cut}, rates
 
 
 @contextmanager
@@ -245,14 +259,16 @@ def main(arguments: list[str] | None = None) -> None:
     if len(batches) != len(settings.sizes):
         parser.error(f"Found {len(batches)} batches for {len(settings.sizes)} sizes, expected one for each: give --batches.")
     precisions = settings.precisions or (["fp32", "bf16"] if settings.device.type == "cuda" else ["fp32"])
-    rows, profiles = [], []
+    rows, profiles, rates = [], [], []
     chosen = itertools.product(zip(settings.sizes, batches, strict=True), precisions, settings.compile, settings.decoders)
     for (size, batch), precision, compiled, decoder in chosen:
         case = {"decoder": decoder, "size": size, "batch": batch, "precision": precision, "compile": compiled == "true"}
         full, cut = (
             Contender(decoder, settings, keep, size, batch, precision, case["compile"]) for keep in (None, settings.keep)
         )
-        rows.append(case | compare(full, cut, settings) | {"bar": BARS[decoder]})
+        row, of_each = compare(full, cut, settings)
+        rows.append(case | row | {"bar": BARS[decoder]})
+        rates += [case | rate for rate in of_each]
         print(" ".join(f"{key}={record.cell(value)}" for key, value in rows[-1].items()), flush=True)
         del full
         if settings.profile and not case["compile"]:
@@ -260,8 +276,9 @@ def main(arguments: list[str] | None = None) -> None:
         del cut
         gc.collect()
         torch.compiler.reset()
-        path = record.save("speed", settings, rows, arguments, profiles=profiles)
+        path = record.save("speed", settings, rows, arguments, profiles=profiles, rates=rates)
     record.show("cut to intact", rows)
+    record.show("images a second and memory", rates)
     record.show("where the time of the cut model goes", profiles)
     print(path)
 

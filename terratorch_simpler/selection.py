@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import nn
 from torchmetrics import Metric
 
+from terratorch_simpler import __version__
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.criteria import Bounds, Criterion, Labelled
 from terratorch_simpler.encoders import InputShape
@@ -574,5 +575,6 @@ def _progress_bar(trainer: Trainer, planned: int, backbone: SimplerBackbone) -> 
 
 
 def _versions() -> dict[str, str]:
-    packages = ("terratorch_simpler", "terratorch", "torch", "lightning")
-    return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
+    others = {package: metadata.version(package) for package in ("terratorch", "torch", "lightning")}
+    # Not by its metadata: a source tree on the path has none.
+    return {"python": platform.python_version(), "terratorch_simpler": __version__, **others}

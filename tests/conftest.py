@@ -44,7 +44,9 @@ def pytest_collection_modifyitems(config, items):
         if slow & {name, name.partition("[")[0], name.partition("::")[0]}:
             item.add_marker(pytest.mark.slow)
     if not any("::" in argument for argument in config.args):
-        stale = {line for line in slow if line.partition("::")[0] in files and line.partition("[")[0] not in functions | files}
+        stale = {
+            line for line in slow if line.partition("::")[0] in files and line.partition("[")[0] not in functions | files
+        }
         if stale:
             msg = f"Found {', '.join(sorted(stale))} in tests/slow.txt, expected names of tests: remove the lines."
             raise pytest.UsageError(msg)

@@ -32,6 +32,8 @@ CONTEXT.set_forkserver_preload(PRELOAD)
 
 MEANS = [650.0, 900.0, 925.0, 2250.0, 1950.0, 1350.0]
 STDS = [500.0, 550.0, 650.0, 850.0, 850.0, 800.0]
+# Time and location get no gradient when there are no coordinates.
+WITHOUT_COORDINATES = {"backbone": "simpler_prithvi_eo_v1_100", "backbone_num_frames": 1}
 
 
 def config(scenes: Path, folder: Path, **callback) -> dict:
@@ -178,6 +180,28 @@ class CpuFSDP(FSDPStrategy):
 
     def __init__(self, state_dict_type: str = "full"):
         super().__init__(state_dict_type=state_dict_type, auto_wrap_policy={Block})
+
+
+def fsdp_config(scenes: Path, folder: Path, kind: str, callback: dict) -> dict:
+    """Two steps with FSDP, and a checkpoint after every second one, ``full`` or ``sharded``."""
+    found = config(scenes, folder, **callback)
+    trainer = found["trainer"]
+    trainer |= {
+        "strategy": {"class_path": "tests.runs.CpuFSDP", "init_args": {"state_dict_type": kind}},
+        "limit_val_batches": 0,
+        "max_steps": 2,
+        "max_epochs": -1,
+    }
+    ours, checkpoint, _ = trainer["callbacks"]
+    checkpoint["init_args"]["every_n_train_steps"] = 2
+    trainer["callbacks"] = [ours, checkpoint]
+    found["model"]["init_args"]["model_args"] |= WITHOUT_COORDINATES
+    return found
+
+
+def newest(folder: Path) -> Path:
+    """The checkpoint of most steps."""
+    return max((folder / "checkpoints").glob("*step=*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]))
 
 
 class ShardedTask(SemanticSegmentationTask):

@@ -1,7 +1,6 @@
 """FSDP itself, on a CPU: two processes that shard the pruned model, write checkpoints, and go on with them."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,41 +15,20 @@ PRUNED = {
 }
 
 
-def settings(scenes, folder, kind, callback):
-    found = runs.config(scenes, folder, **callback)
-    trainer = found["trainer"]
-    trainer |= {
-        "strategy": {"class_path": "tests.runs.CpuFSDP", "init_args": {"state_dict_type": kind}},
-        "limit_val_batches": 0,
-        "max_steps": 2,
-        "max_epochs": -1,
-    }
-    ours, checkpoint, _ = trainer["callbacks"]
-    checkpoint["init_args"]["every_n_train_steps"] = 2
-    trainer["callbacks"] = [ours, checkpoint]
-    # Without time and location, which get no gradient when there are no coordinates.
-    found["model"]["init_args"]["model_args"] |= {"backbone": "simpler_prithvi_eo_v1_100", "backbone_num_frames": 1}
-    return found
-
-
-def newest(folder: Path) -> Path:
-    return max((folder / "checkpoints").glob("*step=*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]))
-
-
 @pytest.mark.parametrize("pruned", PRUNED)
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_fit_and_resume(scenes, tmp_path, kind, pruned):
     callback, shape = PRUNED[pruned]
-    config = settings(scenes, tmp_path, kind, callback)
+    config = runs.fsdp_config(scenes, tmp_path, kind, callback)
     fit = runs.Command(tmp_path / "fit", config, ranks=2, before=runs.fsdp_on_cpu)
     assert fit.wait() == [0, 0], fit.output(0) + fit.output(1)
-    first = newest(tmp_path)
+    first = runs.newest(tmp_path)
     assert first.is_dir() == (kind == "sharded")
     assert read_shape(first, None) == shape
     config["trainer"]["max_steps"] = 4
     again = runs.Command(tmp_path / "again", config, "--ckpt_path", str(first), ranks=2, before=runs.fsdp_on_cpu)
     assert again.wait() == [0, 0], again.output(0) + again.output(1)
-    last = newest(tmp_path)
+    last = runs.newest(tmp_path)
     assert last.stem.endswith("step=4")
     assert read_shape(last, None) == shape
     if kind == "sharded":
