@@ -49,7 +49,7 @@ test: $(INSTALLED)
 	$(BIN)/python $(TESTS)
 
 test-all: $(INSTALLED)
-	$(BIN)/python $(TESTS) -m 'slow and not gpu'
+	$(BIN)/python $(TESTS) --dist loadfile -m 'slow and not gpu'
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
