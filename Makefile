@@ -8,16 +8,13 @@
 # make test-newest   the tests with the newest TerraTorch, on Python 3.13 or 3.12 (PYTHON_NEWEST, if it is neither in PATH nor in pyenv)
 # make test-minimum  the tests with the oldest versions that pyproject.toml allows, without onnx (on Python 3.11, for which all have wheels)
 # make test-plain    the tests without the extras peft and onnx
-<<<<<<< HEAD
-# Each makes its virtual environment first if it is missing or the project's requirements changed. PYTHON is the interpreter of
-# .venv and says which versions it gets: those of constraints/python3.11.txt, or of constraints/python3.12+.txt.
-=======
 # make gpu           what only a GPU can tell, in ten minutes: PASS and FAIL lines, and benchmarks/results/gpu.json
 #                    (PYTHON_GPU: its Python; SITE: folder of further packages, made of wheels/ if that is there;
 #                    GPU_DEVICE: cuda; GPU_ARGS: see python -m benchmarks.gpu --help)
 # make gpu-wheels    wheels/: what a GPU machine with PyTorch, torchvision and Lightning but without a registry lacks
 #                    (GPU_HAS: file with what pip list --format=freeze prints there, to leave out more; GPU_PYTHON: 3.12)
-# Each makes its virtual environment first if it is missing or the project's requirements changed.
+# Each makes its virtual environment first if it is missing or the project's requirements changed. PYTHON is the interpreter of
+# .venv and says which versions it gets: those of constraints/python3.11.txt, or of constraints/python3.12+.txt.
 PYTHON ?= python3
 # A name in PATH may be a shim of pyenv that does not run, so each is run.
 PYTHON_NEWEST ?= $(shell for version in 3.13 3.12; do \

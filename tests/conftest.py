@@ -52,6 +52,16 @@ def pytest_collection_modifyitems(config, items):
             raise pytest.UsageError(msg)
 
 
+@pytest.fixture(autouse=True)
+def gdal_options():
+    """TerraTorch's command line sets options of GDAL for its whole process, which here runs other tests as well."""
+    before = {name: value for name, value in os.environ.items() if name.startswith(("GDAL_", "VSI_", "AWS_"))}
+    yield
+    for name in [name for name in os.environ if name.startswith(("GDAL_", "VSI_", "AWS_"))]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     folder = Path(__file__).parents[2] / "shared" / "data"

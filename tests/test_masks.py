@@ -5,9 +5,11 @@ import pytest
 import rasterio
 import torch
 
+from terratorch_simpler import SlimmingPlan
 from terratorch_simpler.errors import TilesError
 from terratorch_simpler.tiles import GeoTiffTiles
 from tests.rasters import draw, one_by_one, write
+from tests.runs import Command, config
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # of writing
 
@@ -50,6 +52,31 @@ def test_masks_of_single_bands(tmp_path, bands, nodata):
     image, valid = only(path, bands=bands, nodata=nodata)
     assert np.array_equal(valid, expected)
     assert np.array_equal(image[:, expected], pixels[[band - 1 for band in bands or (1, 2, 3)]][:, expected])
+
+
+@pytest.mark.parametrize("listing", ["EMPTY_DIR", "TRUE", "FALSE"])
+def test_masks_beside_files_are_read_whatever_is_set(tmp_path, monkeypatch, listing):
+    """``terratorch fit`` sets the first."""
+    masks = np.full((1, 16, 16), 255, np.uint8)
+    masks[0, :5] = 0
+    path = write(tmp_path / "a.tif", draw(1, 16, 16))
+    write_masks(path, masks)
+    monkeypatch.setenv("GDAL_DISABLE_READDIR_ON_OPEN", listing)
+    assert np.array_equal(only(path)[1], masks[0] > 0)
+
+
+def test_masks_beside_files_are_read_by_terratorch_fit(scenes, tmp_path):
+    folder = tmp_path / "tiles"
+    for number in range(40):
+        path = write(folder / f"{number}.tif", draw(6, 64, 64, seed=number))
+        if number < 4:
+            write_masks(path, np.zeros((6, 64, 64), np.uint8))
+    tiles = {"class_path": "terratorch_simpler.GeoTiffTiles", "init_args": {"paths": str(folder), "tile_size": 64}}
+    command = Command(tmp_path, config(scenes, tmp_path, tiles=tiles), "--trainer.max_epochs", "0")
+    assert command.wait() == [0], command.output()
+    plan = SlimmingPlan.load(tmp_path / "simpler" / "plan.json")
+    assert plan.tiles_seen == 36
+    assert plan.data["skipped"] == {"nodata": 4, "no raster": 4}
 
 
 def test_alpha_that_is_not_read_is_the_mask(tmp_path):

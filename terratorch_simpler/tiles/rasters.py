@@ -41,21 +41,24 @@ MAX_OPEN = 32
 
 
 def gdal_settings(timeout: float) -> AbstractContextManager[object]:
-    """GDAL settings for the reads of one thread; what the user has set in the environment stays."""
-    return _unless_set(
-        GDAL_DISABLE_READDIR_ON_OPEN="TRUE",  # else the folder is listed for every file in it that is opened
+    """GDAL settings for the reads of one thread; what the user has set in the environment stays, but for one.
+
+    ``terratorch fit`` sets ``GDAL_DISABLE_READDIR_ON_OPEN=EMPTY_DIR``, under which files of this machine would lose what lies
+    beside them: masks, headers, locations.
+    """
+    settings = _unless_set(
         VRT_SHARED_SOURCE=0,  # else threads that read two virtual rasters share the files these name
         GDAL_HTTP_TIMEOUT=min(math.ceil(timeout), 10**6),
         GDAL_HTTP_MAX_RETRY=2,
         GDAL_HTTP_RETRY_DELAY=0.5,  # of GDAL's own 30 s little would be left of the time one read may take
     )
-
-
-def _unless_set(**settings: object) -> AbstractContextManager[object]:
-    scoped: AbstractContextManager[object] = rasterio.Env(
-        **{name: value for name, value in settings.items() if name not in os.environ}
-    )
+    # Nothing is listed, which would be for every file in a folder that is opened, but what belongs to one is looked for.
+    scoped: AbstractContextManager[object] = rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE", **settings)
     return scoped
+
+
+def _unless_set(**settings: object) -> dict[str, object]:
+    return {name: value for name, value in settings.items() if name not in os.environ}
 
 
 class Header(NamedTuple):
@@ -70,7 +73,8 @@ class Header(NamedTuple):
 
 def _open(path: str, drivers: Sequence[str], **options: str) -> DatasetReader:
     if is_remote(path):
-        with _unless_set(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # no requests for folders and sidecar files
+        listing = os.environ.get("GDAL_DISABLE_READDIR_ON_OPEN", "EMPTY_DIR")  # no requests for folders and sidecar files
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN=listing):
             # As rasterio.open, which takes no list of drivers.
             return ensure_env_with_credentials(DatasetReader)(path, driver=drivers, sharing=False, **options)
     _check_mask_file(f"{path}.msk")
