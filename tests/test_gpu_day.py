@@ -98,7 +98,7 @@ def test_what_is_known_outlives_a_kill_and_no_check_does(tmp_path, number):
     """
     output = tmp_path / "gpu.json"
     command = [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines()), "--device", "cpu", "-o", output]
-    process = subprocess.Popen([*command, "--budget", "3600"], cwd=ROOT)
+    process = subprocess.Popen([*command, "--budget", "3600"], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
     while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
         assert process.poll() is None
         time.sleep(0.1)

@@ -25,6 +25,7 @@ from terratorch_simpler.measure import Measurement, measure
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.selection import find_backbone, on_device
 from terratorch_simpler.tiles import Batch
+from tests.memory import Tiles, land
 
 TILE = 64
 """Pixels: what the demo's encoder was pretrained on, and four to a scene in a full run."""
@@ -199,9 +200,10 @@ def memory(settings: Settings) -> Iterator[Finding]:
     task = trained_task()
     backbone = find_backbone(task)
     size = 32 if settings.small else 96
-    device = torch.device(settings.device)
+    images = land(40) if settings.small else land(192, size=224)  # large beside the blocks that PyTorch's allocator asks for
+    source, device = Tiles(images, batch_size=size), torch.device(settings.device)
     with on_device(backbone, device):
-        roomy = pass_over(backbone, settings, size, device)
+        roomy = pass_over(backbone, source, device)
         if settings.cuda:
             torch.cuda.empty_cache()
             assert roomy.peak_bytes is not None
@@ -210,7 +212,7 @@ def memory(settings: Settings) -> Iterator[Finding]:
             torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory, device)
         else:
             backbone.blocks[6].register_forward_pre_hook(_runs_out)
-        tight = pass_over(backbone, settings, size, device)
+        tight = pass_over(backbone, source, device)
     how = "of the GPU" if settings.cuda else "that a CPU pretends to have"
     yield judged(
         roomy.batch_limit is None and tight.batch_limit is not None,
@@ -231,14 +233,13 @@ def memory(settings: Settings) -> Iterator[Finding]:
         yield skipped("an allocator that is full needs CUDA")
 
 
-def pass_over(backbone: SimplerBackbone, settings: Settings, size: int, device: torch.device) -> Measurement:
-    """A pass with batches of a size."""
+def pass_over(backbone: SimplerBackbone, source: Tiles, device: torch.device) -> Measurement:
+    """A pass over all tiles."""
 
     def forward(batch: Batch) -> object:
-        return backbone(batch["image"].to(device, non_blocking=True))
+        return backbone(batch["image"].to(device))
 
-    source, count = tiles(settings, TILE, size).opened(), count_of(settings)
-    return measure(forward, backbone, source, Simpler(), Bounds(), min_tiles=count, max_tiles=count)
+    return measure(forward, backbone, source, Simpler(), Bounds(), min_tiles=len(source), max_tiles=len(source))
 
 
 def _runs_out(_module: object, inputs: tuple[torch.Tensor, ...]) -> None:
