@@ -43,8 +43,8 @@ MAX_OPEN = 32
 def gdal_settings(timeout: float) -> AbstractContextManager[object]:
     """GDAL settings for the reads of one thread; what the user has set in the environment stays, but for one.
 
-    ``terratorch fit`` sets ``GDAL_DISABLE_READDIR_ON_OPEN=EMPTY_DIR``, under which files of this machine would lose what lies
-    beside them: masks, headers, locations.
+    ``terratorch fit`` sets ``GDAL_DISABLE_READDIR_ON_OPEN=EMPTY_DIR``, under which files of this machine would lose what
+    lies beside them: masks, headers, locations.
     """
     settings = _unless_set(
         VRT_SHARED_SOURCE=0,  # else threads that read two virtual rasters share the files these name
