@@ -86,15 +86,17 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
     args = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else list(arguments)
     asked = [check for check in checks if args.only is None or check.name in args.only]
-    found: list[dict[str, Any]] = [asdict(check) | {"verdict": None, "findings": []} for check in asked]
+    found: list[dict[str, Any]] = [
+        {"number": checks.index(check), **asdict(check), "verdict": None, "findings": []} for check in asked
+    ]
     started = time.monotonic()
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the check at work is ended too
     with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as scratch:
         settings = Settings(args.device, args.small, Path(scratch), args.output.resolve().parent)
-        for number, check in enumerate(asked):
+        for check, told in zip(asked, found, strict=True):
             left = started + args.budget - time.monotonic()
-            found[number] |= run(check, settings, min(args.patience * check.seconds, left))
-            tell(number, found[number])
+            told |= run(check, settings, min(args.patience * check.seconds, left))
+            tell(told)
             save(args.output, words, found, time.monotonic() - started)
     signal.signal(signal.SIGTERM, handler)
     verdicts = [check["verdict"] for check in found]
@@ -153,9 +155,9 @@ def run(check: Check, settings: Settings, seconds: float) -> dict[str, Any]:
     return result | ({"output": said[-LAST_WORDS:]} if verdict == "FAIL" else {})
 
 
-def tell(number: int, check: dict[str, Any]) -> None:
+def tell(check: dict[str, Any]) -> None:
     """Print what came of one check."""
-    print(f"{check['verdict']} {number:2d} {check['title']} ({check['seconds_taken']:.0f} s)")
+    print(f"{check['verdict']} {check['number']:2d} {check['title']} ({check['seconds_taken']:.0f} s)")
     for finding in check["findings"]:
         print(f"        {finding['verdict']} {finding['what']}")
     sys.stdout.flush()
