@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.checkpoint import load_mapped
@@ -112,7 +114,7 @@ def check_loaded(encoder: nn.Module, name: str, arguments: Mapping[str, Any]) ->
     for argument in FILE_ARGUMENTS:
         if (path := _local(arguments.get(argument))) is None or (content := _content(path)) is None:
             continue
-        known = {_mark(value) for value in _tensors(content)}
+        known = {_mark(value) for value in filter(torch.is_tensor, tree_leaves(content))}
         matrices = [value for value in encoder.parameters() if value.ndim > 1]
         found = sum(_mark(value) in known for value in matrices)
         if 2 * found < len(matrices):
@@ -153,17 +155,6 @@ def _weights_in(content: object, path: Path) -> Weights | None:
         )
         raise CheckpointError(msg)
     return weights
-
-
-def _tensors(content: object) -> Iterator[Tensor]:
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _tensors(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from _tensors(value)
 
 
 def _mark(value: Tensor) -> tuple[float, ...]:

@@ -5,7 +5,8 @@
     python -m tests.mutants plant --count 50 --seed 0
 
 Every line that a test runs may be changed. A mutant is met by the tests that run its line, the quickest of them first; it is
-seen if one of them fails, or does not end. Lines that run only in processes which tests start are not chosen.
+seen if one of them fails that passes without it, or does not end. Lines that run only in processes which tests start are not
+chosen.
 """
 
 from __future__ import annotations
@@ -130,9 +131,9 @@ def cover(arguments: list[str]) -> None:
 
 
 def node_of(context: str) -> str:
-    """``tests.test_x.test_y`` as pytest names it."""
+    """``test_x.test_y`` as pytest names it."""
     module, _, name = context.rpartition(".")
-    return f"{module.replace('.', '/')}.py::{name}"
+    return f"tests/{module}.py::{name}"
 
 
 def plant(count: int, seed: int, jobs: int) -> int:
@@ -159,12 +160,21 @@ def plant(count: int, seed: int, jobs: int) -> int:
         import terratorch.datamodules
         import terratorch.tasks  # noqa: F401  ten seconds that every mutant would take anew
 
+        tests = {mutant: tests_of(mutant, covered) for mutant in chosen}
+        all_tests = sorted({name for names in tests.values() for name in names})
+        _, status = os.waitpid(start(None, copies[0], all_tests), 0)
+        failing = failed(copies[0])
+        if os.waitstatus_to_exitcode(status) not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            raise SystemExit(f"Tests could not be run without a mutant:\n{(copies[0].parent / 'log').read_text()[-3000:]}")
+        print(f"{len(all_tests)} tests; failing without a mutant, and left out: {', '.join(failing) or 'none'}", flush=True)
+
         running: dict[int, tuple[Mutant, Path, float]] = {}
         survived, waiting = [], list(chosen)
         while waiting or running:
             while waiting and copies:
                 mutant, copy = waiting.pop(), copies.pop()
-                running[start(mutant, copy, tests_of(mutant, covered))] = (mutant, copy, time.monotonic())
+                names = [name for name in tests[mutant] if name not in failing] or ["--version"]  # none: nothing sees it
+                running[start(mutant, copy, names)] = (mutant, copy, time.monotonic())
             pid, status = os.waitpid(-1, os.WNOHANG)
             for other, (_, _, since) in running.items():
                 if time.monotonic() > since + MOST_SECONDS:
@@ -193,11 +203,30 @@ def tests_of(mutant: Mutant, covered: dict) -> list[str]:
     return sorted(names, key=lambda name: covered["seconds"].get(name, 1e9))[:MOST_TESTS]
 
 
-def start(mutant: Mutant, copy: Path, tests: list[str]) -> int:
-    """Run tests on a copy with a mutant, in a process of its own."""
-    lines = (copy / mutant.path).read_text().splitlines(keepends=True)
-    lines[mutant.line - 1] = mutant.after + "\n"
-    (copy / mutant.path).write_text("".join(lines))
+class Failures:
+    """Writes the tests that fail, one a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_text("")
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            with self.path.open("a") as file:
+                print(report.nodeid.partition("[")[0], file=file)
+
+
+def failed(copy: Path) -> list[str]:
+    """The tests that failed in the last run on a copy."""
+    return sorted(set((copy.parent / "failed").read_text().splitlines()))
+
+
+def start(mutant: Mutant | None, copy: Path, tests: list[str]) -> int:
+    """Run tests on a copy in a process of its own: until the first fails that sees a mutant, or all without one."""
+    if mutant is not None:
+        lines = (copy / mutant.path).read_text().splitlines(keepends=True)
+        lines[mutant.line - 1] = mutant.after + "\n"
+        (copy / mutant.path).write_text("".join(lines))
     if pid := os.fork():
         return pid
     os.setsid()
@@ -212,7 +241,8 @@ def start(mutant: Mutant, copy: Path, tests: list[str]) -> int:
         del sys.modules[name]
     import pytest
 
-    code = pytest.main(["-x", "-q", "--rootdir", str(copy), "-p", "no:cacheprovider", *tests])
+    options = ["-q", "--rootdir", str(copy), "-p", "no:cacheprovider", *([] if mutant is None else ["-x"])]
+    code = pytest.main([*options, *tests], plugins=[Failures(copy.parent / "failed")])
     sys.stdout.flush()
     os._exit(int(code))
 

@@ -93,8 +93,7 @@ def in_process(monkeypatch):
 STACKS = {
     "unet": {"backbone": TINY, "necks": NECKS, **UNET},
     "upernet": {
-        "backbone": TINY, "necks": NECKS[:2], "decoder": "UperNetDecoder", "decoder_channels": 16,
-        "decoder_scale_modules": True, "num_classes": 3,
+        "backbone": TINY, "necks": NECKS, "decoder": "UperNetDecoder", "decoder_channels": 16, "num_classes": 3,
     },
     "no necks": {"backbone": TINY, "decoder": "FCNDecoder", "decoder_channels": 16, "num_classes": 3},
     "smp": {"backbone": TINY, "necks": NECKS, "decoder": "smp_Unet", "decoder_decoder_channels": [8, 8, 4],

@@ -10,6 +10,7 @@ sys.path[:] = sys.path[1:]  # the folder of this file
 
 import torch  # noqa: E402
 from terratorch.cli_tools import build_lightning_cli  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 ANYWHERE = {
     "accelerator": "cpu",
@@ -26,13 +27,13 @@ OTHER_SEED = 20_011
 
 def tensors(output: object) -> list[torch.Tensor]:
     """The tensors of an answer, in order."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, list | tuple):
-        return [tensor for part in output for tensor in tensors(part)]
-    return tensors(vars(output)) if hasattr(output, "__dict__") else []
+    found = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__"):
+            found += tensors(vars(leaf))
+    return found
 
 
 def answer(task: torch.nn.Module, images: object) -> list[torch.Tensor]:

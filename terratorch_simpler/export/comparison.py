@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from terratorch_simpler.errors import ComparisonError
 from terratorch_simpler.measure import random_state_kept
@@ -135,16 +136,11 @@ def _all_boxes(model: object) -> Iterator[None]:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
-    elif hasattr(output, "__dict__"):  # TerraTorch's ModelOutput, with its auxiliary heads
-        yield from _tensors(vars(output))
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__"):  # TerraTorch's ModelOutput, with its auxiliary heads
+            yield from _tensors(vars(leaf))
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
