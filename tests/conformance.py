@@ -27,7 +27,7 @@ import numpy as np
 import rasterio
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from rasterio.enums import MaskFlags
-from rasterio.io import MemoryFile
+from rasterio.io import DatasetReader, MemoryFile
 from rasterio.warp import transform
 from rasterio.windows import Window
 
@@ -102,6 +102,13 @@ class Expected(NamedTuple):
     reasons: frozenset[str]
 
 
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[DatasetReader]:
+    """A file with what lies beside it, whatever the environment sets: TerraTorch's command line leaves that out."""
+    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="FALSE"), rasterio.open(path) as src:
+        yield src
+
+
 class Reference:
     """What rasterio says of a file.
 
@@ -126,7 +133,7 @@ class Reference:
             self.reasons = frozenset({"empty file"})
             return
         try:
-            with rasterio.open(path) as src:
+            with _open(path) as src:
                 self.driver = src.driver
                 self.width, self.height, self.count = src.width, src.height, src.count
                 self.dtypes, self.nodatavals, self.flags = src.dtypes, src.nodatavals, src.mask_flag_enums
@@ -249,7 +256,7 @@ class Reference:
         parts: dict[tuple[int, Position, bool], np.ndarray | None] = {}
         while len(parts) < len(keys):  # opened again after every error: what the same handle then gives is not to be trusted
             try:
-                with rasterio.open(self.path) as src:
+                with _open(self.path) as src:
                     for key in keys[len(parts) :]:
                         parts[key] = (src.read_masks if key[2] else src.read)(key[0], window=Window(*at))
             except Exception:  # of any type, as above
@@ -262,7 +269,7 @@ class Reference:
             first = self._read(band, at)
             for before in (None, *self.windows(setting)[:8]):
                 try:
-                    with rasterio.open(self.path) as src:
+                    with _open(self.path) as src:
                         if before is not None:
                             src.read(band, window=Window(*before))
                         again = src.read(band, window=Window(*at))

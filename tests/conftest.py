@@ -10,6 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from rasterio._env import del_gdal_config
 from terratorch.datamodules import GenericNonGeoSegmentationDataModule
 from terratorch.registry import BACKBONE_REGISTRY
 from terratorch.tasks import SemanticSegmentationTask
@@ -55,11 +56,24 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def gdal_options():
     """TerraTorch's command line sets options of GDAL for its whole process, which here runs other tests as well."""
-    before = {name: value for name, value in os.environ.items() if name.startswith(("GDAL_", "VSI_", "AWS_"))}
+    _restore_gdal_options()  # a fixture of a whole module may have run it
     yield
-    for name in [name for name in os.environ if name.startswith(("GDAL_", "VSI_", "AWS_"))]:
+    _restore_gdal_options()
+
+
+def _restore_gdal_options():
+    # rasterio's environments leave behind, as an option of GDAL, what the environment said when they began.
+    del_gdal_config("GDAL_DISABLE_READDIR_ON_OPEN")
+    for name in _gdal_options():
         del os.environ[name]
-    os.environ.update(before)
+    os.environ.update(GDAL_OPTIONS)
+
+
+def _gdal_options():
+    return {name: value for name, value in os.environ.items() if name.startswith(("GDAL_", "VSI_", "AWS_"))}
+
+
+GDAL_OPTIONS = _gdal_options()
 
 
 @pytest.fixture(scope="session")

@@ -127,6 +127,13 @@ def test_reference_does_not_trust_a_file_after_an_error(odd, caplog):
         assert reference.read(lowest, setting).reasons == {"unreadable"}
 
 
+def test_reference_reads_masks_beside_files_whatever_is_set(odd, monkeypatch):
+    monkeypatch.setenv("GDAL_DISABLE_READDIR_ON_OPEN", "EMPTY_DIR")  # as TerraTorch's command line does
+    for name in ("mask_sidecar.tif", "mask_per_band_sidecar.tif"):
+        reference = Reference(str(odd[0] / name))
+        assert np.count_nonzero(~reference.read((0, 0, WIDTH, HEIGHT), Setting("", 8, 8, max_nodata_fraction=1.0)).valid) > 0
+
+
 def test_reference_tells_when_rasterio_contradicts_itself(tmp_path):
     path = write(tmp_path / "a.tif", draw(1, 32, 32))
     reference, setting = Reference(str(path)), Setting("", 32, 32)
