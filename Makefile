@@ -6,6 +6,7 @@
 # make bench         the benchmarks, into benchmarks/results (DATA: folder of hls_water, ukis_csmask and scenes; DEVICE: cpu or cuda)
 # make study         the accuracy study on DATA, or what is left of it, into benchmarks/results/study
 # make test-newest   the tests with the newest TerraTorch, on Python 3.13 or 3.12 (PYTHON_NEWEST, if it is neither in PATH nor in pyenv)
+# make environments  what make test and make test-newest need (with --jobs 2 both at once)
 # make test-minimum  the tests with the oldest versions that pyproject.toml allows, without onnx (on Python 3.11, for which all have wheels)
 # make test-plain    the tests without the extras peft and onnx
 # make gpu           what only a GPU can tell, in ten minutes: PASS and FAIL lines, and benchmarks/results/gpu.json
@@ -30,7 +31,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 NEWEST := constraints/python3.12+.txt
 CONSTRAINTS := $(if $(filter 3.10 3.11,$(VERSION)),constraints/python3.11.txt,$(NEWEST))
 
-.PHONY: demo test test-all check docs bench study test-newest test-minimum test-plain
+.PHONY: demo test test-all check docs bench study environments test-newest test-minimum test-plain
 
 # The stamp names the Python, and an environment of another one is made anew.
 INSTALLED := .venv/.installed-$(VERSION)
@@ -45,8 +46,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python $(TESTS)
 
+# Three at once for two cores: these tests wait for processes that they start.
 test-all: $(INSTALLED)
-	$(BIN)/python $(TESTS) --dist loadfile -m 'slow and not gpu'
+	$(BIN)/python $(TESTS) --numprocesses 3 --dist loadfile -m 'slow and not gpu'
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -74,6 +76,8 @@ study: $(INSTALLED)
 	"$(PYTHON_NEWEST)" -m venv --clear .venv-newest
 	.venv-newest/bin/python $(PIP) --constraint $(NEWEST) $(EVERYTHING)
 	touch $@
+
+environments: $(INSTALLED) .venv-newest/.installed
 
 test-newest: .venv-newest/.installed
 	.venv-newest/bin/python $(TESTS)

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -74,6 +75,14 @@ def _gdal_options():
 
 
 GDAL_OPTIONS = _gdal_options()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_encoders_of_other_modules():
+    """What :mod:`tests.families` has built is gigabytes in the end."""
+    yield
+    if families := sys.modules.get("tests.families"):
+        families.built.clear()
 
 
 @pytest.fixture(scope="session")

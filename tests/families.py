@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import sys
@@ -253,6 +254,20 @@ def plain(family: Family, seed: int = 0, **more: Any) -> Any:
 
 
 def wrapped(family: Family, seed: int = 0, **more: Any) -> SimplerBackbone:
+    """The encoder in a ``SimplerBackbone``; built once in a process if it is like the table, and copied after that."""
+    if seed or more:
+        return _wrapped(family, seed, **more)
+    if family.key not in built:
+        built[family.key] = _wrapped(family, seed), torch.get_rng_state()
+    backbone, random_state = built[family.key]
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(backbone)
+
+
+built: dict[str, tuple[SimplerBackbone, torch.Tensor]] = {}
+
+
+def _wrapped(family: Family, seed: int, **more: Any) -> SimplerBackbone:
     torch.manual_seed(seed)
     with family.before():
         return BACKBONE_REGISTRY.build(f"simpler_{family.name}", pretrained=False, **{**family.kwargs, **more}).eval()

@@ -101,39 +101,34 @@ def cover(arguments: list[str]) -> None:
     """Run the tests under coverage, and keep which ones run which lines and how long each takes."""
     import coverage
 
-    class Seconds:
+    class Watcher:
         def __init__(self) -> None:
-            self.of: dict[str, float] = {}
+            self.seconds: dict[str, float] = {}
+
+        def pytest_runtest_logstart(self, nodeid: str) -> None:
+            watch.switch_context(nodeid.partition("[")[0])
 
         def pytest_runtest_logreport(self, report) -> None:
             name = report.nodeid.partition("[")[0]
-            self.of[name] = self.of.get(name, 0.0) + report.duration
+            self.seconds[name] = self.seconds.get(name, 0.0) + report.duration
 
     import pytest
 
-    with tempfile.TemporaryDirectory() as folder:
-        options = Path(folder) / "options"
-        options.write_text("[run]\ndynamic_context = test_function\n")
-        watch = coverage.Coverage(Path(folder) / "data", source_pkgs=[PACKAGE], config_file=str(options))
-        seconds = Seconds()
-        watch.start()
-        pytest.main(["-q", *arguments], plugins=[seconds])
-        watch.stop()
-        data = watch.get_data()
-        lines = {str(Path(name).relative_to(ROOT)): data.contexts_by_lineno(name) for name in data.measured_files()}
+    # Kept in memory: processes that tests fork would remove a temporary folder as they end.
+    watch = coverage.Coverage(data_file=None, source_pkgs=[PACKAGE], config_file=False)
+    watcher = Watcher()
+    watch.start()
+    pytest.main(["-q", *arguments], plugins=[watcher])
+    watch.stop()
+    data = watch.get_data()
+    lines = {str(Path(name).relative_to(ROOT)): data.contexts_by_lineno(name) for name in data.measured_files()}
     found = json.loads(COVERAGE.read_text()) if COVERAGE.exists() else {"lines": {}, "seconds": {}}
-    found["seconds"] |= seconds.of
+    found["seconds"] |= watcher.seconds
     for name, of in lines.items():
         kept = found["lines"].setdefault(name, {})
         for line, contexts in of.items():
             kept[str(line)] = sorted({*kept.get(str(line), []), *contexts} - {""})
     COVERAGE.write_text(json.dumps(found))
-
-
-def node_of(context: str) -> str:
-    """``test_x.test_y`` as pytest names it."""
-    module, _, name = context.rpartition(".")
-    return f"tests/{module}.py::{name}"
 
 
 def plant(count: int, seed: int, jobs: int) -> int:
@@ -199,7 +194,7 @@ def plant(count: int, seed: int, jobs: int) -> int:
 
 def tests_of(mutant: Mutant, covered: dict) -> list[str]:
     """The tests that run the line of a mutant, the quickest first."""
-    names = {node_of(context) for context in covered["lines"][mutant.path][str(mutant.line)]}
+    names = covered["lines"][mutant.path][str(mutant.line)]
     return sorted(names, key=lambda name: covered["seconds"].get(name, 1e9))[:MOST_TESTS]
 
 

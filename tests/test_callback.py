@@ -40,6 +40,16 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.fixture
+def trainer(trainer):
+    """One step of training, if not said otherwise: what is tested here happens before it."""
+
+    def make(*callbacks, **kwargs):
+        return trainer(*callbacks, **{"limit_train_batches": 1, "limit_val_batches": 1, **kwargs})
+
+    return make
+
+
 def plan_of(folder) -> SlimmingPlan:
     return SlimmingPlan.load(folder / "plan.json")
 
@@ -75,10 +85,10 @@ def test_training_is_that_of_an_encoder_built_with_that_depth(trainer, task, dat
     torch.manual_seed(0)
     chosen = task()
     torch.manual_seed(1)
-    trainer(SimplerCallback()).fit(chosen, datamodule=datamodule())
+    trainer(SimplerCallback(), limit_train_batches=None, limit_val_batches=None).fit(chosen, datamodule=datamodule())
     built = task(backbone_keep=list(chosen.model.encoder.kept))
     torch.manual_seed(1)
-    trainer().fit(built, datamodule=datamodule())
+    trainer(limit_train_batches=None, limit_val_batches=None).fit(built, datamodule=datamodule())
     ours, theirs = chosen.state_dict(), built.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults import FAULTS, Laboratory, ended_by, row, rows_of, table
 
-MOMENTS = 6
+MOMENTS = 2
 
 
 @pytest.fixture(scope="module")

@@ -61,9 +61,14 @@ def test_out_of_memory_on_the_way_to_the_device(build):
         sent.append(len(batch["index"]))
         full(sent[-1])
         assert len(batch["valid"]) == len(batch["position"]) == len(batch["time"]) == len(batch["image"]) == sent[-1]
+        assert batch["of all"] == 7
         backbone(batch["image"])
 
-    tiles = Tiles(land(40), batch_size=16, extra={"time": torch.zeros(40, 1, 2)})
+    class WithANumber(Tiles):
+        def __iter__(self):
+            yield from ({**batch, "of all": torch.tensor(7)} for batch in super().__iter__())
+
+    tiles = WithANumber(land(40), batch_size=16, extra={"time": torch.zeros(40, 1, 2)})
     assert run(backbone, tiles, forward).batch_limit == 4
     # Halved twice, then no more: also the batches that follow come in parts of four.
     assert sent == [16, 8] + [4] * 10

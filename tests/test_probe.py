@@ -1,6 +1,7 @@
 """Labels of tokens, features as the cut encoder answers them, and probes whose answer is known."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import rasterio
 import torch
 import yaml
+from sklearn.linear_model import LogisticRegression
 from terratorch.datamodules import GenericNonGeoClassificationDataModule, GenericNonGeoPixelwiseRegressionDataModule
 
 import terratorch_simpler.demo as demo
@@ -18,7 +20,7 @@ from terratorch_simpler.measure import check_labels, collect_labelled
 from terratorch_simpler.measure.labelled import patch_labels, read_targets
 from terratorch_simpler.selection import check_split, find_backbone, labelled_rows
 from terratorch_simpler.sweep.judge import judge
-from terratorch_simpler.sweep.probe import Rows, accuracy, probe
+from terratorch_simpler.sweep.probe import Rows, accuracy, probe, told
 from terratorch_simpler.sweep.variants import Variant, exchanged
 from terratorch_simpler.tiles import DatamoduleTiles
 from tests import layouts
@@ -302,6 +304,12 @@ def test_separable_classes_are_told_apart_and_shuffled_ones_are_not():
         assert found.low < found.value < found.high
     noisy = probe(toy(400, 0, gap=1.0), toy(200, 1, gap=1.0))
     assert all(0.3 < found.value < 0.95 and found.low < found.value < found.high for found in noisy.values())
+
+
+def test_a_probe_that_does_not_converge_says_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told(LogisticRegression(max_iter=1), toy(400, 0), toy(200, 1))
 
 
 def test_whole_images_are_drawn():

@@ -116,6 +116,7 @@ def test_a_rule_names_no_range_that_it_never_drops():
     assert CkaIntervals(12, 1).spans(24, Bounds()) == Angular(12).spans(24, Bounds())
     assert len(CkaIntervals(12, 1).spans(24, Bounds())) == 13
     assert len(CkaIntervals(12, 2).spans(24, Bounds())) == 222
+    assert BlockInfluence(2).spans(4, Bounds()) == [(0, 1), (1, 2), (2, 3), (3, 4), (0, 2), (1, 3), (2, 4)]
 
 
 def test_sums_that_take_much_memory_are_said_once(build, monkeypatch):
@@ -241,6 +242,15 @@ def test_a_linear_encoder_answers_as_if_nothing_was_dropped(build, kept):
         backbone.slim(plan_of(backbone, kept, maps_for(backbone, images, kept)))
         found = backbone(images)[-1]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_fewer_blocks_take_the_maps_away(build):
+    backbone, plain, images = small(build), small(build), land(3)
+    backbone.slim(plan_of(backbone, [0, 1, 2, 6, 7], maps_for(backbone, land(40), [0, 1, 2, 6, 7])))
+    backbone.keep_blocks([0, 1, 6])
+    plain.keep_blocks([0, 1, 6])
+    assert backbone.shape == plain.shape
+    assert torch.equal(answer(backbone, images), answer(plain, images))
 
 
 @pytest.mark.parametrize("family", [one for one in FAMILIES if one.fewest == 1], ids=lambda family: family.key)

@@ -11,6 +11,7 @@ from rich.console import Console
 from terratorch_simpler.cli import main
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import (
+    facts,
     full_table,
     plan_figure,
     plan_markdown,
@@ -280,6 +281,8 @@ def test_sentences_fit_the_plan():
     assert "All 3 transformer blocks of the encoder are kept: nothing gets cheaper." in text["bare"]
     assert "backbone_keep: [0, 2, 5]\nbackbone_width: 0.5" in text["inner cut"]
     assert "either of these builds the same" in text["whole"]
+    assert f"What {len(facts.rules(PLAN))} rules would keep" in text["whole"]
+    assert "Why this depth" in text["by hand"]
     assert "the second without recovery" in text["inner cut"]
     assert "arXiv 2601.22841" in text["inner cut"]
     assert "arXiv 2601.22841" not in text["whole"]

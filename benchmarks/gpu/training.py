@@ -30,6 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA": {"callback": {"max_depth": 6}, "model_args": {"peft_config": LORA, "backbone_pretrained": False}},
 }
 PRUNED = {"criterion": "fixed", "drop_blocks": 7, "width": 0.5}
+KINDS = ("full", "sharded")
+"""Of checkpoints of FSDP."""
 PLAIN = "from terratorch.__main__ import main; main()"
 ON_CPU = f"from tests import runs; runs.fsdp_on_cpu(0); {PLAIN}"
 
@@ -98,7 +100,7 @@ def moved(name: str, found: dict[str, Any]) -> Finding:
 def fsdp(settings: Settings) -> Iterator[Finding]:
     """Two steps, a checkpoint, and two steps more from there, with full and with sharded checkpoints."""
     code = PLAIN if settings.cuda else ON_CPU
-    folders = {kind: settings.scratch / "fsdp" / kind for kind in ("full", "sharded")}
+    folders = {kind: settings.scratch / "fsdp" / kind for kind in KINDS}
     configs = {kind: runs.fsdp_config(scenes(settings), folder, kind, PRUNED) for kind, folder in folders.items()}
     first: dict[str, Path] = {}
     for step in (2, 4):
