@@ -86,6 +86,20 @@ def test_seed_decides_the_scene() -> None:
     assert (first_set != other_set).mean() > 0.3
 
 
+def test_a_scene_looks_as_it_always_has() -> None:
+    """The figures of the documentation and what the notebooks find are of these scenes."""
+    near_infrared = draw_scene((5, 1), 96)[0][3].reshape(6, 16, 6, 16).mean((1, 3))
+    expected = [
+        [2659, 2808, 2485, 2607, 2602, 2705],
+        [3166, 2403, 2363, 2667, 2319, 2475],
+        [2469, 2654, 2409, 2761, 2317, 2303],
+        [2246, 2488, 2219, 2691, 1777, 2406],
+        [2274, 2278, 2343, 2943, 2372, 2319],
+        [2161, 2415, 2757, 3042, 2698, 2215],
+    ]
+    np.testing.assert_allclose(near_infrared, expected, rtol=0.01)
+
+
 def test_every_class_has_its_share(scenes: Scenes) -> None:
     labels = np.concatenate([mask.ravel() for _, mask in scenes])
     assert set(np.unique(labels)) == {CLOUD_LABEL, *range(len(CLASSES))}
