@@ -43,6 +43,13 @@ MONITOR = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args
 SLIMMABLE = {"class_path": "terratorch_simpler.SlimmableTraining", "init_args": {"widths": [1.0, 0.5]}}
 
 
+def test_fit_keeps_the_import(settings, tmp_path):
+    found = settings(keep=3)
+    found["trainer"].update(limit_train_batches=1, limit_val_batches=0)
+    run(tmp_path, found, "fit")
+    assert deployed(tmp_path)["trainer"]["callbacks"] == [OURS]
+
+
 @pytest.mark.parametrize(
     ("callbacks", "keep"),
     [([MONITOR, OURS], None), ([SLIMMABLE], None), ([], 3)],
