@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,7 +174,8 @@ def plant(count: int, seed: int, jobs: int) -> int:
             pid, status = os.waitpid(-1, os.WNOHANG)
             for other, (_, _, since) in running.items():
                 if time.monotonic() > since + MOST_SECONDS:
-                    os.killpg(other, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # has ended meanwhile
+                        os.killpg(other, signal.SIGKILL)
             if pid not in running:
                 time.sleep(0.2)
                 continue

@@ -1,6 +1,8 @@
 """The shape of the package itself: which way imports point, what importing costs, what must not be in it."""
 
 import ast
+import doctest
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,15 @@ def test_imports_point_down(path):
     assert ours <= allowed
     if room(path) in PURE:
         assert not {name.split(".")[0] for name in imports(path)} & HEAVY
+
+
+EXAMPLES = [path for path in modules() if ">>>" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_examples_of_docstrings_are_right(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_importing_us_is_cheap_beside_importing_terratorch():

@@ -31,7 +31,7 @@ def score_curve(similarity: Tensor, depths: list[int]) -> Tensor:
         >>> s = torch.ones(6, 6)
         >>> s[0, 1:] = s[1:, 0] = 0.2
         >>> score_curve(s, [2, 3, 4])
-        tensor([0.8000, 0.2667, 0.2000])
+        tensor([0.8000, 0.4000, 0.2667])
     """
     steps = (similarity[..., 1:, :] - similarity[..., :-1, :]).abs()  # step i leads from row i to row i + 1
     kept = [steps[..., : c - 1, :c].mean(dim=(-2, -1)) for c in depths]

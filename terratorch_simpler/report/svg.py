@@ -78,8 +78,8 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers from ``low`` to ``high``: steps of 1, 2 or 5 times a power of ten.
 
     Example:
-        >>> ticks(0.0, 1.0), ticks(1, 12)
-        ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [2.0, 4.0, 6.0, 8.0, 10.0, 12.0])
+        >>> ticks(0.0, 1.0), ticks(1, 12), ticks(0, 20)
+        ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [0.0, 5.0, 10.0, 15.0, 20.0])
     """
     rough = (high - low) / most
     if not rough > 0 or math.isinf(rough):
