@@ -9,7 +9,9 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import terratorch.tasks
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from rasterio._env import del_gdal_config
 from terratorch.datamodules import GenericNonGeoSegmentationDataModule
@@ -19,6 +21,8 @@ from terratorch.tasks import SemanticSegmentationTask
 import terratorch_simpler  # noqa: F401  registers simpler_
 from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.demo.scenes import write_scenes
+from terratorch_simpler.export import plain
+from terratorch_simpler.export.comparison import answer
 
 # No test reaches the network: what tries to load from the Hub fails at once. One thread each: the models are tiny, and
 # test processes that share cores would otherwise wait for each other. The environment is for processes that tests start.
@@ -194,3 +198,18 @@ def as_nobody(tmp_path):
 
     yield become_nobody
     os.seteuid(user)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Try the plain model in this process: as strict, and ten times as fast."""
+
+    def attempt(config, checkpoint, images):
+        settings = yaml.safe_load(config.read_text())["model"]
+        task = getattr(terratorch.tasks, settings["class_path"].rpartition(".")[2])(**settings["init_args"])
+        assert not any(isinstance(part, SimplerBackbone) for part in task.modules())
+        untrained = answer(task.eval(), images)
+        task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
+        return answer(task, images), untrained
+
+    monkeypatch.setattr(plain, "_answers_without_us", attempt)

@@ -116,7 +116,7 @@ def test_plan_of_files_for_data_and_model(folder, capsys):
 
 
 @pytest.mark.parametrize("data", ["data.yaml", "parts/data.yaml"])
-def test_export_reads_the_config_as_fit_does_and_builds_no_data(folder, capsys, monkeypatch, data):
+def test_export_reads_the_config_as_fit_does_and_builds_no_data(folder, in_process, capsys, monkeypatch, data):
     run = build_run(["-c", "whole.yaml", "--model.init_args.model_args.backbone_keep", "3"])
     run.trainer.strategy.connect(run.model)
     run.trainer.save_checkpoint("fit.ckpt")

@@ -75,21 +75,6 @@ def trained(tmp_path, trainer):
     return make
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Try the plain model in this process: as strict, and ten times as fast."""
-
-    def attempt(config, checkpoint, images):
-        settings = yaml.safe_load(config.read_text())["model"]
-        task = getattr(sys.modules["terratorch.tasks"], settings["class_path"].rpartition(".")[2])(**settings["init_args"])
-        assert not any(isinstance(part, SimplerBackbone) for part in task.modules())
-        untrained = answer(task.eval(), images)
-        task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
-        return answer(task, images), untrained
-
-    monkeypatch.setattr(plain, "_answers_without_us", attempt)
-
-
 STACKS = {
     "unet": {"backbone": TINY, "necks": NECKS, **UNET},
     "upernet": {

@@ -184,14 +184,11 @@ def test_fsdp(settings, forked):
     assert training.resumed("full", first, first).verdict == "FAIL"
 
 
-@needs_peft
-@pytest.mark.slow
 def test_real_commands(settings, monkeypatch):
-    """One of each, in processes that start from nothing."""
-    monkeypatch.setattr(training, "CASES", {"LoRA": training.CASES["LoRA"]})
+    """In processes that start from nothing."""
     monkeypatch.setattr(training, "KINDS", ("full",))
-    found = [*training.fit(settings), *training.fsdp(settings)]
-    assert verdicts(found) == ["PASS"] * 2, found
+    found = list(training.fsdp(settings))
+    assert verdicts(found) == ["PASS"], found
 
 
 def test_fits_without_peft(settings, monkeypatch):
