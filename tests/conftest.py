@@ -3,7 +3,6 @@
 import logging
 import os
 import platform
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.demo.scenes import write_scenes
 from terratorch_simpler.export import plain
 from terratorch_simpler.export.comparison import answer
+from tests.families import built
 
 # No test reaches the network: what tries to load from the Hub fails at once. One thread each: the models are tiny, and
 # test processes that share cores would otherwise wait for each other. The environment is for processes that tests start.
@@ -85,8 +85,7 @@ GDAL_OPTIONS = _gdal_options()
 def no_encoders_of_other_modules():
     """What :mod:`tests.families` has built is gigabytes in the end."""
     yield
-    if families := sys.modules.get("tests.families"):
-        families.built.clear()
+    built.clear()
 
 
 @pytest.fixture(scope="session")

@@ -265,6 +265,7 @@ def wrapped(family: Family, seed: int = 0, **more: Any) -> SimplerBackbone:
 
 
 built: dict[str, tuple[SimplerBackbone, torch.Tensor]] = {}
+"""By key, with the state of PyTorch's random generator after it."""
 
 
 def _wrapped(family: Family, seed: int, **more: Any) -> SimplerBackbone:
