@@ -243,7 +243,8 @@ def _commands() -> list[str]:
             if action.choices:
                 kind = " or ".join(f"`{choice}`" for choice in action.choices)
             several = ", several" if action.nargs == "+" else ""
-            default = "required" if action.required else _value(action.default)
+            required = action.required or action.dest in getattr(parser, "required_args", ())  # older jsonargparse
+            default = "required" if required else _value(action.default)
             rows.append([flags, kind + several, default, _cell(action.help)])
         parts += [f"### {name}", parser.description or "", _table(("option", "type", "default", "meaning"), rows)]
     return parts
