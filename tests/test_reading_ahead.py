@@ -1,6 +1,8 @@
 """Threads that read ahead: order, errors, reads that never end, interrupts, memory."""
 
+import contextlib
 import http.server
+import itertools
 import json
 import os
 import signal
@@ -366,6 +368,24 @@ def test_interrupt_at_any_moment_arrives_and_leaves_no_thread(tmp_path, monkeypa
             assert not reading_threads(), trial
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_interrupt_while_python_waits_is_an_interrupt(tmp_path, monkeypatch, number):
+    folder, restore, calls = write_many(tmp_path, count=30, height=400, width=400), threading.Condition._acquire_restore, []
+
+    def interrupted(self, state):
+        if threading.current_thread() is threading.main_thread():
+            calls.append(self)
+            if len(calls) == number + 1:
+                raise KeyboardInterrupt  # before the lock is taken again, which leaving the Condition then releases
+        restore(self, state)
+
+    monkeypatch.setattr(threading.Condition, "_acquire_restore", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):  # or it does not wait so often: nothing else is raised
+        list(itertools.islice(GeoTiffTiles(folder, tile_size=64, stride=8, batch_size=2, num_workers=2), 4))
+    monkeypatch.undo()
+    assert not reading_threads()
 
 
 # Memory

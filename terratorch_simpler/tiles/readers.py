@@ -36,7 +36,9 @@ class Run(Generic[Item, Result]):
         self.items = items
         self.results: list[Result | TimedOut] = []
         self.error: BaseException | None = None
-        self.done = threading.Event()
+        self.done = False
+        # Not an Event: an interrupt within its wait can become "RuntimeError: release unlocked lock".
+        self.ended: SimpleQueue[None] = SimpleQueue()
 
 
 class Readers(Generic[Item, Result]):
@@ -115,17 +117,25 @@ class Readers(Generic[Item, Result]):
         if not self._threads:
             with self._context():
                 return [self._read(item) for item in run.items]
-        while not run.done.wait(min(POLL_SECONDS, self._timeout)):
-            if self._error is not None:
-                raise self._error
-            self._replace_hung()
+        while not run.done:
+            try:
+                run.ended.get(timeout=min(POLL_SECONDS, self._timeout))
+            except Empty:
+                if self._error is not None:
+                    raise self._error from None
+                self._replace_hung()
         if run.error is not None:
             raise run.error
         return run.results
 
     def _start_thread(self, run: Run[Item, Result] | None = None) -> _Thread[Item, Result]:
         thread = _Thread(self, run)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as err:
+            if isinstance(err.__context__, KeyboardInterrupt):  # start() waits on an Event
+                raise err.__context__ from None
+            raise
         return thread
 
     def _work(self, thread: _Thread[Item, Result], run: Run[Item, Result] | None) -> None:
@@ -159,7 +169,8 @@ class Readers(Generic[Item, Result]):
             if error is not None:
                 run.error = error
                 break
-        run.done.set()
+        run.done = True
+        run.ended.put(None)
         return True
 
     def _replace_hung(self) -> None:
