@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import record
-from terratorch_simpler.measure.grouped import GroupedStatistics
-from terratorch_simpler.similarity import full_float32, hsic_matrix, normalise_hsic
+from terratorch_simpler.functional.hsic import full_float32, hsic_matrix, normalise_hsic
+from terratorch_simpler.metrics import LayerSimilarity
 from terratorch_simpler.sweep.cost import added_memory
 
 
@@ -75,7 +75,7 @@ def drawn(layers: int, rows: int, width: int) -> Tensor:
 def ours(features: Tensor, rows: int, device: torch.device) -> Tensor:
     """Our pass over all groups."""
     groups = features.shape[1] // rows
-    found = GroupedStatistics(len(features) - 1, groups).to(device)
+    found = LayerSimilarity(len(features) - 1, groups).to(device)
     for number, group in enumerate(features.split(rows, dim=1)):
         found.update(group.to(device), rows // 16, number)
     sums = found.sums().hsic.sum(dim=0)

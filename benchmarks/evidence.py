@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.study.picture import draw
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 
 PAGE = record.ROOT / "docs" / "evidence.md"
 PICTURE = PAGE.with_suffix(".png")
@@ -76,7 +76,7 @@ def main() -> None:
     """Write the page and its picture anew."""
     text = fill(PAGE.read_text(), record.RESULTS)
     draw(record.RESULTS / STUDY / "results.csv", PICTURE)
-    with whole_file(PAGE) as part:
+    with atomic_write(PAGE) as part:
         part.write_text(text)
     print(PAGE)
 

@@ -153,7 +153,7 @@ def read_raw(task: dict[str, Any]) -> int:
 
 def read_ours(task: dict[str, Any]) -> int:
     """GeoTiffTiles, as the callback uses it."""
-    from terratorch_simpler.tiles import GeoTiffTiles
+    from terratorch_simpler.data import GeoTiffTiles
 
     seen = 0
     tiles = GeoTiffTiles(
@@ -219,7 +219,7 @@ def serve(name: str, pipe: Any, checkout: Path | None) -> None:
     if checkout is not None:
         sys.path.insert(0, str(checkout.resolve()))
     if name != "raw":
-        import terratorch_simpler.tiles  # noqa: F401  TerraTorch, torchgeo and ours
+        import terratorch_simpler.data  # noqa: F401  TerraTorch, torchgeo and ours
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
         start = time.perf_counter()

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,7 +79,7 @@ def save(
         "rows": [dict(row) for row in rows],
         **more,
     }
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(found, indent=1, default=str) + "\n")
     return path
 

@@ -22,8 +22,8 @@ import terratorch_simpler  # noqa: F401  makes simpler_ known
 from benchmarks import record
 from benchmarks.timing import seconds
 from terratorch_simpler.criteria import Bounds, Simpler
-from terratorch_simpler.measure import measure
-from terratorch_simpler.tiles import Batch, GeoTiffTiles, Skip, Skipped, TileSource
+from terratorch_simpler.data import Batch, GeoTiffTiles, Skip, Skipped, TileSource
+from terratorch_simpler.extraction import measure
 
 BARS = {"cpu": 1.25, "cuda": 1.15}
 """What the pass may cost at most, as a multiple of the encoder's own time."""

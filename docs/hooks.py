@@ -183,7 +183,7 @@ def yaml_page() -> str:
     """Every setting that a user can write: callbacks, tiles, rules, backbone, commands, and the keys of plan.json."""
     from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmableTraining, SlimmingPlan
     from terratorch_simpler.criteria import known_criteria
-    from terratorch_simpler.registry import SimplerSource
+    from terratorch_simpler.terratorch.source import SimplerSource
 
     parts = [
         "# YAML reference",
@@ -259,13 +259,13 @@ def _attributes(of: type, skip: Iterable[str] = ()) -> str:
 def interfaces_page() -> str:
     """What a rule and a family of encoders have to say."""
     from terratorch_simpler.criteria import Criterion, Statistics
-    from terratorch_simpler.encoders import EncoderAdapter
+    from terratorch_simpler.encoders import EncoderSpec
 
     parts = [
         "# Classes to derive from",
         "Made from the code whenever the site is built. [Extend](extend.md) says how to use them.",
     ]
-    for base, path in ((Criterion, "criteria"), (EncoderAdapter, "encoders")):
+    for base, path in ((Criterion, "criteria"), (EncoderSpec, "encoders")):
         parts += [f"## {base.__name__}", f"`terratorch_simpler.{path}.{base.__name__}`", _about(base)]
         parts += [_attributes(base), _methods(base)]
     parts += ["## Statistics", "`terratorch_simpler.criteria.Statistics`", _about(Statistics), _attributes(Statistics)]

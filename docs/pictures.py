@@ -14,8 +14,8 @@ from xml.etree.ElementTree import Element
 
 import torch
 
-from terratorch_simpler.criteria import Bounds, GroupSums, Simpler, vote
-from terratorch_simpler.plan import feature_position
+from terratorch_simpler.criteria import Bounds, GroupSums, Simpler, bootstrap
+from terratorch_simpler.indices import feature_position
 from terratorch_simpler.report.svg import Chart, Point, element, viridis
 
 FOLDER = Path(__file__).parent / "pictures"
@@ -68,7 +68,7 @@ def choice(title: str, label: str, steps: Sequence[float]) -> Element:
     groups, rule, bounds = planted(steps), Simpler(), Bounds()
     found = groups.total()
     chosen = rule.choose(found, BLOCKS, bounds)
-    votes = vote(rule, groups, bounds, seed=0)
+    votes = bootstrap(rule, groups, bounds, seed=0)
     scores, kept = dict(chosen.scores or {}), len(chosen.kept_blocks)
     left, top, cell = 60, 60, 19
     side = cell * BLOCKS
@@ -221,9 +221,9 @@ def indices(asked: Sequence[int] = (2, 5, 8, 11), kept: int = 5) -> Element:
 
 def pictures() -> dict[str, str]:
     """All of them: SVG by the name of the file."""
-    settled = "An encoder that settles after five blocks: one peak, one depth with nearly all votes"
+    converged = "An encoder that settles after five blocks: one peak, one depth with nearly all votes"
     drifted = "An encoder that drifts to the end: a flat curve and split votes"
-    settles = choice("It settles after five blocks", settled, SETTLES)
+    settles = choice("It settles after five blocks", converged, SETTLES)
     drifts = choice("It drifts to the end", drifted, DRIFTS)
     drawn = {"settles": settles, "drifts": drifts, "cuts": cuts(), "indices": indices()}
     for root in drawn.values():

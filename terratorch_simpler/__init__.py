@@ -6,23 +6,23 @@ Importing this package makes ``simpler_<backbone>`` known to TerraTorch; :class:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from terratorch_simpler.registry import register_source
+from terratorch_simpler.terratorch.source import register_source
 
 if TYPE_CHECKING:
-    from terratorch_simpler.backbone import SimplerBackbone
-    from terratorch_simpler.callback import SimplerCallback
+    from terratorch_simpler.data import GeoTiffTiles
+    from terratorch_simpler.lightning.callback import SimplerCallback
+    from terratorch_simpler.lightning.slimmable import SlimmableTraining
+    from terratorch_simpler.models.backbone import SimplerBackbone
     from terratorch_simpler.plan import SlimmingPlan
-    from terratorch_simpler.slimmable import SlimmableTraining
-    from terratorch_simpler.tiles import GeoTiffTiles
 
 __version__ = "0.1.0"
 __all__ = ["GeoTiffTiles", "SimplerBackbone", "SimplerCallback", "SlimmableTraining", "SlimmingPlan", "__version__"]
 
 _HOMES = {
-    "GeoTiffTiles": "tiles",
-    "SimplerBackbone": "backbone",
-    "SimplerCallback": "callback",
-    "SlimmableTraining": "slimmable",
+    "GeoTiffTiles": "data",
+    "SimplerBackbone": "models.backbone",
+    "SimplerCallback": "lightning.callback",
+    "SlimmableTraining": "lightning.slimmable",
     "SlimmingPlan": "plan",
 }
 

@@ -53,10 +53,10 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
         arguments: ``output_dir``, ``ckpt_path`` and ``debug``.
         settings: What follows ``terratorch fit``, such as ``--config c.yaml --data.init_args.batch_size 4``.
     """
-    from terratorch_simpler.callback import PLAN_FILE
-    from terratorch_simpler.checkpoint import load_at_full_depth
-    from terratorch_simpler.command_line import build_run
-    from terratorch_simpler.selection import find_backbone
+    from terratorch_simpler.lightning.callback import PLAN_FILE
+    from terratorch_simpler.lightning.selection import find_backbone
+    from terratorch_simpler.models.checkpoint import load_at_full_depth
+    from terratorch_simpler.terratorch.command_line import build_run
 
     cli = build_run(settings, debug=arguments.debug)
     if arguments.ckpt_path:
@@ -72,8 +72,8 @@ def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
         arguments: ``output_dir``, ``widths``, ``probe``, ``repeats`` and ``debug``.
         settings: As for ``plan``.
     """
-    from terratorch_simpler.command_line import build_run
     from terratorch_simpler.sweep import Sweep, SweepSettings
+    from terratorch_simpler.terratorch.command_line import build_run
 
     try:
         wanted = SweepSettings(tuple(arguments.widths), arguments.probe, arguments.repeats)
@@ -85,7 +85,7 @@ def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
 
 def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> str | Path:
     """Fit up to the point where the cut is chosen; returns the folder of the plan."""
-    from terratorch_simpler.callback import SimplerCallback
+    from terratorch_simpler.lightning.callback import SimplerCallback
 
     callbacks: list[Callback] = cli.trainer.callbacks
     ours = next((callback for callback in callbacks if isinstance(callback, SimplerCallback)), None)
@@ -135,8 +135,8 @@ def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
         arguments: ``ckpt_path``, ``output_dir``, ``formats``, ``image_size``, ``width`` and ``debug``.
         settings: As for ``plan``; those of the fit.
     """
-    from terratorch_simpler.command_line import read_settings
     from terratorch_simpler.export import GRAPH_FORMATS, check_expressible, export_graph, export_plain, load_trained
+    from terratorch_simpler.terratorch.command_line import read_settings
 
     config = read_settings(settings, debug=arguments.debug)
     trained = load_trained(config, arguments.ckpt_path, arguments.width)

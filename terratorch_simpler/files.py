@@ -49,7 +49,7 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a place to write to; the file gets its name only if the block ends without an error.
 
     What a process that was killed has left behind is removed by the next one that writes there.

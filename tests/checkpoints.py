@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from terratorch_simpler.shape import EXTRA_KEY, shape_in
+from terratorch_simpler.models.state import EXTRA_KEY, state_in
 
 
 def said(value):
@@ -45,4 +45,4 @@ def as_buffers(state):
 
 def kept_in(state) -> tuple[int, ...]:
     """Kept blocks that the weights of a model tell."""
-    return shape_in(state, "test").kept
+    return state_in(state, "test").kept

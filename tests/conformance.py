@@ -31,8 +31,8 @@ from rasterio.io import DatasetReader, MemoryFile
 from rasterio.warp import transform
 from rasterio.windows import Window
 
+from terratorch_simpler.data import GeoTiffTiles
 from terratorch_simpler.errors import TilesError
-from terratorch_simpler.tiles import GeoTiffTiles
 
 IN_FOLDERS = (".tif", ".tiff", ".gtif", ".gtiff", ".geotiff", ".btf", ".jp2", ".j2k", ".vrt", ".img", ".nc", ".h5", ".hdf5")
 """Endings of the files that are read in a folder; files given by name are read whatever their name."""

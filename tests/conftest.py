@@ -18,10 +18,10 @@ from terratorch.registry import BACKBONE_REGISTRY
 from terratorch.tasks import SemanticSegmentationTask
 
 import terratorch_simpler  # noqa: F401  registers simpler_
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.demo.scenes import write_scenes
 from terratorch_simpler.export import plain
 from terratorch_simpler.export.comparison import answer
+from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.families import built
 
 # No test reaches the network: what tries to load from the Hub fails at once. One thread each: the models are tiny, and

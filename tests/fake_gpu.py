@@ -11,9 +11,9 @@ import torch
 from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from terratorch_simpler import selection
-from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.measure import labelled, tap
+from terratorch_simpler.extraction import hooks, labelled
+from terratorch_simpler.lightning import selection
+from terratorch_simpler.models.backbone import SimplerBackbone
 
 
 def on_host(function):
@@ -38,16 +38,16 @@ class FakeGpu:
                     torch.nn.Linear(1, 1).to(self.device)
             except RuntimeError as error:
                 pytest.skip(f"PyTorch {torch.__version__} cannot pretend a GPU: {str(error).splitlines()[0]}")
-        draw = tap.draw
+        sample = hooks.sample_tokens
 
-        def draw_on_host(valid, special, numbers, tokens, seed, device, *more):
+        def sample_on_host(valid, special, numbers, tokens, seed, device, *more):
             with unset_fake_temporarily():
-                drawn = draw(valid, special, numbers, tokens, seed, torch.device("cpu"), *more)
+                drawn = sample(valid, special, numbers, tokens, seed, torch.device("cpu"), *more)
             return type(drawn)(*[self.like(value) for value in drawn])
 
-        for module in (tap, labelled):
-            monkeypatch.setattr(module, "draw", draw_on_host)
-            monkeypatch.setattr(module, "token_masks", on_host(tap.token_masks))
+        for module in (hooks, labelled):
+            monkeypatch.setattr(module, "sample_tokens", sample_on_host)
+            monkeypatch.setattr(module, "token_masks", on_host(hooks.token_masks))
         monkeypatch.setattr(SimplerBackbone, "layout", on_host(SimplerBackbone.layout))
         monkeypatch.setattr(selection, "_beside_compute", lambda move, device: move)  # streams are not pretended
 
@@ -64,10 +64,10 @@ class FakeGpu:
     def lent(self, lend, module, device):
         """``on_device`` under this mode, without it inside."""
         with self.mode:
-            borrowed = lend(module, self.device)
-            borrowed.__enter__()
+            evaluating = lend(module, self.device)
+            evaluating.__enter__()
         try:
             yield
         finally:
             with self.mode:
-                borrowed.__exit__(None, None, None)
+                evaluating.__exit__(None, None, None)

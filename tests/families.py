@@ -16,7 +16,7 @@ import timm
 import torch
 from terratorch.registry import BACKBONE_REGISTRY
 
-from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.models.backbone import SimplerBackbone
 
 TWO_BANDS = ["RED", "NIR_NARROW"]
 

@@ -45,9 +45,9 @@ class Lost(AssertionError):
 
 def keep_often(rank):
     """A pass over tiles is kept after every group, not once a minute, so that there is something to be cut off."""
-    from terratorch_simpler.measure import unfinished
+    from terratorch_simpler.extraction import partial_result
 
-    unfinished.SECONDS_BETWEEN = 0.0
+    partial_result.SECONDS_BETWEEN = 0.0
 
 
 class FullDisk:
@@ -62,23 +62,24 @@ class FullDisk:
     def __call__(self, rank):
         import contextlib
 
-        from terratorch_simpler import export, files, measure, plan, plan_cache, report
+        from terratorch_simpler import cache, export, files, plan, report
+        from terratorch_simpler.extraction import partial_result
 
         keep_often(rank)
-        original, calls = files.whole_file, []
+        original, calls = files.atomic_write, []
 
         @contextlib.contextmanager
-        def whole_file(path):
+        def atomic_write(path):
             calls.append(path)
             with original(path) as part:
                 yield part
                 if len(calls) == self.number:
                     self.fail()
 
-        modules = [files, plan, measure.unfinished, report.figure, plan_cache, export]
+        modules = [files, plan, partial_result, report.figure, cache, export]
         for module in modules:
-            if hasattr(module, "whole_file"):
-                module.whole_file = whole_file
+            if hasattr(module, "atomic_write"):
+                module.atomic_write = atomic_write
 
 
 class KilledWriting(FullDisk):
@@ -95,13 +96,13 @@ class NoMemory:
         self.stage, self.number = stage, number
 
     def __call__(self, rank):
-        from terratorch_simpler.measure import grouped
-        from terratorch_simpler.measure.tap import Tap
+        from terratorch_simpler import metrics
+        from terratorch_simpler.extraction.hooks import FeatureExtractor
 
         owner, name = {
-            "batch": (Tap, "run"),
-            "block": (Tap, "see"),
-            "group": (grouped, "hsic_matrix"),
+            "batch": (FeatureExtractor, "run"),
+            "block": (FeatureExtractor, "see"),
+            "group": (metrics, "hsic_matrix"),
         }[self.stage]
         original, calls = getattr(owner, name), []
 
@@ -412,8 +413,8 @@ def inject(lab: Laboratory, faults: dict, tries: int | None, seed: int, jobs: in
         shutil.rmtree(place, ignore_errors=True)
         return outcome, reason
 
-    with ThreadPoolExecutor(jobs) as pool:
-        outcomes = list(pool.map(one, tasks))
+    with ThreadPoolExecutor(jobs) as similarities:
+        outcomes = list(similarities.map(one, tasks))
     return {name: [outcome for (other, _), outcome in zip(tasks, outcomes, strict=True) if other == name] for name in faults}
 
 

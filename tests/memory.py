@@ -2,7 +2,7 @@
 
 import torch
 
-from terratorch_simpler.tiles import Share, Skip, Skipped
+from terratorch_simpler.data import Share, Skip, Skipped
 
 
 class Tiles:

@@ -23,10 +23,16 @@ from terratorch.tasks import SemanticSegmentationTask
 from timm.models.vision_transformer import Block
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from terratorch_simpler.processes import Processes
-from terratorch_simpler.selection import find_backbone
+from terratorch_simpler.distributed import Processes
+from terratorch_simpler.lightning.selection import find_backbone
 
-PRELOAD = ["terratorch.__main__", "terratorch.tasks", "terratorch.datamodules", "terratorch_simpler.callback", "tests.runs"]
+PRELOAD = [
+    "terratorch.__main__",
+    "terratorch.tasks",
+    "terratorch.datamodules",
+    "terratorch_simpler.lightning.callback",
+    "tests.runs",
+]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOAD)
 

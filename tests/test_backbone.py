@@ -14,9 +14,10 @@ from terratorch.models import EncoderDecoderFactory
 from terratorch.models.decoders import UperNetDecoder
 from terratorch.registry import BACKBONE_REGISTRY
 
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.errors import CheckpointError, DepthError, PlanError, UnsupportedEncoderError
-from terratorch_simpler.plan import SlimmingPlan, feature_position
+from terratorch_simpler.indices import feature_position
+from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.plan import SlimmingPlan
 
 # The real architectures, narrowed where the real one would only cost time: name, arguments, input shape.
 SMALL = {"embed_dim": 48, "num_heads": 3}
@@ -60,7 +61,7 @@ def test_cut_features_are_those_of_terratorch_built_with_that_depth(build, name,
     total = wrapped.full_num_blocks
     kept = {"first": 1, "half": total // 2, "all but one": total - 1}[depth]
     plain = build(name, seed=7, depth=kept, **kwargs)
-    wrapped.keep_blocks(range(kept))
+    wrapped.prune_depth(range(kept))
     plain.load_state_dict(wrapped.encoder.state_dict(), strict=True)
     x = image(shape)
     expected, found = plain(x), wrapped(x)
@@ -75,7 +76,7 @@ def test_cut_features_are_those_of_terratorch_built_with_that_depth(build, name,
 def test_gradients_reach_exactly_the_kept_parameters(build, name, kwargs, shape):
     wrapped = build(f"simpler_{name}", **kwargs)
     intact = wrapped.num_parameters()
-    wrapped.keep_blocks(range(2))
+    wrapped.prune_depth(range(2))
     assert wrapped.num_parameters() < intact
     sum(feature.square().mean() for feature in wrapped(image(shape))).backward()
     without = {n for n, p in wrapped.named_parameters() if p.grad is None}
@@ -87,7 +88,7 @@ def test_golden_parameter_count_of_the_paper(build):
     backbone = build("simpler_prithvi_eo_v2_300")
     block = sum(p.numel() for p in backbone.blocks[0].parameters())
     assert block == 12_596_224
-    backbone.keep_blocks(range(5))
+    backbone.prune_depth(range(5))
     assert backbone.num_parameters() == 64_558_080
     assert sum(p.numel() for p in backbone.parameters()) == 64_558_080
 
@@ -143,7 +144,7 @@ def test_temporal_wrapper_around_a_cut_backbone(build):
         necks=NECKS,
         decoder_channels=[32, 16, 8, 4],
     )
-    model.encoder.encoder.keep_blocks(range(4))
+    model.encoder.encoder.prune_depth(range(4))
     assert model.eval()(image((6, 3, 64, 64))).output.shape == (2, 2, 64, 64)
 
 
@@ -152,7 +153,7 @@ def test_freeze_is_the_encoders_own(build):
     backbone.freeze()
     trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
     assert trainable == {f"encoder.vpt_prompt_embeddings.{i}" for i in range(12)}
-    backbone.keep_blocks(range(3))
+    backbone.prune_depth(range(3))
     trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
     assert trainable == {f"encoder.vpt_prompt_embeddings.{i}" for i in range(3)}
 
@@ -167,7 +168,7 @@ def test_prepare_features_is_offered_because_prithvi_has_it(build):
 def test_cutting_frees_the_dropped_blocks(build):
     backbone = build()
     dropped = [weakref.ref(p) for block in list(backbone.blocks)[3:] for p in block.parameters()]
-    backbone.keep_blocks(range(3))
+    backbone.prune_depth(range(3))
     gc.collect()
     assert not any(ref() is not None for ref in dropped)
 
@@ -182,7 +183,7 @@ def test_copies_run_their_own_weights(build, how):
         for parameter in backbone.parameters():
             parameter.zero_()
     assert not torch.equal(copied(x)[0], backbone(x)[0])
-    copied.keep_blocks([0])
+    copied.prune_depth([0])
     assert (copied.num_blocks, backbone.num_blocks) == (1, 4)
     copied.load_state_dict(backbone.state_dict())  # the copy's load hook reshapes the copy
     assert (copied.num_blocks, backbone.num_blocks) == (4, 4)
@@ -229,7 +230,7 @@ def test_pretrained_from_the_command_line_is_text():
 def test_blocks_that_are_gone_cannot_be_kept(build):
     backbone = build(keep=3)
     with pytest.raises(DepthError, match=r"Found blocks \[5\] to keep, expected some of \[0, 1, 2\]"):
-        backbone.keep_blocks([0, 5])
+        backbone.prune_depth([0, 5])
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ def test_cut_model_equals_plain_terratorch_with_mapped_indices(decoder, kwargs, 
 
     ours = model("simpler_prithvi_eo_v2_tiny_tl", [2, 5, 8, 11])
     downstream = [id(p) for n, p in ours.named_parameters() if not n.startswith("encoder.")]
-    ours.encoder.keep_blocks(range(kept))
+    ours.encoder.prune_depth(range(kept))
     assert downstream == [id(p) for n, p in ours.named_parameters() if not n.startswith("encoder.")]
     if necks is None:  # without SelectIndices the decoder takes the last feature
         plain = model("prithvi_eo_v2_tiny_tl", None, backbone_depth=kept)

@@ -347,7 +347,7 @@ def test_few_blocks_need_a_depth_by_hand(trainer, task, datamodule):
 
 
 def test_given_plan_is_applied_without_streaming(trainer, task, datamodule, tmp_path, monkeypatch):
-    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *a, **k: pytest.fail("streamed"))
+    monkeypatch.setattr("terratorch_simpler.lightning.selection.measure", lambda *a, **k: pytest.fail("streamed"))
     plan = SlimmingPlan("prithvi_eo_v2_tiny_tl", 12, (0, 1, 2, 3), {"name": "simpler", "args": {}})
     path = plan.save(tmp_path / "given.json")
     module = task()
@@ -442,7 +442,7 @@ def test_resuming_takes_the_shape_of_the_checkpoint_and_streams_nothing(trainer,
     saved = ModelCheckpoint(dirpath=tmp_path, filename="last")
     run = trainer(SimplerCallback(max_depth=6), saved, enable_checkpointing=True)
     run.fit(first, datamodule=datamodule())
-    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *a, **k: pytest.fail("streamed"))
+    monkeypatch.setattr("terratorch_simpler.lightning.selection.measure", lambda *a, **k: pytest.fail("streamed"))
     second = task(seed=5)
     again = trainer(SimplerCallback(), max_epochs=2)
     again.fit(second, datamodule=datamodule(), ckpt_path=tmp_path / "last.ckpt")
@@ -459,7 +459,7 @@ def test_resuming_works_even_if_lightning_hides_the_path(trainer, task, datamodu
     first = task()
     saved = ModelCheckpoint(dirpath=tmp_path, filename="last")
     trainer(SimplerCallback(max_depth=3), saved, enable_checkpointing=True).fit(first, datamodule=datamodule())
-    monkeypatch.setattr("terratorch_simpler.callback._checkpoint_to_resume", lambda _: (None, True))
+    monkeypatch.setattr("terratorch_simpler.lightning.callback._checkpoint_to_resume", lambda _: (None, True))
     second = task(seed=5)
     trainer(SimplerCallback(min_depth=8), max_epochs=2).fit(
         second, datamodule=datamodule(), ckpt_path=tmp_path / "last.ckpt"
@@ -599,7 +599,7 @@ def test_any_lightning_module_with_a_simpler_backbone_will_do(trainer, datamodul
 
 
 def test_export_that_cannot_work_is_refused_before_streaming(trainer, datamodule, task, monkeypatch, tmp_path):
-    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *args, **kwargs: pytest.fail("streamed"))
+    monkeypatch.setattr("terratorch_simpler.lightning.selection.measure", lambda *args, **kwargs: pytest.fail("streamed"))
     terramind = task(
         "simpler_terramind_v1_tiny", backbone_modalities={"image": 6},
         necks=[{"name": "SelectIndices", "indices": [2, 5, 8, 11]}, {"name": "ReshapeTokensToImage"},

@@ -10,7 +10,7 @@ from terratorch.__main__ import main as terratorch_main
 from terratorch.datamodules import GenericNonGeoSegmentationDataModule
 
 from terratorch_simpler import SlimmingPlan, cli
-from terratorch_simpler.command_line import build_run, read_settings
+from terratorch_simpler.terratorch.command_line import build_run, read_settings
 from tests.runs import config as run_config
 
 

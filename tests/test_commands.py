@@ -16,8 +16,8 @@ from terratorch.tasks import SemanticSegmentationTask
 
 import terratorch_simpler.demo as demo
 from terratorch_simpler import SlimmingPlan
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.cli import main
+from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.checkpoints import kept_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning")
@@ -92,7 +92,7 @@ def test_fit_leaves_plan_report_and_checkpoints(fitted, plan):
 
 
 def test_resume_goes_on_without_streaming(config, fitted, plan, monkeypatch):
-    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *a, **k: pytest.fail("streamed"))
+    monkeypatch.setattr("terratorch_simpler.lightning.selection.measure", lambda *a, **k: pytest.fail("streamed"))
     full, _ = checkpoints(fitted)
     before = torch.load(full, weights_only=True)
     terratorch("fit", "--config", config, "--ckpt_path", full, "--trainer.max_epochs", 2)

@@ -13,8 +13,8 @@ from terratorch.__main__ import main as terratorch_main
 from terratorch.cli_tools import build_lightning_cli
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.demo import ENCODER
+from terratorch_simpler.models.backbone import SimplerBackbone
 from tests import layouts
 from tests.checkpoints import kept_in
 from tests.extras import needs_peft

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from terratorch_simpler.data import GeoTiffTiles
 from terratorch_simpler.errors import TilesError
-from terratorch_simpler.tiles import GeoTiffTiles
 from tests.conformance import Reference, Setting, conform, find, main
 from tests.odd_rasters import DATED, HEIGHT, KINDS, WIDTH, write_all
 from tests.rasters import draw, truncate, write

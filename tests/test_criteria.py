@@ -12,13 +12,13 @@ from terratorch_simpler.criteria import (
     GroupSums,
     Simpler,
     Statistics,
+    bootstrap,
     build_criterion,
     register,
-    vote,
 )
 from terratorch_simpler.criteria.simpler import score_curve
 from terratorch_simpler.errors import ConfigurationError, DepthError
-from terratorch_simpler.measure.grouped import GroupedStatistics
+from terratorch_simpler.metrics import LayerSimilarity
 
 
 def reference_score(s: torch.Tensor, c: int) -> float:
@@ -37,7 +37,7 @@ def statistics(similarity: torch.Tensor) -> Statistics:
 
 
 def sums(groups: list[torch.Tensor]) -> GroupSums:
-    metric = GroupedStatistics(len(groups[0]), len(groups))
+    metric = LayerSimilarity(len(groups[0]), len(groups))
     for number, group in enumerate(groups):
         metric.update(torch.cat([torch.randn_like(group[:1]), group]), tiles=4, group=number)
     return metric.sums()
@@ -126,13 +126,13 @@ def drifting_group(c: int, seed: int) -> torch.Tensor:
 
 
 def test_votes_are_unanimous_when_groups_agree():
-    votes = vote(Simpler(), sums([drifting_group(4, seed) for seed in range(6)]), Bounds(), seed=0)
+    votes = bootstrap(Simpler(), sums([drifting_group(4, seed) for seed in range(6)]), Bounds(), seed=0)
     assert votes == {2: 0.0, 3: 0.0, 4: 1.0, 5: 0.0, 6: 0.0}
 
 
 def test_votes_are_split_when_groups_disagree():
     groups = [drifting_group(4, seed) for seed in range(3)] + [1e-2 * drifting_group(3, seed) for seed in range(3)]
-    votes = vote(Simpler(), sums(groups), Bounds(), seed=0)
+    votes = bootstrap(Simpler(), sums(groups), Bounds(), seed=0)
     assert sum(votes.values()) == pytest.approx(1.0)
     assert 0 < votes[3] < 0.1  # wins only where no group of the first kind was drawn: (1/2) ** 6
     assert votes[4] > 0.5

@@ -21,9 +21,9 @@ from terratorch.datamodules import (
 )
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from terratorch_simpler.data import DatamoduleTiles
 from terratorch_simpler.demo.scenes import NODATA, write_scenes
 from terratorch_simpler.errors import ConfigurationError, TilesError
-from terratorch_simpler.tiles import DatamoduleTiles
 from tests import layouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning:rioxarray")

@@ -11,10 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import Subset
 
 from terratorch_simpler import SlimmingPlan
+from terratorch_simpler.data import DatamoduleTiles
+from terratorch_simpler.data.source import file_stat
 from terratorch_simpler.demo.scenes import write_scenes
 from terratorch_simpler.errors import ConfigurationError
-from terratorch_simpler.tiles import DatamoduleTiles
-from terratorch_simpler.tiles.source import file_stat
 from tests import datamodules
 from tests.datamodules import DRAWN, MISSING, NOT_SET_UP, REFUSED, STREAMED
 from tests.installed import shipped_classes

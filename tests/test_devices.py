@@ -12,18 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics import MeanMetric
 
-from terratorch_simpler import selection, similarity
-from terratorch_simpler.angles import angle_sums
 from terratorch_simpler.criteria import Bounds, Simpler
-from terratorch_simpler.measure import Repairs, Tap, stream
-from terratorch_simpler.measure.grouped import GroupedStatistics
-from terratorch_simpler.measure.groups import Group, Held
-from terratorch_simpler.measure.memory import Feeder, comparing_device
-from terratorch_simpler.measure.repairs import drawn_only
-from terratorch_simpler.measure.tokens import Draw
-from terratorch_simpler.processes import Processes
-from terratorch_simpler.selection import Selection, labelled_rows, on_device
-from terratorch_simpler.similarity import hsic_matrix, moments
+from terratorch_simpler.distributed import Processes
+from terratorch_simpler.extraction import FeatureExtractor, RecoverySums, loop
+from terratorch_simpler.extraction.auto_batch import AutoBatch, comparing_device
+from terratorch_simpler.extraction.groups import Group, TileRef
+from terratorch_simpler.extraction.recovery_sums import drawn_only
+from terratorch_simpler.extraction.token_sampling import TokenSample
+from terratorch_simpler.functional import hsic
+from terratorch_simpler.functional.angles import angle_sums
+from terratorch_simpler.functional.hsic import hsic_matrix, moments
+from terratorch_simpler.lightning import selection
+from terratorch_simpler.lightning.selection import SelectionConfig, labelled_rows, on_device
+from terratorch_simpler.metrics import LayerSimilarity
 from tests.fake_gpu import FakeGpu
 from tests.families import FAMILIES, wrapped
 from tests.memory import Tiles, land
@@ -118,7 +119,7 @@ def one_batch(gpu, found):
     def run(forward, backbone, source, *_, **__):
         batch = next(iter(source))
         outputs = []
-        handles = backbone.watch(outputs.append)
+        handles = backbone.register_block_hooks(outputs.append)
         with gpu.mode:
             forward({key: gpu.like(value) for key, value in batch.items()})
         for handle in handles:
@@ -134,7 +135,7 @@ def test_whatever_runs_before_the_encoder_is_moved_with_it(lent, build, monkeypa
     module, found = Own(build(embed_dim=48, num_heads=3)), []
     before = everything(module)
     monkeypatch.setattr(selection, "measure", one_batch(lent, found))
-    how = Selection(Simpler(), Bounds(), 1.0, "patch", 32, 64, 0)
+    how = SelectionConfig(Simpler(), Bounds(), 1.0, "patch", 32, 64, 0)
     with pytest.raises(InterruptedError):
         selection._stream(fake_trainer(lent), module, module.encoder, Tiles(land(40)), how, Processes(), None)
     assert found == ["cuda"] * 13
@@ -172,19 +173,19 @@ def rows_of(gpu, backbone, tokens, special=0, images=None):
     with (
         torch.no_grad(),
         gpu.lent(on_device, backbone, gpu.device),
-        Tap(backbone, backbone, tokens, 0, with_special=bool(special)) as tap,
+        FeatureExtractor(backbone, backbone, tokens, 0, with_special=bool(special)) as extractor,
     ):
-        (rows, _), *_ = Feeder(tap, forward).parts(next(iter(Tiles(images, batch_size=64))))
+        (rows, _), *_ = AutoBatch(extractor, forward).parts(next(iter(Tiles(images, batch_size=64))))
     return rows
 
 
 def compare(gpu, rows, special=0, device=None):
     """What a group goes through, as far as its device has part in it."""
-    group = Group(0, [Held(position, 0, rows.shape[1] // 64) for position in range(64)], 0, 64)
+    group = Group(0, [TileRef(position, 0, rows.shape[1] // 64) for position in range(64)], 0, 64)
     with gpu.mode:
         rows = torch.cat([rows[:, :16], rows[:, 16:]], dim=1).to(device or comparing_device(rows.device))
         drawn, _ = drawn_only(group, rows, special)
-        repairs = Repairs([(0, 2)], Processes())
+        repairs = RecoverySums([(0, 2)], Processes())
         repairs.wait(group, rows, special)
         repairs.accept(1)
         wide = drawn.float()
@@ -222,14 +223,14 @@ def test_means_under_bfloat16_are_those_of_the_outputs_in_float32(build):
     backbone, seen = build(embed_dim=48, num_heads=3), []
 
     def forward(batch):
-        handles = backbone.watch(seen.append)
+        handles = backbone.register_block_hooks(seen.append)
         with torch.autocast("cpu", torch.bfloat16):
             backbone(batch["image"])
         for handle in handles:
             handle.remove()
 
-    with torch.no_grad(), Tap(backbone, backbone, "mean", 0) as tap:
-        rows, _ = tap.run(forward, next(iter(Tiles(land(8)))))
+    with torch.no_grad(), FeatureExtractor(backbone, backbone, "mean", 0) as extractor:
+        rows, _ = extractor.run(forward, next(iter(Tiles(land(8)))))
     expected = torch.stack([output[:, 1:].float().mean(dim=1) for output in seen[: len(rows)]])
     torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
 
@@ -244,21 +245,21 @@ PLANTED = {
 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_what_waits_or_mixes_would_be_seen(gpu, build, fault, monkeypatch):
-    moments_of = similarity._centred
-    monkeypatch.setattr(similarity, "_centred", lambda features: moments_of(PLANTED[fault](features)))
+    moments_of = hsic._centred
+    monkeypatch.setattr(hsic, "_centred", lambda features: moments_of(PLANTED[fault](features)))
     with pytest.raises(RuntimeError):
         compare(gpu, rows_of(gpu, build(embed_dim=48, num_heads=3), "patch"))
 
 
 @pytest.mark.parametrize("copy", [Tensor.cpu, lambda rows: rows.to("cpu"), lambda rows: rows.to(torch.empty(0))])
 def test_a_copy_to_the_processor_would_be_seen(gpu, build, copy, monkeypatch):
-    take = Draw.take
+    gather = TokenSample.gather
 
     def hidden(self, tokens):
         copy(tokens)
-        return take(self, tokens)
+        return gather(self, tokens)
 
-    monkeypatch.setattr(Draw, "take", hidden)
+    monkeypatch.setattr(TokenSample, "gather", hidden)
     backbone = build(embed_dim=48, num_heads=3)
     with Copies() as copies:
         rows_of(gpu, backbone, "patch")
@@ -267,7 +268,7 @@ def test_a_copy_to_the_processor_would_be_seen(gpu, build, copy, monkeypatch):
 
 def test_a_group_comes_to_the_processor_in_one_copy(gpu, monkeypatch):
     """Every copy from a GPU waits for it."""
-    metric = GroupedStatistics(2, 1)
+    metric = LayerSimilarity(2, 1)
     with Copies() as copies, gpu.mode:
         metric.update(torch.empty(3, 64, 8, device="cuda"), 64, 0)
     assert len(copies.to) == 1
@@ -295,8 +296,8 @@ def test_nothing_is_float64_on_a_gpu_without_it(gpu, build, monkeypatch):
 
 def test_a_pass_compares_where_there_is_float64(build, monkeypatch):
     asked, backbone = [], build(embed_dim=48, num_heads=3)
-    monkeypatch.setattr(stream, "comparing_device", lambda device: asked.append(device) or torch.device("cpu"))
-    stream.measure(lambda batch: backbone(batch["image"]), backbone, Tiles(land(40)), Simpler(), Bounds(), min_tiles=32)
+    monkeypatch.setattr(loop, "comparing_device", lambda device: asked.append(device) or torch.device("cpu"))
+    loop.measure(lambda batch: backbone(batch["image"]), backbone, Tiles(land(40)), Simpler(), Bounds(), min_tiles=32)
     assert asked == [torch.device("cpu")]
 
 

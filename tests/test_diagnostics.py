@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from terratorch_simpler.criteria import Bounds, Knee
-from terratorch_simpler.measure import measure
-from terratorch_simpler.recovery import SpanSums
+from terratorch_simpler.extraction import measure
+from terratorch_simpler.functional.least_squares import NormalEquations
 from terratorch_simpler.sweep.diagnostics import (
     diagnose_blocks,
     effective_dimension,
@@ -40,7 +40,7 @@ def test_covariances_in_parts_are_those_of_all_rows(parts):
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(3, 12, 12, generator=generator)
     rows = torch.randn(3, 300, 12, generator=generator) @ mixed + 1000  # far from zero, as some features are
-    sums = SpanSums([(0, 2), (1, 2)])
+    sums = NormalEquations([(0, 2), (1, 2)])
     for part in rows.split(parts, dim=1):
         judge = range(0, part.shape[1], 3)
         sums.add(part, [row for row in range(part.shape[1]) if row not in judge], judge)

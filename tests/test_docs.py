@@ -15,7 +15,7 @@ from terratorch.registry import BACKBONE_REGISTRY, TERRATORCH_BACKBONE_REGISTRY
 
 import terratorch_simpler
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmableTraining, SlimmingPlan
-from terratorch_simpler.criteria import Bounds, Simpler, known_criteria, vote
+from terratorch_simpler.criteria import Bounds, Simpler, bootstrap, known_criteria
 from terratorch_simpler.encoders import base
 
 ROOT = Path(__file__).parents[1]
@@ -97,10 +97,10 @@ def test_pictures_are_up_to_date_and_show_what_the_page_says():
     def judged(steps):
         groups = pictures.planted(steps)
         choice = rule.choose(groups.total(), pictures.BLOCKS, bounds)
-        return choice, vote(rule, groups, bounds, seed=0), max(choice.scores.values()) - min(choice.scores.values())
+        return choice, bootstrap(rule, groups, bounds, seed=0), max(choice.scores.values()) - min(choice.scores.values())
 
-    settled, votes, height = judged(pictures.SETTLES)
-    assert len(settled.kept_blocks) == 5
+    converged, votes, height = judged(pictures.SETTLES)
+    assert len(converged.kept_blocks) == 5
     assert votes[5] > 0.95
     _, split, flat = judged(pictures.DRIFTS)
     assert max(split.values()) < 0.5
@@ -123,7 +123,7 @@ def test_the_adapter_of_the_page_cuts_its_encoder(monkeypatch):
         with torch.no_grad():
             intact = backbone(image)
             norm = backbone.final_norm
-            backbone.keep_blocks(range(2))
+            backbone.prune_depth(range(2))
             features = backbone(image)
         fresh = BACKBONE_REGISTRY.build("simpler_lake_vit", bands=2)
         fresh.load_state_dict(backbone.state_dict())

@@ -10,11 +10,11 @@ from terratorch.registry import BACKBONE_REGISTRY
 from terratorch.tasks import SemanticSegmentationTask
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.encoders import PatchGrid
 from terratorch_simpler.errors import DepthError, TilesError, UnsupportedEncoderError
-from terratorch_simpler.measure import check_input, count_macs, measure
+from terratorch_simpler.extraction import check_input, count_macs, measure
+from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.families import END, FAMILIES, START, plain, readme_table, wrapped
 from tests.memory import Tiles
 
@@ -43,7 +43,7 @@ def backbone_of(task):
 
 def raw_outputs(backbone, inputs):
     seen = []
-    handles = backbone.watch(seen.append)
+    handles = backbone.register_block_hooks(seen.append)
     features = run(backbone, inputs)
     for handle in handles:
         handle.remove()
@@ -71,7 +71,7 @@ def test_cut_encoder(family, cut):
     intact, ours = wrapped(family), wrapped(family)
     image, total = family.image(), intact.full_num_blocks
     k = number(cut, family, total)
-    ours.keep_blocks(range(k))
+    ours.prune_depth(range(k))
     features = run(ours, image)
 
     # as long as before
@@ -139,7 +139,7 @@ def test_gradients_reach_exactly_the_kept_parameters(family, cut):
     # Heads and norms that TerraTorch keeps and never uses, scales of time and place that were not given.
     spare = without_gradient(ours, image)
     k = number(cut, family, ours.full_num_blocks)
-    ours.keep_blocks(range(k))
+    ours.prune_depth(range(k))
     held = {id(parameter) for parameter in ours.parameters()}
     assert all(ids <= held for ids in blocks[:k])
     assert not any(ids & held for ids in blocks[k:])
@@ -151,7 +151,7 @@ def test_gradients_reach_exactly_the_kept_parameters(family, cut):
 def test_kept_blocks_with_gaps(family):
     intact, ours = wrapped(family), wrapped(family)
     kept = (0, 2, 3, intact.full_num_blocks - 1)
-    ours.keep_blocks(kept)
+    ours.prune_depth(kept)
     for block, position in zip(kept, range(4), strict=True):
         ids = zip(ours.blocks[position].parameters(), intact.blocks[block].parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in ids)
@@ -209,7 +209,7 @@ def test_vit_adapter_needs_a_block_for_each_of_its_ranges():
     with pytest.raises(
         DepthError, match="Found 3 blocks to keep, expected at least 4 for Prithvi with ViT-Adapter: ViT-Ada"
     ):
-        ours.keep_blocks(range(3))
+        ours.prune_depth(range(3))
     assert ours.num_blocks == 24
     with pytest.raises(DepthError, match="Found 3 blocks to keep"):
         wrapped(family, keep=3)
@@ -230,7 +230,7 @@ def test_vit_adapter_ranges_of_unequal_length_keep_a_block_each():
     short = [[0, 0], [1, 1], [2, 2], [3, 23]]
     ours = wrapped(family, interaction_indexes=short)
     for k in (20, 10, 5, 4):
-        ours.keep_blocks(range(k))
+        ours.prune_depth(range(k))
         assert (
             ours.encoder.interaction_indexes
             == wrapped(family, keep=k, interaction_indexes=short).encoder.interaction_indexes
@@ -319,7 +319,7 @@ def test_encoder_by_path_that_returns_its_last_feature_only():
     ours = SimplerBackbone(Strange(linears(4, 4, 4, 4), [4]), block_path="blocks")
     x = torch.randn(2, 9, 4)
     expected = ours.encoder.blocks[1](ours.encoder.blocks[0](x))
-    ours.keep_blocks(range(2))
+    ours.prune_depth(range(2))
     assert equal(ours(x), [expected])
     assert ours.out_channels == [4]
 
@@ -376,7 +376,7 @@ def test_dofa_returns_the_last_feature_by_default():
     ours, theirs = wrapped(family, out_indices=None), plain(family, out_indices=None)
     assert equal(run(ours, family.image()), run(theirs, family.image()))
     assert ours.out_channels == theirs.out_channels == [384]
-    ours.keep_blocks(range(3))
+    ours.prune_depth(range(3))
     assert len(run(ours, family.image())) == 1
 
 

@@ -21,7 +21,6 @@ from terratorch.tasks import (
 from torch import nn
 
 from terratorch_simpler import SlimmingPlan, cli
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.errors import (
     CheckpointError,
     ComparisonError,
@@ -32,6 +31,7 @@ from terratorch_simpler.errors import (
 )
 from terratorch_simpler.export import Trained, export_graph, export_plain, load_trained, plain
 from terratorch_simpler.export.comparison import ROUNDING, Comparison, answer, difference, find_comparison
+from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.extras import needs_onnx, needs_peft
 from tests.families import FAMILIES, wrapped
 
@@ -61,7 +61,7 @@ def trained(tmp_path, trainer):
         built = task(model_factory=factory, model_args=model_args)
         backbone = next(part for part in built.modules() if isinstance(part, SimplerBackbone))
         if kept is not None:
-            backbone.keep_blocks(kept)
+            backbone.prune_depth(kept)
         with torch.no_grad():
             for parameter in built.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
@@ -654,4 +654,4 @@ def test_graphs_of_every_family(family, tmp_path, monkeypatch, capfd):
         else:
             with pytest.raises(ExportError, match=r"cannot trace to|Found no input shape for"):
                 export_graph(loaded, format_, tmp_path)
-    assert backbone.host_settings() is not None or not family.exports
+    assert backbone.terratorch_kwargs() is not None or not family.exports

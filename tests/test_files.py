@@ -9,11 +9,11 @@ import time
 import pytest
 
 from terratorch_simpler import files
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
-    with whole_file(tmp_path / "deep" / "a.txt") as part:
+    with atomic_write(tmp_path / "deep" / "a.txt") as part:
         part.write_text("one")
         assert not (tmp_path / "deep" / "a.txt").exists()
     assert (tmp_path / "deep" / "a.txt").read_text() == "one"
@@ -25,7 +25,7 @@ def test_an_error_leaves_the_file_before(tmp_path, error):
     (tmp_path / "a.txt").write_text("before")
 
     def write():
-        with whole_file(tmp_path / "a.txt") as part:
+        with atomic_write(tmp_path / "a.txt") as part:
             part.write_text("half")
             raise error
 
@@ -37,8 +37,8 @@ def test_an_error_leaves_the_file_before(tmp_path, error):
 
 def killed_while_writing(folder):
     code = (
-        "import os, sys; from terratorch_simpler.files import whole_file\n"
-        f"with whole_file({str(folder / 'a.txt')!r}) as part:\n"
+        "import os, sys; from terratorch_simpler.files import atomic_write\n"
+        f"with atomic_write({str(folder / 'a.txt')!r}) as part:\n"
         "    part.write_text('half'); os.kill(os.getpid(), 9)\n"
     )
     # Without the package's own imports, which take long.
@@ -51,15 +51,15 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     killed_while_writing(tmp_path)
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".part-")
-    with whole_file(tmp_path / "b.txt") as part:
+    with atomic_write(tmp_path / "b.txt") as part:
         part.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]
 
 
 def test_what_others_are_writing_is_left_alone(tmp_path):
-    with whole_file(tmp_path / "a.txt") as first:
+    with atomic_write(tmp_path / "a.txt") as first:
         first.write_text("one")
-        with whole_file(tmp_path / "b.txt") as second:
+        with atomic_write(tmp_path / "b.txt") as second:
             second.write_text("two")
         assert first.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt"}
@@ -70,7 +70,7 @@ def test_what_another_machine_left_goes_after_a_day(tmp_path, age, stays):
     foreign = tmp_path / ".part-some-other-host-12-abc"
     foreign.mkdir()
     os.utime(foreign, (time.time() - age,) * 2)
-    with whole_file(tmp_path / "a.txt") as part:
+    with atomic_write(tmp_path / "a.txt") as part:
         part.write_text("x")
     assert foreign.exists() == stays
 
@@ -82,11 +82,11 @@ def test_what_another_container_on_this_machine_is_writing_goes_after_a_day(tmp_
     with monkeypatch.context() as there:
         there.setattr(os, "readlink", lambda path, **kwargs: "pid:[42]" if "ns/pid" in path else readlink(path, **kwargs))
         there.setattr(os, "getpid", lambda: 2**22 + 1)  # no such process
-        with whole_file(tmp_path / "live.txt") as part:
+        with atomic_write(tmp_path / "live.txt") as part:
             part.write_text("half")
             os.utime(part.parent, (time.time() - age,) * 2)
             there.undo()
-            with whole_file(tmp_path / "a.txt") as other:
+            with atomic_write(tmp_path / "a.txt") as other:
                 other.write_text("x")
             assert part.exists() == stays
             if not stays:
@@ -97,6 +97,6 @@ def test_what_another_container_on_this_machine_is_writing_goes_after_a_day(tmp_
 @pytest.mark.parametrize("name", [".part-", ".part-x", ".part-a-b-c"])
 def test_other_names_do_no_harm(tmp_path, name):
     (tmp_path / name).mkdir()
-    with whole_file(tmp_path / "a.txt") as part:
+    with atomic_write(tmp_path / "a.txt") as part:
         part.write_text("x")
     assert (tmp_path / name).exists()

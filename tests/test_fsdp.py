@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from terratorch_simpler.checkpoint import read_shape
-from terratorch_simpler.shape import Shape
+from terratorch_simpler.models.checkpoint import read_pruned_state
+from terratorch_simpler.models.state import PrunedState
 from tests import runs
 
 PRUNED = {
-    "depth": ({"criterion": "fixed", "drop_blocks": 7}, Shape((0, 1, 2, 3, 4), 12)),
-    "width": ({"criterion": "fixed", "drop_blocks": 7, "width": 0.5}, Shape((0, 1, 2, 3, 4), 12, 0.5)),
+    "depth": ({"criterion": "fixed", "drop_blocks": 7}, PrunedState((0, 1, 2, 3, 4), 12)),
+    "width": ({"criterion": "fixed", "drop_blocks": 7, "width": 0.5}, PrunedState((0, 1, 2, 3, 4), 12, 0.5)),
 }
 
 
@@ -24,13 +24,13 @@ def test_fit_and_resume(scenes, tmp_path, kind, pruned):
     assert fit.wait() == [0, 0], fit.output(0) + fit.output(1)
     first = runs.newest(tmp_path)
     assert first.is_dir() == (kind == "sharded")
-    assert read_shape(first, None) == shape
+    assert read_pruned_state(first, None) == shape
     config["trainer"]["max_steps"] = 4
     again = runs.Command(tmp_path / "again", config, "--ckpt_path", str(first), ranks=2, before=runs.fsdp_on_cpu)
     assert again.wait() == [0, 0], again.output(0) + again.output(1)
     last = runs.newest(tmp_path)
     assert last.stem.endswith("step=4")
-    assert read_shape(last, None) == shape
+    assert read_pruned_state(last, None) == shape
     if kind == "sharded":
         return
     before, after = (torch.load(path, weights_only=True) for path in (first, last))
@@ -48,8 +48,8 @@ def test_shape_is_told_by_the_state_of_the_callback(tmp_path):
     bits = torch.tensor([0.25, 0.5], dtype=torch.float64).view(torch.int64).tolist()
     state = {"kept_blocks": [0, 3], "total_blocks": 12, "kept_widths": bits}
     torch.save({"callbacks": {"SimplerCallback": state}}, tmp_path / "meta.pt")
-    assert read_shape(tmp_path, None) == Shape((0, 3), 12, 0.5, (0.25, 0.5))
-    assert json.loads(json.dumps(Shape((0, 3), 12, 0.5).as_plain())) == {
+    assert read_pruned_state(tmp_path, None) == PrunedState((0, 3), 12, 0.5, (0.25, 0.5))
+    assert json.loads(json.dumps(PrunedState((0, 3), 12, 0.5).as_plain())) == {
         "kept_blocks": [0, 3],
         "total_blocks": 12,
         "kept_widths": [0.5],

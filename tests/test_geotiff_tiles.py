@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from rasterio.io import MemoryFile
 from rasterio.windows import Window
 
+from terratorch_simpler.data import GeoTiffTiles
+from terratorch_simpler.data.rasters import Raster
 from terratorch_simpler.errors import TilesError
-from terratorch_simpler.tiles import GeoTiffTiles
-from terratorch_simpler.tiles.rasters import Raster
 from tests.rasters import PLACE, draw, one_by_one, truncate, write, write_many
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # of writing
@@ -500,7 +500,7 @@ def test_every_reason_has_its_count(tmp_path):
 
 
 def test_share_of_damage_is_judged_before_a_long_stream_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("terratorch_simpler.tiles.source.ENOUGH_TO_JUDGE", 50)
+    monkeypatch.setattr("terratorch_simpler.data.source.ENOUGH_TO_JUDGE", 50)
     write_many(tmp_path, count=2, height=160, width=160)
     truncate(tmp_path / "0.tif", 0.1)
     tiles = GeoTiffTiles(str(tmp_path), tile_size=8, max_bad_fraction=0.2, num_workers=0)
@@ -510,7 +510,7 @@ def test_share_of_damage_is_judged_before_a_long_stream_ends(tmp_path, monkeypat
 
 
 def test_few_damaged_of_many_files_are_no_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("terratorch_simpler.tiles.source.ENOUGH_TO_JUDGE", 20)
+    monkeypatch.setattr("terratorch_simpler.data.source.ENOUGH_TO_JUDGE", 20)
     write_many(tmp_path, count=100, height=8, width=8)
     for number in range(5):
         (tmp_path / f"{number}.tif").write_text("no raster")

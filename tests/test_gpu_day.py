@@ -15,7 +15,7 @@ import pytest
 from benchmarks.gpu import figures, machine, models, selection, training, wheels
 from benchmarks.gpu.__main__ import CHECKS, main
 from benchmarks.gpu.check import Settings
-from terratorch_simpler.measure import tap
+from terratorch_simpler.extraction import hooks
 from tests import gpu_checks, runs
 from tests.extras import needs_peft
 from tests.gpu_checks import check
@@ -234,10 +234,10 @@ def waits(settings, batch):
 
 def test_a_wait_for_every_batch_is_told_by_its_line(settings, monkeypatch):
     assert waits(settings, 8) == {}
-    monkeypatch.setattr(tap, "draw", planted_wait(tap.draw))
+    monkeypatch.setattr(hooks, "sample_tokens", planted_wait(hooks.sample_tokens))
     few, many = waits(settings, 8), waits(settings, 4)
     [(line, count)] = few.items()
-    assert line.startswith("terratorch_simpler/measure/tap.py:")
+    assert line.startswith("terratorch_simpler/extraction/hooks.py:")
     assert (count, many[line]) == (5, 10)
     found = selection.per_batch(few, many, 5)
     assert found.verdict == "FAIL"

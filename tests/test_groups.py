@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from terratorch_simpler.measure.groups import END, Groups, Held, halves
-from terratorch_simpler.tiles import Share
+from terratorch_simpler.data import Share
+from terratorch_simpler.extraction.groups import END, Groups, TileRef, halves
 
 
 def sizes_alone(tiles, max_tiles=10**6):
     groups = Groups(max_tiles)
     found = []
     for position in range(tiles):
-        groups.take([Held(position, 0, 3)], position + 1)
+        groups.take([TileRef(position, 0, 3)], position + 1)
         found += groups.complete()
     groups.take([], END)
     found += groups.complete()
@@ -45,22 +45,22 @@ def test_small_groups_of_a_group(tiles, expected):
 
 def test_a_group_waits_for_half_of_the_next():
     groups = Groups(1000)
-    groups.take([Held(position, 0, 1) for position in range(95)], 95)
+    groups.take([TileRef(position, 0, 1) for position in range(95)], 95)
     assert not list(groups.complete())
-    groups.take([Held(95, 0, 1)], 96)
+    groups.take([TileRef(95, 0, 1)], 96)
     (group,) = groups.complete()
     assert (group.number, len(group.tiles), group.end) == (0, 64, 64)
 
 
 def test_a_tile_waits_until_every_process_has_passed_it():
     groups = Groups(1000)
-    groups.take([Held(position, 1, 1) for position in range(64, 192)], reached=5)
+    groups.take([TileRef(position, 1, 1) for position in range(64, 192)], reached=5)
     assert (groups.taken, list(groups.complete())) == (0, [])
-    groups.take([Held(position, 0, 1) for position in range(5, 64)], reached=192)
+    groups.take([TileRef(position, 0, 1) for position in range(5, 64)], reached=192)
     assert groups.taken == 187
     first, *_ = groups.complete()
     assert [tile.position for tile in first.tiles] == list(range(5, 69))
-    assert first.owner == 0  # holds 59 of the 64
+    assert first.rank == 0  # holds 59 of the 64
 
 
 @given(
@@ -74,7 +74,7 @@ def test_groups_do_not_depend_on_processes_or_their_pace(total, processes, max_t
     chance = random.Random(seed)
     usable = {position for position in range(total) if chance.random() >= unusable}
     alone = Groups(max_tiles)
-    alone.take([Held(position, 0, 1) for position in sorted(usable)], END)
+    alone.take([TileRef(position, 0, 1) for position in sorted(usable)], END)
     expected = [([tile.position for tile in group.tiles], group.end) for group in alone.complete()]
 
     shares = [Share(processes, rank, 64).positions(total).tolist() for rank in range(processes)]
@@ -85,7 +85,7 @@ def test_groups_do_not_depend_on_processes_or_their_pace(total, processes, max_t
         for rank, share in enumerate(shares):
             for _ in range(chance.randint(0, 150)):
                 if share and (position := share.pop(0)) in usable:
-                    new.append(Held(position, rank, 1))
+                    new.append(TileRef(position, rank, 1))
             reached.append(share[0] if share else END)
         groups.take(new, min(reached))
         found += groups.complete()
@@ -93,8 +93,8 @@ def test_groups_do_not_depend_on_processes_or_their_pace(total, processes, max_t
     assert groups.taken == alone.taken
     assert [group.number for group in found] == list(range(len(found)))
     for group in found:
-        held = [tile.process for tile in group.tiles]
-        assert held.count(group.owner) == max(held.count(rank) for rank in range(processes))
+        held = [tile.rank for tile in group.tiles]
+        assert held.count(group.rank) == max(held.count(rank) for rank in range(processes))
 
 
 def test_neighbours_go_to_the_same_share():

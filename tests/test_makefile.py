@@ -1,11 +1,13 @@
 """Which interpreter gets which versions, and what is said where none runs."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,3 +98,11 @@ def test_all_targets_that_test_run_the_same(tmp_path):
         assert done.returncode == 0, done.stderr
         commands.add(next(line for line in done.stdout.splitlines() if " -m pytest " in line).partition(" ")[2])
     assert len(commands) == 1
+
+
+def test_the_workflow_runs_what_has_to_pass():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    targets = {row["target"] for row in workflow["jobs"]["make"]["strategy"]["matrix"]["include"]}
+    here = set(re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M))
+    assert {"check", "test", "test-newest", "test-all"} <= here <= targets
+    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))

@@ -6,8 +6,8 @@ import rasterio
 import torch
 
 from terratorch_simpler import SlimmingPlan
+from terratorch_simpler.data import GeoTiffTiles
 from terratorch_simpler.errors import TilesError
-from terratorch_simpler.tiles import GeoTiffTiles
 from tests.rasters import draw, one_by_one, write
 from tests.runs import Command, config
 

@@ -11,9 +11,9 @@ from terratorch.datamodules.generic_multimodal_data_module import MultimodalNorm
 
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.errors import DegenerateFeaturesError, SimplerWarning, TilesError
-from terratorch_simpler.measure import count_macs, measure
-from terratorch_simpler.selection import _normaliser
-from terratorch_simpler.similarity import linear_cka
+from terratorch_simpler.extraction import count_macs, measure
+from terratorch_simpler.functional.hsic import linear_cka
+from terratorch_simpler.lightning.selection import _normaliser
 from tests.memory import Tiles, land
 from tests.planted import make_identity
 
@@ -37,7 +37,7 @@ def test_similarity_is_that_of_the_raw_block_outputs(build):
     expected = linear_cka(torch.stack(outputs).flatten(1, 2))
     found = run(backbone, Tiles(images))
     torch.testing.assert_close(found.similarity, expected, rtol=0, atol=1e-5)
-    assert (found.tiles_seen, found.rows_seen, found.votes, found.settled) == (40, 640, None, False)
+    assert (found.tiles_seen, found.rows_seen, found.votes, found.converged) == (40, 640, None, False)
     assert found.input_shape == (6, 64, 64)
 
 
@@ -47,7 +47,7 @@ def test_batch_size_in_flight_does_not_matter(build, tokens):
     first, *others = [run(backbone, Tiles(images, batch_size=size), tokens=tokens, min_tiles=140) for size in (1, 13, 64)]
     for other in others:
         torch.testing.assert_close(first.similarity, other.similarity, rtol=0, atol=1e-5)
-        assert (first.tiles_seen, first.rows_seen, first.settled) == (other.tiles_seen, other.rows_seen, other.settled)
+        assert (first.tiles_seen, first.rows_seen, first.converged) == (other.tiles_seen, other.rows_seen, other.converged)
         assert first.votes == other.votes
     rows = {"patch": 16, "cls": 1, "mean": 1, "all": 16}[tokens]
     assert first.rows_seen == 140 * rows
@@ -58,25 +58,27 @@ def test_early_stop_is_tile_exact_whatever_the_batch_size(build):
     for block in list(backbone.blocks)[5:]:  # the depth is plain after few tiles
         make_identity(block)
     found = [run(backbone, Tiles(images, batch_size=size), min_tiles=128) for size in (7, 100)]
-    assert all(f.settled for f in found)
+    assert all(f.converged for f in found)
     assert {f.tiles_seen for f in found} == {128}
     assert max(found[0].votes.values()) >= 0.95
 
 
-@pytest.mark.parametrize("settled", [4, 6, 8])
-def test_planted_stabilisation_is_found(build, settled):
+@pytest.mark.parametrize("converged", [4, 6, 8])
+def test_planted_stabilisation_is_found(build, converged):
     backbone = build()
     with torch.no_grad():
         for number, block in enumerate(backbone.blocks):
-            if number >= settled:
+            if number >= converged:
                 make_identity(block)
             else:  # each block changes more than the one before
                 block.mlp.fc2.weight.mul_(0.2 * 1.5**number)
                 block.attn.proj.weight.mul_(0.2 * 1.5**number)
     found = run(backbone, Tiles(land(96)))
     choice = Simpler().choose(found.statistics, 12, Bounds())
-    assert len(choice.kept_blocks) == settled
-    torch.testing.assert_close(found.similarity[settled - 1, settled:], torch.ones(12 - settled).double(), rtol=0, atol=1e-6)
+    assert len(choice.kept_blocks) == converged
+    torch.testing.assert_close(
+        found.similarity[converged - 1, converged:], torch.ones(12 - converged).double(), rtol=0, atol=1e-6
+    )
 
 
 class SlowTiles(Tiles):
@@ -115,7 +117,9 @@ def test_max_tiles_is_exact(build):
 
 def test_many_tiles_are_pooled_in_large_groups(build, monkeypatch):
     sizes = []
-    monkeypatch.setattr("terratorch_simpler.measure.pool.vote", lambda _, groups, *__: sizes.append(len(groups)) or {1: 0.5})
+    monkeypatch.setattr(
+        "terratorch_simpler.extraction.accumulator.bootstrap", lambda _, groups, *__: sizes.append(len(groups)) or {1: 0.5}
+    )
     backbone = build(embed_dim=48, num_heads=3, depth=6)
     found = run(backbone, Tiles(land(544, size=32), batch_size=64), min_tiles=256)
     assert found.tiles_seen == 544
@@ -339,7 +343,7 @@ class Modalities(Tiles):
 
 def raw_outputs(backbone, inputs):
     outputs = []
-    handles = backbone.watch(outputs.append)
+    handles = backbone.register_block_hooks(outputs.append)
     with torch.no_grad():
         backbone(inputs)
     for handle in handles:
@@ -434,5 +438,5 @@ def test_macs_are_the_closed_form_count(build):
     block = 12 * width**2 * tokens + 2 * tokens**2 * width  # qkv, proj, MLP; q k' and attention times v
     embedding = patches * 6 * 16 * 16 * width
     assert count_macs(backbone, (6, 64, 64)) == embedding + 12 * block
-    backbone.keep_blocks(range(5))
+    backbone.prune_depth(range(5))
     assert count_macs(backbone, (6, 64, 64)) == embedding + 5 * block

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from terratorch_simpler import metrics
 from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.distributed import Processes
 from terratorch_simpler.errors import OutOfMemoryError
-from terratorch_simpler.measure import collect_labelled, grouped, measure
-from terratorch_simpler.measure.groups import Group, Held
-from terratorch_simpler.measure.memory import Feeder, on_spare_memory
-from terratorch_simpler.measure.pool import Pool
-from terratorch_simpler.processes import Processes
+from terratorch_simpler.extraction import collect_labelled, measure
+from terratorch_simpler.extraction.accumulator import SimilarityAccumulator
+from terratorch_simpler.extraction.auto_batch import AutoBatch, on_spare_memory
+from terratorch_simpler.extraction.groups import Group, TileRef
 from tests.memory import Tiles, land
 
 MOST = 5
@@ -104,7 +105,7 @@ def test_modalities_are_split_alike(build):
 def test_groups_are_compared_on_the_cpu_if_the_device_is_full(build, monkeypatch, fails, which):
     backbone, images, calls = build(), land(200), []
     expected = run(backbone, Tiles(images))
-    original = getattr(grouped, fails)
+    original = getattr(metrics, fails)
 
     def out_of_memory_now_and_then(features):
         calls.append(features.shape)
@@ -112,7 +113,7 @@ def test_groups_are_compared_on_the_cpu_if_the_device_is_full(build, monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(features)
 
-    monkeypatch.setattr(grouped, fails, out_of_memory_now_and_then)
+    monkeypatch.setattr(metrics, fails, out_of_memory_now_and_then)
     found = run(backbone, Tiles(images))
     assert (found.tiles_seen, found.rows_seen) == (200, 3200)
     assert torch.equal(found.similarity, expected.similarity)  # no half of a group was added twice
@@ -136,16 +137,16 @@ class FullOnce(TorchDispatchMode):
 def compared(full_once):
     """A group of rows, some of them class tokens, compared and added for maps."""
     generator = torch.Generator().manual_seed(0)
-    pool = Pool(3, 8, Processes(), spans=[(0, 2), (1, 3), (2, 3)])
-    pool.special = 1
-    tiles = [Held(position, 0, 5) for position in range(64)]
+    similarities = SimilarityAccumulator(3, 8, Processes(), spans=[(0, 2), (1, 3), (2, 3)])
+    similarities.special = 1
+    tiles = [TileRef(position, 0, 5) for position in range(64)]
     rows = torch.randn(4, 5 * len(tiles), 6, generator=generator)
     with full_once:
-        on_spare_memory(lambda _: pool.add(Group(7, tiles, 0, 64), rows), torch.device("cpu"))  # no halves any more
-        pool.repairs.accept(8)
-    sums = [pool.repairs.patch, pool.repairs.special]
+        on_spare_memory(lambda _: similarities.add(Group(7, tiles, 0, 64), rows), torch.device("cpu"))  # no halves any more
+        similarities.repairs.accept(8)
+    sums = [similarities.repairs.patch, similarities.repairs.special]
     return [
-        *pool.state(8)["large"].values(),
+        *similarities.state(8)["large"].values(),
         *(part for one in sums for part in (one.tokens, *one._sums.values())),
     ]
 
@@ -215,7 +216,7 @@ def test_nothing_of_the_failed_part_is_held_while_the_next_runs():
 
     held = []
     batch = {"index": list(range(16)), "position": list(range(16)), "image": torch.zeros(16, 1)}
-    parts = list(Feeder(OneTap(), None).parts(batch))
+    parts = list(AutoBatch(OneTap(), None).parts(batch))
     assert [len(counts) for _, counts in parts] == [4] * 4
     assert alive == [0] * 6  # of 16, 8, and four times 4
 
@@ -242,7 +243,7 @@ def test_a_pass_needs_less_memory_than_a_training_step_of_the_model_that_is_left
             lambda batch: module(batch["image"]), backbone, tiles, Simpler(), Bounds(), stop_after=backbone, min_tiles=1000
         )
     )  # fmt: skip
-    backbone.keep_blocks(range(5))
+    backbone.prune_depth(range(5))
     optimizer = torch.optim.AdamW(module.parameters())
 
     def step():

@@ -12,8 +12,8 @@ from torch import nn
 
 from terratorch_simpler import SimplerCallback
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
-from terratorch_simpler.optimizers import optimizers_of, updated_optimizers
-from terratorch_simpler.selection import find_backbone
+from terratorch_simpler.lightning.optimizers import optimizers_of, updated_optimizers
+from terratorch_simpler.lightning.selection import find_backbone
 from tests import runs
 
 PEFT = {
@@ -275,12 +275,12 @@ def test_the_state_of_an_optimizer_that_still_holds_dropped_blocks_is_converted(
     """Earlier checkpoints hold the state of all parameters of the intact model."""
     old = task()
     optimizer = torch.optim.AdamW(old.parameters(), lr=1e-3)
-    find_backbone(old).keep_blocks([0, 3, 7])
+    find_backbone(old).prune_depth([0, 3, 7])
     steps(old, optimizer)
     new = task()
     as_on_the_command_line(new)
     with updated_optimizers(new) as changes:
-        find_backbone(new).keep_blocks([0, 3, 7])
+        find_backbone(new).prune_depth([0, 3, 7])
     new.load_state_dict(old.state_dict())
     [change], [resumed] = changes, optimizers_of(new)
     state = copy.deepcopy(optimizer.state_dict())

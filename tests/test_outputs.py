@@ -7,9 +7,9 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan
+from terratorch_simpler.data import GeoTiffTiles
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.files import below, check_folder, folder_of, written_to
-from terratorch_simpler.tiles import GeoTiffTiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.SimplerWarning")
 
@@ -48,7 +48,7 @@ def test_plan_and_report_in_the_remote_folder_of_a_logger(memory, trainer, task,
 
 @pytest.fixture
 def nothing_is_streamed(monkeypatch):
-    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *_args, **_kwargs: pytest.fail("streamed"))
+    monkeypatch.setattr("terratorch_simpler.lightning.selection.measure", lambda *_args, **_kwargs: pytest.fail("streamed"))
 
 
 @pytest.mark.usefixtures("nothing_is_streamed")

@@ -6,9 +6,9 @@ import types
 import pytest
 import torch
 
+from terratorch_simpler.alternatives import _depths, overview
 from terratorch_simpler.criteria import Angular, Bounds, Fixed, Simpler
-from terratorch_simpler.measure import count_macs, macs_by_block, measure
-from terratorch_simpler.overview import _depths, overview
+from terratorch_simpler.extraction import count_macs, macs_by_block, measure
 from tests.families import FAMILIES, wrapped
 from tests.memory import Tiles, land
 
@@ -67,5 +67,5 @@ def test_costs_of_a_depth_are_those_of_the_cut_encoder(family):
     depth = max(backbone.num_blocks // 2, backbone.fewest_blocks)
     told = _depths(backbone, measured(backbone, shape))[depth]
     cut = copy.deepcopy(backbone)
-    cut.keep_blocks(range(depth))
+    cut.prune_depth(range(depth))
     assert (cut.num_parameters(), count_macs(cut, shape)) == (told["parameters"], told["macs"])

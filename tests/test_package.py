@@ -15,18 +15,19 @@ PACKAGE = ROOT / "terratorch_simpler"
 # From the bottom up: a module may import from its own layer and those below.
 LAYERS = [
     {"errors", "files"},
-    {"angles", "recovery", "similarity", "plan", "shape", "optimizers", "processes", "stopping", "factories"},
+    {"indices", "functional", "distributed"},
+    {"pruning"},
+    {"plan"},
     {"criteria"},
-    {"encoders", "tiles"},
-    {"backbone"},
-    {"registry", "report", "checkpoint", "pretrained", "plan_cache", "command_line", "deployment"},
-    {"measure", "export"},
-    {"overview"},
-    {"selection"},
-    {"callback", "slimmable", "sweep"},
+    {"encoders", "data", "metrics"},
+    {"models"},
+    {"terratorch", "report", "cache"},
+    {"extraction", "export"},
+    {"alternatives"},
+    {"lightning", "sweep"},
     {"demo", "cli"},
 ]
-PURE = ("angles", "errors", "files", "recovery", "similarity", "plan", "shape", "optimizers", "criteria")
+PURE = ("errors", "files", "indices", "functional", "metrics", "plan", "criteria")
 HEAVY = {"lightning", "terratorch", "rasterio", "torchgeo", "pytorch_lightning"}
 
 

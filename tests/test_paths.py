@@ -10,8 +10,8 @@ import rasterio
 import rasterio.shutil
 from scipy.io import netcdf_file
 
+from terratorch_simpler.data import GeoTiffTiles
 from terratorch_simpler.errors import TilesError
-from terratorch_simpler.tiles import GeoTiffTiles
 from tests.rasters import draw, one_by_one, write
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # of writing

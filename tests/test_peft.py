@@ -8,11 +8,11 @@ from lightning.pytorch import LightningModule, Trainer
 from terratorch.models import EncoderDecoderFactory
 
 from terratorch_simpler import SimplerCallback
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.errors import ConfigurationError
-from terratorch_simpler.measure import measure
-from terratorch_simpler.selection import find_backbone
+from terratorch_simpler.extraction import measure
+from terratorch_simpler.lightning.selection import find_backbone
+from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.extras import needs_peft
 from tests.test_measure import Tiles, land
 
@@ -104,7 +104,7 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
 def test_attach_then_cut_is_cut_then_attach(family, kept):
     attached, reference = randomise_adapters(model(family)), model(family, seed=3, backbone_keep=list(kept))
     intact = sum("lora_" in name for name, _ in attached.named_parameters())
-    backbone_of(attached).keep_blocks(kept)
+    backbone_of(attached).prune_depth(kept)
     adapters = {name for name, _ in attached.named_parameters() if "lora_" in name}
     assert len(adapters) == intact * len(kept) // 12
     assert adapters == {name for name, _ in reference.named_parameters() if "lora_" in name}
@@ -126,7 +126,7 @@ def test_attach_then_cut_is_cut_then_attach(family, kept):
 @families
 def test_checkpoints_with_adapters_bring_their_shape(family):
     saved, fresh = randomise_adapters(model(family)), model(family, seed=5)
-    backbone_of(saved).keep_blocks(range(3))
+    backbone_of(saved).prune_depth(range(3))
     fresh.load_state_dict(saved.state_dict(), strict=True)
     x = image(family)
     assert torch.equal(fresh(x).output, saved(x).output)
@@ -140,7 +140,7 @@ def test_checkpoints_with_adapters_bring_their_shape(family):
 @families
 def test_merged_adapters_answer_alike(family):
     built = randomise_adapters(model(family))
-    backbone_of(built).keep_blocks(range(5))
+    backbone_of(built).prune_depth(range(5))
     x = image(family)
     before = built(x).output
     built.encoder = built.encoder.merge_and_unload()
@@ -245,7 +245,7 @@ def test_selection_measures_the_encoder_without_its_prompts(build, name):
 def test_prompts_are_cut_with_their_blocks(build, kept):
     attached = randomise_adapters(build(vpt=True, vpt_n_tokens=4))
     prompts = [prompt.detach().clone() for prompt in attached.encoder.vpt_prompt_embeddings]
-    attached.keep_blocks(kept)
+    attached.prune_depth(kept)
     assert all(torch.equal(a, prompts[b]) for a, b in zip(attached.encoder.vpt_prompt_embeddings, kept, strict=True))
     reference = build(seed=4, vpt=True, vpt_n_tokens=4, keep=kept)
     reference.load_state_dict(attached.state_dict(), strict=True)
@@ -263,7 +263,7 @@ def in_blocks(layers):
 @needs_peft
 def test_block_numbers_are_those_of_the_intact_encoder():
     built = model(config=in_blocks([1, 3, 8]))
-    backbone_of(built).keep_blocks([0, 3, 8])
+    backbone_of(built).prune_depth([0, 3, 8])
     with_adapters = [any("lora_" in name for name, _ in block.named_parameters()) for block in backbone_of(built).blocks]
     assert with_adapters == [False, True, True]
     fresh = model(seed=2, config=in_blocks([1, 3, 8]))
@@ -297,7 +297,7 @@ def test_block_numbers_with_gaps_at_build_are_refused():
 def test_a_cut_that_drops_every_adapter_is_refused():
     built = model(config=in_blocks([10, 11]))
     with pytest.raises(ConfigurationError, match=r"in blocks \[10, 11\] only, expected some in the kept blocks \[0, 1, 2\]"):
-        backbone_of(built).keep_blocks(range(3))
+        backbone_of(built).prune_depth(range(3))
     assert backbone_of(built).num_blocks == 12
 
 

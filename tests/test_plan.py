@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from terratorch_simpler.errors import DepthError, PlanError
-from terratorch_simpler.plan import SlimmingPlan, feature_position, resolve_keep
+from terratorch_simpler.indices import feature_position, resolve_keep
+from terratorch_simpler.plan import SlimmingPlan
 
 PLAN = SlimmingPlan(
     backbone="prithvi_eo_tiny",

@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan, plan_cache
+from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan, cache
+from terratorch_simpler.cache import PlanCache, hash_of_weights
+from terratorch_simpler.data import DatamoduleTiles
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
-from terratorch_simpler.plan_cache import PlanCache, hash_of_weights
-from terratorch_simpler.tiles import DatamoduleTiles
 from tests import datamodules
 from tests.extras import needs_peft
 from tests.memory import Tiles, land
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture
 def streams(monkeypatch):
     """Counts how often tiles are streamed."""
-    from terratorch_simpler import selection
+    from terratorch_simpler.lightning import selection
 
     calls, measure = [], selection.measure
     monkeypatch.setattr(selection, "measure", lambda *args, **kwargs: calls.append(1) or measure(*args, **kwargs))
@@ -183,10 +183,10 @@ def test_a_touched_file_is_a_changed_one_and_a_copy_with_its_times_is_not(choose
 
 def test_every_tile_counts_on_request(datamodule, build, trainer, task):
     """64 of these 200 windows are looked at, or all of them."""
-    from terratorch_simpler import selection
     from terratorch_simpler.criteria import Bounds, Simpler
+    from terratorch_simpler.lightning import selection
 
-    how = selection.Selection(Simpler(), Bounds(), 1.0, "patch", 32, 4096, 0)
+    how = selection.SelectionConfig(Simpler(), Bounds(), 1.0, "patch", 32, 4096, 0)
     source = Tiles(land(200, size=32))
     source.changed = lambda: ""
     run = trainer()
@@ -292,7 +292,7 @@ def test_random_adapters_and_prompts_do_not_matter_to_the_key(task, build):
 
 
 def sleep_while_measuring(rank):
-    from terratorch_simpler import selection
+    from terratorch_simpler.lightning import selection
 
     measure = selection.measure
 
@@ -347,7 +347,7 @@ def entry_while_held(folder, seconds, monkeypatch, build):
 
 
 def test_a_run_that_hangs_is_not_waited_for_forever(tmp_path, monkeypatch, build, caplog):
-    monkeypatch.setattr(plan_cache, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(cache, "PATIENCE_SECONDS", 1.0)
     with caplog.at_level("INFO"):
         assert entry_while_held(tmp_path, 30, monkeypatch, build) < timedelta(seconds=10)
     assert "Going on without the lock" in caplog.text

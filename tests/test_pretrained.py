@@ -29,7 +29,7 @@ def saved(backbone, path, prefix="model.encoder.", form=dict):
 
 
 def same(found, expected):
-    assert found.shape == expected.shape
+    assert found.pruned_state == expected.pruned_state
     ours, theirs = found.state_dict(), expected.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
@@ -40,7 +40,7 @@ def same(found, expected):
 def test_a_pruned_checkpoint_rebuilds_its_shape(family, width, tmp_path):
     trained = wrapped(family)
     total = trained.full_num_blocks
-    trained.keep_blocks(sorted({0, 1, total // 2, total - 2, total - 1}))
+    trained.prune_depth(sorted({0, 1, total // 2, total - 2, total - 1}))
     trained.set_width(width)
     path = saved(trained, tmp_path / "pruned.ckpt")
     rebuilt = wrapped(family, seed=1, ckpt_path=path)
@@ -62,7 +62,7 @@ def test_any_kept_blocks(build, tmp_path, kept, width, form, again, data):
     same(build(seed=1, ckpt_path=path, **SMALL, **({"keep": kept, "width": width} if again else {})), trained)
     fewer = sorted(data.draw(st.sets(st.sampled_from(kept), min_size=1)))
     pruned = build(seed=1, ckpt_path=path, keep=fewer, **SMALL)
-    trained.keep_blocks(fewer)
+    trained.prune_depth(fewer)
     same(pruned, trained)
     others = sorted(data.draw(st.sets(st.integers(0, 11), min_size=1)))
     if not set(others) <= set(kept):

@@ -14,15 +14,15 @@ from terratorch.datamodules import GenericNonGeoClassificationDataModule, Generi
 
 import terratorch_simpler.demo as demo
 from terratorch_simpler.cli import main
+from terratorch_simpler.data import DatamoduleTiles
 from terratorch_simpler.encoders import PatchGrid
 from terratorch_simpler.errors import ConfigurationError, LabelsError
-from terratorch_simpler.measure import check_labels, collect_labelled
-from terratorch_simpler.measure.labelled import patch_labels, read_targets
-from terratorch_simpler.selection import check_split, find_backbone, labelled_rows
+from terratorch_simpler.extraction import check_labels, collect_labelled
+from terratorch_simpler.extraction.labelled import patch_labels, read_targets
+from terratorch_simpler.lightning.selection import check_split, find_backbone, labelled_rows
 from terratorch_simpler.sweep.judge import judge
 from terratorch_simpler.sweep.probe import Rows, accuracy, probe, told
 from terratorch_simpler.sweep.variants import Variant, exchanged
-from terratorch_simpler.tiles import DatamoduleTiles
 from tests import layouts
 from tests.families import FAMILIES, wrapped
 from tests.memory import Tiles, land
@@ -136,12 +136,12 @@ def test_features_of_a_depth_are_those_of_the_encoder_that_was_really_cut(family
     masks = labels_of(3)[:, :size, :size]
     source = Tiles(family.image(3), extra={"target": masks})
     found = collect(backbone, source, readout=as_cut(backbone))
-    backbone.keep_blocks(range(depth))
+    backbone.prune_depth(range(depth))
     with torch.no_grad():
         features = backbone(family.image(3))[-1]
     if features.ndim == 4:
         features = features.flatten(2).mT
-    patches = size // backbone._adapter.patch_size(backbone.encoder)[-1]
+    patches = size // backbone._spec.patch_size(backbone.encoder)[-1]
     # TerraTorch appends the class token of DINOv3.
     tokens = features[:, : patches**2] if family.key == "dinov3" else features[:, -(patches**2) :]
     taken = 16 if patches**2 >= 16 else patches**2
@@ -340,7 +340,9 @@ def run(trainer, task, monkeypatch):
     """A task on images held in memory."""
     sources = {split: Tiles(images, extra={"target": labels})
                for split, (images, labels) in {"train": separable(24, 1), "val": separable(8, 2)}.items()}  # fmt: skip
-    monkeypatch.setattr("terratorch_simpler.selection._labelled_source", lambda trainer, split, seed: sources[split])
+    monkeypatch.setattr(
+        "terratorch_simpler.lightning.selection._labelled_source", lambda trainer, split, seed: sources[split]
+    )
     return trainer(), task()
 
 
@@ -349,7 +351,7 @@ def test_every_variant_is_judged_by_the_features_it_would_answer(run, monkeypatc
     seen = []
     monkeypatch.setattr("terratorch_simpler.sweep.judge.probe", lambda *rows: seen.append(rows[:2]) or probe(*rows))
     intact = copy.deepcopy(find_backbone(model))
-    find_backbone(model).keep_blocks(range(3))
+    find_backbone(model).prune_depth(range(3))
     variants = [Variant((0,)), Variant((0, 1)), Variant(tuple(range(12))), Variant((0, 6))]
     found = judge(made, model, intact, variants, 0)
     assert find_backbone(model).num_blocks == 3  # its own is back
@@ -360,7 +362,7 @@ def test_every_variant_is_judged_by_the_features_it_would_answer(run, monkeypatc
     assert found[0]["linear"] > 0.9
     for variant, columns, judged in zip(variants, found, seen, strict=True):
         cut = copy.deepcopy(intact)
-        cut.keep_blocks(variant.kept)
+        cut.prune_depth(variant.kept)
         with exchanged(model, cut):
             rows = [labelled_rows(made, model, split, 0, readout=as_cut(cut)) for split in ("train", "val")]
         for part, of_judge in zip(rows, judged, strict=True):
@@ -426,7 +428,7 @@ def test_the_command_probes_every_depth(config, tmp_path, monkeypatch, capsys):
 
 
 def test_without_classes_nothing_is_computed(config, tmp_path, scenes, capsys, monkeypatch):
-    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *a, **k: pytest.fail("streamed"))
+    monkeypatch.setattr("terratorch_simpler.lightning.selection.measure", lambda *a, **k: pytest.fail("streamed"))
     one = tmp_path / "masks"
     for path in (scenes / "masks").iterdir():
         with rasterio.open(path) as file:

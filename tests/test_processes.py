@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from terratorch_simpler import SlimmingPlan
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.distributed import Processes
 from terratorch_simpler.errors import DegenerateFeaturesError, ProcessError, TilesError
-from terratorch_simpler.measure import measure
-from terratorch_simpler.processes import Processes
+from terratorch_simpler.extraction import measure
+from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.memory import Tiles, land
 from tests.runs import Command, config, together
 
@@ -41,7 +41,7 @@ def measured(processes: Processes, count: int, unusable: float, seed: int, optio
         images[spoil] = float("nan")
     tiles = Tiles(images, valid, batch_size=5 + 3 * processes.rank, broken=broken)
     backbone = small_backbone()
-    if options.pop("settled", False):  # the depth is plain after few tiles
+    if options.pop("converged", False):  # the depth is plain after few tiles
         with torch.no_grad():
             for number, block in enumerate(backbone.blocks):
                 for layer in (block.attn.proj, block.mlp.fc2):
@@ -53,7 +53,7 @@ def measured(processes: Processes, count: int, unusable: float, seed: int, optio
     return {
         "similarity": found.similarity,
         "votes": found.votes,
-        "counts": (found.tiles_seen, found.rows_seen, found.settled, dict(found.skips.counts), found.skips.named),
+        "counts": (found.tiles_seen, found.rows_seen, found.converged, dict(found.skips.counts), found.skips.named),
     }
 
 
@@ -62,7 +62,7 @@ CASES = {
     "rows change hands": (400, 0.5, {}),
     "most is unusable": (900, 0.9, {}),
     "fewer tiles than a block": (50, 0.1, {}),
-    "settles early": (700, 0.3, {"min_tiles": 128, "settled": True}),
+    "settles early": (700, 0.3, {"min_tiles": 128, "converged": True}),
     "max_tiles": (400, 0.2, {"max_tiles": 161}),
     "large groups": (700, 0.1, {"tokens": "cls"}),
 }
@@ -111,7 +111,7 @@ def swapped(processes: Processes, dtype: torch.dtype):
         for other in range(processes.count)
     ]
     rows = [other if other != processes.rank else 0 for other in range(processes.count)]
-    return processes.swap(parcels, rows, torch.empty(2, 0, 3, dtype=dtype))
+    return processes.all_to_all(parcels, rows, torch.empty(2, 0, 3, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -127,7 +127,7 @@ def test_rows_of_any_type_change_hands(tmp_path, dtype):
 
 def failing(processes: Processes, how: str):
     for number in range(5):
-        processes.each(lambda number=number: fail_in(processes.rank, number, how))
+        processes.all_gather(lambda number=number: fail_in(processes.rank, number, how))
     return "finished"
 
 
@@ -197,9 +197,13 @@ def test_an_exit_ends_all(tmp_path):
 
 def test_one_process_needs_no_group():
     processes = Processes()
-    assert (processes.each(lambda: 5), processes.once(lambda: 6), processes.here(lambda: 7)) == ([5], 6, 7)
+    assert (processes.all_gather(lambda: 5), processes.broadcast_from_zero(lambda: 6), processes.run_all(lambda: 7)) == (
+        [5],
+        6,
+        7,
+    )
     with pytest.raises(KeyError, match="bands"):
-        processes.each(lambda: {}["bands"])
+        processes.all_gather(lambda: {}["bands"])
 
 
 # --- terratorch fit
@@ -269,7 +273,7 @@ def test_fit_on_tiles_of_their_own_opens_the_files_once(tiles_for_many, tmp_path
 
 def only_the_first_opens(rank):
     if rank:
-        from terratorch_simpler.tiles import geotiff
+        from terratorch_simpler.data import geotiff
 
         def refuse(*_):
             raise AssertionError("the first process has opened these files already")
@@ -279,9 +283,9 @@ def only_the_first_opens(rank):
 
 def crash_in_the_second_process(rank):
     if rank == 1:
-        from terratorch_simpler.measure.tap import Tap
+        from terratorch_simpler.extraction.hooks import FeatureExtractor
 
-        run, calls = Tap.run, []
+        run, calls = FeatureExtractor.run, []
 
         def run_or_crash(self, forward, batch):
             calls.append(1)
@@ -289,14 +293,14 @@ def crash_in_the_second_process(rank):
                 raise ZeroDivisionError("broken on purpose")
             return run(self, forward, batch)
 
-        Tap.run = run_or_crash
+        FeatureExtractor.run = run_or_crash
 
 
 def die_in_the_second_process(rank):
     if rank == 1:
-        from terratorch_simpler.measure.tap import Tap
+        from terratorch_simpler.extraction.hooks import FeatureExtractor
 
-        Tap.run = lambda *_: os.kill(os.getpid(), 9)
+        FeatureExtractor.run = lambda *_: os.kill(os.getpid(), 9)
 
 
 @pytest.mark.parametrize(

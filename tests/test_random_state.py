@@ -10,9 +10,10 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from terratorch_simpler import SimplerCallback, selection
+from terratorch_simpler import SimplerCallback
 from terratorch_simpler.criteria import Bounds, Simpler
-from terratorch_simpler.measure import count_macs, measure
+from terratorch_simpler.extraction import count_macs, measure
+from terratorch_simpler.lightning import selection
 from tests.memory import Tiles, land
 
 pytestmark = pytest.mark.filterwarnings(

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from terratorch_simpler.data import GeoTiffTiles
+from terratorch_simpler.data.prefetch import TIMED_OUT, Readers
+from terratorch_simpler.data.rasters import Raster
 from terratorch_simpler.errors import TilesError
-from terratorch_simpler.tiles import GeoTiffTiles
-from terratorch_simpler.tiles.rasters import Raster
-from terratorch_simpler.tiles.readers import TIMED_OUT, Readers
 from tests.rasters import draw, one_by_one, write, write_many
 
 # Readers
@@ -281,7 +281,7 @@ def test_files_in_an_archive_stream(tmp_path):
 ENDLESS = """
     import os, signal, sys, threading, time
     from pathlib import Path
-    from terratorch_simpler.tiles import GeoTiffTiles
+    from terratorch_simpler.data import GeoTiffTiles
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
 
@@ -392,7 +392,7 @@ def test_interrupt_while_python_waits_is_an_interrupt(tmp_path, monkeypatch, num
 
 STREAM = """
     import resource, sys
-    from terratorch_simpler.tiles import GeoTiffTiles
+    from terratorch_simpler.data import GeoTiffTiles
 
     wanted, peaks, seen = [int(text) for text in sys.argv[2:]], [], 0
     for batch in GeoTiffTiles(sys.argv[1], tile_size=64, stride=8, batch_size=16):

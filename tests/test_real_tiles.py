@@ -7,7 +7,7 @@ from terratorch.registry import BACKBONE_REGISTRY
 import terratorch_simpler.demo as demo
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan
 from terratorch_simpler.criteria import Bounds, Simpler
-from terratorch_simpler.measure import measure
+from terratorch_simpler.extraction import measure
 
 BANDS = ["BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2"]
 

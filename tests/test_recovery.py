@@ -13,12 +13,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from terratorch_simpler import SimplerCallback
 from terratorch_simpler.criteria import Angular, BlockInfluence, Bounds, CkaIntervals, Fixed, Simpler
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, PlanError, RecoveryError, SimplerWarning
-from terratorch_simpler.measure import borrowed, measure, repairs
-from terratorch_simpler.measure.repairs import HELD_OUT
+from terratorch_simpler.extraction import evaluating, measure, recovery_sums
+from terratorch_simpler.extraction.recovery_sums import HELD_OUT
+from terratorch_simpler.functional.hsic import full_float32
+from terratorch_simpler.functional.least_squares import RIDGE, NormalEquations
+from terratorch_simpler.indices import spans_between
+from terratorch_simpler.models.state import STATE_KEYS
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.recovery import RIDGE, SpanMap, SpanSums, spans_between
-from terratorch_simpler.shape import SHAPE_KEYS
-from terratorch_simpler.similarity import full_float32
+from terratorch_simpler.pruning.recovery import RecoveryWeights
 from tests.checkpoints import as_buffers, changed
 from tests.families import FAMILIES, wrapped
 from tests.memory import Tiles, land
@@ -47,7 +49,7 @@ def rows(held):
 
 
 def sums_over(x, spans, parts=1):
-    sums = SpanSums(spans)
+    sums = NormalEquations(spans)
     for part, held in zip(x.chunk(parts, dim=1), every_fourth(x.shape[1]).chunk(parts), strict=True):
         sums.add(part, *rows(held))
     return sums
@@ -103,7 +105,7 @@ def test_too_few_tokens_say_how_many_are_needed():
     with pytest.raises(RecoveryError, match="Found 11 tokens to fit a linear map on, expected at least 12"):
         sums_over(states(14, 12), [(1, 4)]).weight((1, 4))
     with pytest.raises(RecoveryError, match="Found 0 tokens"):
-        SpanSums([(1, 4)]).explained((1, 4))
+        NormalEquations([(1, 4)]).explained((1, 4))
 
 
 def test_spans_of_kept_blocks():
@@ -121,8 +123,11 @@ def test_a_rule_names_no_range_that_it_never_drops():
 
 def test_sums_that_take_much_memory_are_said_once(build, monkeypatch):
     """Half of 24 blocks of width 1024: 3.9 GiB, and as much again for class tokens. Here with a limit below small sums."""
-    assert SpanSums(CkaIntervals(12, 2).spans(24, Bounds())).nbytes(1024) == 2 * 8 * (25 + 222) * 1024**2 + 2 * 8 * 25 * 1024
-    monkeypatch.setattr(repairs, "MUCH_MEMORY", 2**16)
+    assert (
+        NormalEquations(CkaIntervals(12, 2).spans(24, Bounds())).nbytes(1024)
+        == 2 * 8 * (25 + 222) * 1024**2 + 2 * 8 * 25 * 1024
+    )
+    monkeypatch.setattr(recovery_sums, "MUCH_MEMORY", 2**16)
     backbone, rule = build(embed_dim=48, num_heads=3), CkaIntervals(3)
     with pytest.warns(SimplerWarning, match=r"Found 33 ranges of blocks that may be dropped, whose sums .* GiB") as told:
         run(backbone, Tiles(land(150)), rule)
@@ -158,7 +163,7 @@ def run(backbone, tiles, rule, **options):
 def raw(backbone, images):
     """All tokens in all states, the class token first, computed at once."""
     seen = []
-    handles = backbone.watch(seen.append)
+    handles = backbone.register_block_hooks(seen.append)
     with torch.no_grad():
         backbone.eval()
         backbone(images)
@@ -173,7 +178,7 @@ def test_sums_of_a_pass_are_those_of_all_its_tokens(build):
     everything = raw(backbone, images)  # 16 patches a tile: all are drawn
     held = torch.arange(80) % 64 % HELD_OUT == HELD_OUT - 1
     for sums, tokens in ((found.repairs.patch, everything[:, :, 1:]), (found.repairs.special, everything[:, :, :1])):
-        expected = SpanSums([(5, 12)])
+        expected = NormalEquations([(5, 12)])
         expected.add(tokens.flatten(1, 2), *rows(held.repeat_interleave(tokens.shape[2])))
         assert sums.tokens.tolist() == expected.tokens.tolist()
         torch.testing.assert_close(sums._sums["gram"], expected._sums["gram"], rtol=1e-5, atol=1e-3)
@@ -205,7 +210,7 @@ def maps_for(backbone, images, kept):
     for before, after in spans_between(kept, 12):
         rows = [part.flatten(1, 2) for part in (tokens[:, :, 1:], tokens[:, :, :1])]
         fitted = [torch.linalg.lstsq(part[before], part[after]).solution.float() for part in rows]
-        maps[before] = SpanMap(*fitted)
+        maps[before] = RecoveryWeights(*fitted)
     return maps
 
 
@@ -247,9 +252,9 @@ def test_a_linear_encoder_answers_as_if_nothing_was_dropped(build, kept):
 def test_fewer_blocks_take_the_maps_away(build):
     backbone, plain, images = small(build), small(build), land(3)
     backbone.slim(plan_of(backbone, [0, 1, 2, 6, 7], maps_for(backbone, land(40), [0, 1, 2, 6, 7])))
-    backbone.keep_blocks([0, 1, 6])
-    plain.keep_blocks([0, 1, 6])
-    assert backbone.shape == plain.shape
+    backbone.prune_depth([0, 1, 6])
+    plain.prune_depth([0, 1, 6])
+    assert backbone.pruned_state == plain.pruned_state
     assert torch.equal(answer(backbone, images), answer(plain, images))
 
 
@@ -260,15 +265,15 @@ def test_maps_change_the_tokens_after_a_block_and_no_others(family):
     width = raw_width(backbone, image)
     kept = [*range(1, total // 2), total - 2]
     generator = torch.Generator().manual_seed(0)
-    special = backbone._adapter.prefix_tokens(backbone.encoder) > 0
+    special = backbone._spec.prefix_tokens(backbone.encoder) > 0
     maps = {
-        before: SpanMap(*(torch.randn(width, width, generator=generator) / width**0.5 for _ in range(2)))
+        before: RecoveryWeights(*(torch.randn(width, width, generator=generator) / width**0.5 for _ in range(2)))
         for before, _ in spans_between(kept, total)
     }
     if not special:
-        maps = {before: SpanMap(one.patch, None) for before, one in maps.items()}
+        maps = {before: RecoveryWeights(one.patch, None) for before, one in maps.items()}
     cut = copy.deepcopy(backbone)
-    cut.keep_blocks(kept)
+    cut.prune_depth(kept)
     parameters = cut.num_parameters()
     plan = dataclasses.replace(plan_of(backbone, kept, maps), full_num_blocks=total)
     repaired = copy.deepcopy(backbone)
@@ -278,8 +283,8 @@ def test_maps_change_the_tokens_after_a_block_and_no_others(family):
 
     def states_of(model):
         seen = []
-        handles = model.watch(seen.append)  # hooks that were there before run first
-        with borrowed(model):
+        handles = model.register_block_hooks(seen.append)  # hooks that were there before run first
+        with evaluating(model):
             answer = list(tensors_of(model(copy.deepcopy(image))))
         for handle in handles:
             handle.remove()
@@ -287,7 +292,7 @@ def test_maps_change_the_tokens_after_a_block_and_no_others(family):
 
     before, _ = states_of(cut)
     after, answer = states_of(repaired)
-    prefix = repaired._adapter.prefix_tokens(repaired.encoder)
+    prefix = repaired._spec.prefix_tokens(repaired.encoder)
     first = mapped(before[0], maps[0], prefix)
     if family.key.startswith("clay"):  # watched before the stack is entered, mapped on entering it
         assert set(maps) == {0, total // 2, total - 1}
@@ -308,7 +313,7 @@ def mapped(tokens, span_map, prefix):
 
 def raw_width(backbone, image):
     seen = []
-    handles = backbone.watch(seen.append)
+    handles = backbone.register_block_hooks(seen.append)
     with torch.no_grad():
         backbone(copy.deepcopy(image))
     for handle in handles:
@@ -397,13 +402,13 @@ def test_checkpoints_bring_their_maps(build, into):
     if into == "repaired elsewhere":
         other.slim(plan_of(other, range(8), maps_for(other, land(40), range(8))))
     elif into != "intact":
-        other.keep_blocks(kept if into == "cut" else range(7))
+        other.prune_depth(kept if into == "cut" else range(7))
     other.load_state_dict(trained.state_dict())
-    assert other.shape == trained.shape
+    assert other.pruned_state == trained.pruned_state
     assert torch.equal(answer(other, images), answer(trained, images))
     plain = small(build, seed=6)
     other.load_state_dict(plain.state_dict())  # and one without maps takes them away
-    assert other.shape.repaired == ()
+    assert other.pruned_state.repaired == ()
     assert torch.equal(answer(other, images), answer(plain, images))
 
 
@@ -425,20 +430,20 @@ def test_checkpoints_bring_their_maps(build, into):
 def test_damaged_repairs_are_refused(build, change, message, form):
     trained, kept = small(build), [0, 1, 2, 6, 7]
     trained.slim(plan_of(trained, kept, maps_for(trained, land(40), kept)))
-    said = {key: value for key, value in change.items() if key in SHAPE_KEYS}
+    said = {key: value for key, value in change.items() if key in STATE_KEYS}
     state = {**changed(trained.state_dict(), **said), **{key: value for key, value in change.items() if key not in said}}
     state = as_buffers(state) if form == "buffers" else state
     other = small(build)
     with pytest.raises(CheckpointError, match=message):
         other.load_state_dict({key: value for key, value in state.items() if value is not None})
-    assert (other.num_blocks, other.shape.repaired) == (12, ())
+    assert (other.num_blocks, other.pruned_state.repaired) == (12, ())
 
 
 def test_vit_adapter_is_refused():
     family = next(one for one in FAMILIES if one.fewest > 1)
     backbone = wrapped(family)
     width = 192
-    plan = plan_of(backbone, range(6), {6: SpanMap(torch.eye(width), None)})
+    plan = plan_of(backbone, range(6), {6: RecoveryWeights(torch.eye(width), None)})
     with pytest.raises(RecoveryError, match="Found recovery linear with vit_adapter: true"):
         backbone.slim(dataclasses.replace(plan, full_num_blocks=backbone.full_num_blocks))
 
@@ -475,24 +480,24 @@ def test_any_rule_with_and_without_recovery_through_fit_resume_test_and_load(
         assert (
             {int(name) for name in backbone.recovery}
             == {before for before, _ in spans}
-            == {x[0] for x in backbone.shape.repaired}
+            == {x[0] for x in backbone.pruned_state.repaired}
         )
         trained = list(backbone.recovery.parameters())
         held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
         assert {id(p) for p in trained} <= held
         assert not any(torch.equal(p, q) for p, q in zip(trained, map_weights(plan.maps), strict=True))  # it has learned
-    shape, weights = backbone.shape, {key: value.clone() for key, value in module.state_dict().items()}
+    shape, weights = backbone.pruned_state, {key: value.clone() for key, value in module.state_dict().items()}
 
     resumed = task(seed=3)
     trainer(SimplerCallback(**settings), max_epochs=2).fit(
         resumed, datamodule=datamodule(), ckpt_path=tmp_path / "ckpt" / "last.ckpt"
     )
-    assert resumed.model.encoder.shape == shape
+    assert resumed.model.encoder.pruned_state == shape
     tested = task(seed=4)
     trainer().test(tested, datamodule=datamodule(), ckpt_path=tmp_path / "ckpt" / "last.ckpt", verbose=False)
     loaded = type(module).load_from_checkpoint(tmp_path / "ckpt" / "last.ckpt", weights_only=True)
     for other in (tested, loaded):
-        assert other.model.encoder.shape == shape
+        assert other.model.encoder.pruned_state == shape
         assert all(torch.equal(value, other.state_dict()[key]) for key, value in weights.items())
     given = task()
     given.model.encoder.slim(plan)

@@ -12,10 +12,10 @@ from terratorch.registry import BACKBONE_REGISTRY, MODEL_FACTORY_REGISTRY, TERRA
 from terratorch.tasks import SemanticSegmentationTask
 
 from terratorch_simpler import cli
-from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.encoders import find_adapter
+from terratorch_simpler.encoders import spec_of
 from terratorch_simpler.errors import UnsupportedEncoderError
-from terratorch_simpler.factories import WITHOUT_REGISTRY
+from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.terratorch.factories import WITHOUT_REGISTRY
 from tests.extras import needs_peft
 from tests.runs import Command, config
 
@@ -111,7 +111,7 @@ def test_one_listed_name_of_every_kind_of_timm_can_be_cut():
     assert len(kinds) > 5
     for model in kinds.values():
         with torch.device("meta"):
-            find_adapter(BACKBONE_REGISTRY["timm"].build(model, pretrained=False))
+            spec_of(BACKBONE_REGISTRY["timm"].build(model, pretrained=False))
 
 
 # --- factories
@@ -156,7 +156,7 @@ def test_other_factories_are_refused_by_fit(other_factory, factory, tmp_path):
 def test_importing_the_package_leaves_terratorchs_classes_alone():
     code = (
         "from terratorch.models import peft_utils; before = dict(vars(peft_utils));"
-        "import terratorch_simpler, terratorch_simpler.callback;"
+        "import terratorch_simpler, terratorch_simpler.lightning.callback;"
         "assert vars(peft_utils) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

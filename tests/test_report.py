@@ -11,7 +11,6 @@ from rich.console import Console
 from terratorch_simpler.cli import main
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import (
-    facts,
     full_table,
     plan_figure,
     plan_markdown,
@@ -19,8 +18,9 @@ from terratorch_simpler.report import (
     report_page,
     save_figure,
     save_page,
+    summary,
 )
-from terratorch_simpler.report.facts import MISSING, block_ranges, short
+from terratorch_simpler.report.summary import MISSING, block_ranges, short
 
 BLOCKS = 6
 DEPTHS = range(1, BLOCKS + 1)
@@ -281,7 +281,7 @@ def test_sentences_fit_the_plan():
     assert "All 3 transformer blocks of the encoder are kept: nothing gets cheaper." in text["bare"]
     assert "backbone_keep: [0, 2, 5]\nbackbone_width: 0.5" in text["inner cut"]
     assert "either of these builds the same" in text["whole"]
-    assert f"What {len(facts.rules(PLAN))} rules would keep" in text["whole"]
+    assert f"What {len(summary.rules(PLAN))} rules would keep" in text["whole"]
     assert "Why this depth" in text["by hand"]
     assert "the second without recovery" in text["inner cut"]
     assert "arXiv 2601.22841" in text["inner cut"]

@@ -17,13 +17,13 @@ from terratorch_simpler.criteria import (
     GroupSums,
     Knee,
     Statistics,
+    bootstrap,
     build_criterion,
     known_criteria,
-    vote,
 )
 from terratorch_simpler.criteria.knee import knee_curve
 from terratorch_simpler.errors import ConfigurationError, DepthError
-from terratorch_simpler.measure import measure
+from terratorch_simpler.extraction import measure
 from tests.memory import Tiles, land
 from tests.planted import idle, random_statistics
 
@@ -174,7 +174,7 @@ def test_knee_of_an_encoder_that_settles(build):
 
 def test_stream_stops_early_once_the_same_blocks_always_win(build):
     found = measure_once(idle(build, [3, 9]), BlockInfluence(2), count=400, min_tiles=128)
-    assert (found.settled, found.tiles_seen, found.votes) == (True, 128, {10: 1.0})
+    assert (found.converged, found.tiles_seen, found.votes) == (True, 128, {10: 1.0})
 
 
 def test_votes_of_a_budget_count_the_same_blocks():
@@ -183,7 +183,7 @@ def test_votes_of_a_budget_count_the_same_blocks():
         one = random_statistics(6, seed)
         groups.append((one.hsic, one.cosine, one.angle))
     sums = GroupSums(*map(torch.stack, zip(*groups, strict=True)), torch.ones(4, dtype=torch.int64))
-    votes = vote(BlockInfluence(2), sums, Bounds(), seed=0)
+    votes = bootstrap(BlockInfluence(2), sums, Bounds(), seed=0)
     assert set(votes) == {4}
     assert 0.3 < votes[4] < 1.0
     kept = BlockInfluence(2).choose(sums.total(), 6, Bounds()).kept_blocks

@@ -13,10 +13,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Wei
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from terratorch_simpler import SimplerCallback
-from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.errors import CheckpointError
-from terratorch_simpler.recovery import SpanMap, spans_between
-from terratorch_simpler.shape import Shape
+from terratorch_simpler.indices import spans_between
+from terratorch_simpler.models.checkpoint import read_pruned_state
+from terratorch_simpler.models.state import PrunedState
+from terratorch_simpler.pruning.recovery import RecoveryWeights
 from tests import runs
 from tests.checkpoints import as_buffers, changed, extra
 from tests.extras import needs_peft
@@ -37,12 +38,12 @@ def small(build):
     def make(how="intact", seed=0):
         backbone = build(seed=seed, **SMALL)
         if how in ("depth", "width"):
-            backbone.keep_blocks([0, 3, 5, 8, 11])
+            backbone.prune_depth([0, 3, 5, 8, 11])
         if how == "width":
             backbone.set_width(0.3)
         if how == "recovery":
             kept = [0, 1, 2, 6, 7]
-            maps = {before: SpanMap(torch.eye(48), torch.eye(48)) for before, _ in spans_between(kept, 12)}
+            maps = {before: RecoveryWeights(torch.eye(48), torch.eye(48)) for before, _ in spans_between(kept, 12)}
             backbone.slim(plan_of(backbone, kept, maps))
         if how == "trained widths":
             backbone.mark_trained_widths([0.25, 1.0])
@@ -71,7 +72,7 @@ def test_averaging_leaves_the_shape_alone(small, how, decay, updates, buffers):
         average.update_parameters(backbone)
     other = small("depth" if how == "intact" else "intact", seed=1)
     other.load_state_dict({key.removeprefix("module."): v for key, v in average.state_dict().items() if key != "n_averaged"})
-    assert other.shape == backbone.shape
+    assert other.pruned_state == backbone.pruned_state
     for ours, averaged in zip(other.parameters(), average.module.parameters(), strict=True):
         assert torch.equal(ours, averaged)
 
@@ -108,11 +109,11 @@ def test_checkpoints_of_averaged_weights(task, datamodule, tmp_path, decay, aver
     content = torch.load(tmp_path / "0.ckpt", weights_only=True)
     other = task(seed=1, backbone_embed_dim=48, backbone_num_heads=3)
     other.load_state_dict(content["state_dict"])
-    assert other.model.encoder.shape == first.model.encoder.shape != Shape(tuple(range(12)), 12)
+    assert other.model.encoder.pruned_state == first.model.encoder.pruned_state != PrunedState(tuple(range(12)), 12)
     for name, value in other.state_dict().items():
         assert torch.equal(value, content["state_dict"][name])
     resumed = fit(2, 19, ckpt_path=tmp_path / "0.ckpt")
-    assert resumed.model.encoder.shape == first.model.encoder.shape
+    assert resumed.model.encoder.pruned_state == first.model.encoder.pruned_state
 
 
 def test_averaged_weights_of_the_command_line(scenes, tmp_path):
@@ -123,7 +124,7 @@ def test_averaged_weights_of_the_command_line(scenes, tmp_path):
     fit = runs.Command(tmp_path / "fit", settings)
     assert fit.wait() == [0], fit.output()
     last = tmp_path / "checkpoints" / "last.ckpt"
-    assert read_shape(last, None) == Shape((0, 1, 2, 3, 4), 12)
+    assert read_pruned_state(last, None) == PrunedState((0, 1, 2, 3, 4), 12)
     settings["trainer"] |= {"max_steps": 20}
     again = runs.Command(tmp_path / "again", settings, "--ckpt_path", str(last))
     assert again.wait() == [0], again.output()
@@ -138,10 +139,10 @@ def test_earlier_checkpoints(small, how, tmp_path):
     for state in (old, {key: value.bfloat16() if value.is_floating_point() else value for key, value in old.items()}):
         other = small("depth" if how == "intact" else "intact", seed=1)
         other.load_state_dict(state)
-        assert other.shape == backbone.shape
+        assert other.pruned_state == backbone.pruned_state
         assert "kept_blocks" in state  # the caller's is untouched
     torch.save({"state_dict": {f"model.encoder.{key}": value for key, value in old.items()}}, tmp_path / "old.ckpt")
-    assert read_shape(tmp_path / "old.ckpt", None) == backbone.shape
+    assert read_pruned_state(tmp_path / "old.ckpt", None) == backbone.pruned_state
 
 
 @pytest.mark.parametrize("form", [dict, as_buffers])
@@ -152,7 +153,7 @@ def test_lazily_loaded_weights(small, how, form, tmp_path):
     torch.save(form(backbone.state_dict()), tmp_path / "weights.pt")
     other = small("intact", seed=1)
     other.load_state_dict(_lazy_load(tmp_path / "weights.pt"))
-    assert other.shape == backbone.shape
+    assert other.pruned_state == backbone.pruned_state
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), backbone.parameters(), strict=True))
 
 
@@ -161,7 +162,7 @@ def test_weights_that_were_all_cast(small, dtype):
     backbone = small("width")
     other = small(seed=1)
     other.load_state_dict({key: value.to(dtype) for key, value in backbone.state_dict().items()})
-    assert other.shape == backbone.shape
+    assert other.pruned_state == backbone.pruned_state
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_partial_weights_are_loaded_as_by_pytorch(small):
 
 def test_weights_of_a_decoder_alone_are_loaded(task):
     module, other = task(), task(seed=1)
-    module.model.encoder.keep_blocks(range(5))
+    module.model.encoder.prune_depth(range(5))
     decoder = {key: value for key, value in other.state_dict().items() if "encoder" not in key}
     module.load_state_dict(decoder, strict=False)
     assert all(torch.equal(module.state_dict()[key], value) for key, value in decoder.items())
@@ -205,7 +206,7 @@ def test_adapters_alone_are_loaded(task):
     lora = {"method": "LORA", "peft_config_kwargs": {"target_modules": ["attn.qkv", "mlp.fc1"], "r": 4}}
     module, other = (task(seed=seed, peft_config=lora, backbone_pretrained=False) for seed in (0, 1))
     for one in (module, other):
-        one.model.encoder.base_model.model.keep_blocks(range(5))
+        one.model.encoder.base_model.model.prune_depth(range(5))
     with torch.no_grad():
         for name, value in module.named_parameters():
             if "lora_" in name:
@@ -255,13 +256,13 @@ def test_no_weights_are_read_for_the_shape(small, tmp_path):
     content = bytearray((tmp_path / "x.ckpt").read_bytes())
     content[content.index(large[:64].numpy().tobytes()) + 5] ^= 1
     (tmp_path / "x.ckpt").write_bytes(content)
-    assert read_shape(tmp_path / "x.ckpt", None) == small("depth").shape
+    assert read_pruned_state(tmp_path / "x.ckpt", None) == small("depth").pruned_state
 
 
 def test_files_of_old_pytorch(small, tmp_path):
     weights = {f"e.{key}": value for key, value in small("depth").state_dict().items()}
     torch.save({"state_dict": weights}, tmp_path / "x.ckpt", _use_new_zipfile_serialization=False)
-    assert read_shape(tmp_path / "x.ckpt", None) == small("depth").shape
+    assert read_pruned_state(tmp_path / "x.ckpt", None) == small("depth").pruned_state
 
 
 def test_a_checkpoint_that_holds_more_than_tensors_is_resumed_if_the_user_says_so(task, datamodule, tmp_path):
@@ -308,7 +309,7 @@ def test_attributes_of_the_encoder_are_reachable(family):
 )
 def test_out_indices_are_those_of_the_intact_encoder(build, given, expected):
     backbone = build(out_indices=given)
-    backbone.keep_blocks([0, 5])
+    backbone.prune_depth([0, 5])
     assert backbone.out_indices == expected
     assert len(backbone(torch.zeros(1, 6, 32, 32))) == len(expected)
 
@@ -316,4 +317,4 @@ def test_out_indices_are_those_of_the_intact_encoder(build, given, expected):
 def test_shape_that_a_callback_tells_and_what_weights_tell_are_one(small):
     for how in WAYS:
         backbone = small(how)
-        assert changed(backbone.state_dict())["_extra_state"].tolist() == backbone.shape.as_tensor().tolist()
+        assert changed(backbone.state_dict())["_extra_state"].tolist() == backbone.pruned_state.as_tensor().tolist()

@@ -7,11 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from terratorch_simpler import similarity
-from terratorch_simpler.angles import angle_sums
 from terratorch_simpler.errors import DegenerateFeaturesError
-from terratorch_simpler.measure.grouped import GroupedStatistics
-from terratorch_simpler.similarity import draw_groups, full_float32, hsic_matrix, linear_cka
+from terratorch_simpler.functional import hsic
+from terratorch_simpler.functional.angles import angle_sums
+from terratorch_simpler.functional.hsic import draw_groups, full_float32, hsic_matrix, linear_cka
+from terratorch_simpler.metrics import LayerSimilarity
 
 
 def reference_hsic(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -51,8 +51,8 @@ def structured_features(rows: int = 64, seed: int = 0) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-def metric_over(groups: list[torch.Tensor]) -> GroupedStatistics:
-    metric = GroupedStatistics(groups[0].shape[0] - 1, len(groups))
+def metric_over(groups: list[torch.Tensor]) -> LayerSimilarity:
+    metric = LayerSimilarity(groups[0].shape[0] - 1, len(groups))
     for number, group in enumerate(groups):
         metric.update(group, tiles=4, group=number)
     return metric
@@ -113,7 +113,7 @@ def test_invariant_to_rotation_scale_and_shift(rows, width, scale, shift, seed):
 def test_order_of_groups_and_split_over_processes_do_not_matter(order, split):
     groups = [structured_features(20, seed) for seed in range(5)]
     together = metric_over(groups)
-    parts = [GroupedStatistics(5, 5), GroupedStatistics(5, 5)]
+    parts = [LayerSimilarity(5, 5), LayerSimilarity(5, 5)]
     for position, number in enumerate(order):
         parts[position < split].update(groups[number], tiles=4, group=number)
     for name, whole in together.metric_state.items():
@@ -121,12 +121,12 @@ def test_order_of_groups_and_split_over_processes_do_not_matter(order, split):
 
 
 def test_states_are_sums_so_that_torchmetrics_can_merge_processes():
-    reductions = GroupedStatistics(2, 2)._reductions.values()
+    reductions = LayerSimilarity(2, 2)._reductions.values()
     assert {function.__name__ for function in reductions} == {"dim_zero_sum"}
 
 
 def test_memory_does_not_grow_with_groups_added_again():
-    metric = GroupedStatistics(2, 2)
+    metric = LayerSimilarity(2, 2)
     before = sum(state.numel() for state in metric.metric_state.values())
     for _ in range(20):
         metric.update(random_features(3, 10, 4), tiles=4, group=1)
@@ -226,7 +226,7 @@ def test_settings_of_precision_are_left_alone_whichever_way_they_were_made(preci
 
 
 def test_precision_of_a_pytorch_without_settings_for_each_backend(precision, monkeypatch):
-    monkeypatch.setattr(similarity, "_matmul_backends", lambda: [])
+    monkeypatch.setattr(hsic, "_matmul_backends", lambda: [])
     torch.set_float32_matmul_precision("medium")
     linear_cka(random_features(2, 20, 4))
     assert torch.get_float32_matmul_precision() == "medium"
@@ -254,10 +254,10 @@ def test_fewer_than_four_rows_are_refused():
         linear_cka(random_features(2, 3, 4))
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric GroupedStatistics was called before")
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric LayerSimilarity was called before")
 def test_nothing_seen_is_refused():
     with pytest.raises(DegenerateFeaturesError, match="Found no rows of tokens"):
-        GroupedStatistics(2, 2).compute()
+        LayerSimilarity(2, 2).compute()
 
 
 def test_bootstrap_draws_whole_groups_and_repeats_with_the_seed():

@@ -16,8 +16,8 @@ from terratorch_simpler import SimplerCallback, SlimmableTraining
 from terratorch_simpler.cli import main
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
 from terratorch_simpler.export.comparison import answer, difference
-from terratorch_simpler.shape import shape_in
-from terratorch_simpler.similarity import full_float32
+from terratorch_simpler.functional.hsic import full_float32
+from terratorch_simpler.models.state import state_in
 from tests.extras import needs_peft
 from tests.runs import Command, config
 
@@ -200,12 +200,12 @@ def test_depth_is_cut_first_and_checkpoints_can_be_used_at_each_width(trained, t
     for width in WIDTHS:
         built = task(seed=3, backbone_width=width)
         built.load_state_dict(content["state_dict"], strict=True)
-        assert built.model.encoder.shape[:3] == (backbone.kept, 12, width)
+        assert built.model.encoder.pruned_state[:3] == (backbone.kept, 12, width)
         assert difference(answer(built.eval(), images()), answer_at(module, width)) < 1e-6
         # From here on it is an encoder of that width like any other.
         again = task(seed=4)
         again.load_state_dict(built.state_dict(), strict=True)
-        assert again.model.encoder.shape == built.model.encoder.shape
+        assert again.model.encoder.pruned_state == built.model.encoder.pruned_state
     with pytest.raises(CheckpointError, match=r"trained at widths 0.25, 0.5, 1 for .* of width 0.3, expected one of these"):
         task(backbone_width=0.3).load_state_dict(content["state_dict"])
     with pytest.raises(ConfigurationError, match=r"Found width 0.3 for weights that were trained at widths 0.25, 0.5, 1"):
@@ -257,7 +257,7 @@ def test_accumulation_and_precision(trainer, task, datamodule, options):
     run.fit(module, datamodule=datamodule())
     assert run.global_step == (2 if "accumulate_grad_batches" in options else 4)
     assert all(torch.isfinite(value) for value in run.logged_metrics.values())
-    assert module.model.encoder.shape.trained_widths == (0.25, 0.5, 1.0)
+    assert module.model.encoder.pruned_state.trained_widths == (0.25, 0.5, 1.0)
 
 
 def test_averaged_weights(trainer, task, datamodule):
@@ -341,6 +341,6 @@ def test_averaged_weights_of_a_run_that_resumes_say_their_widths(task, datamodul
         trainer.fit(module, datamodule=datamodule(), **kwargs)
         return torch.load(tmp_path / f"{seed}.ckpt", weights_only=True)["state_dict"]
 
-    assert shape_in(fit(0, 1, []), "test").trained_widths == ()
+    assert state_in(fit(0, 1, []), "test").trained_widths == ()
     resumed = fit(1, 2, [SlimmableTraining([0.5, 1.0])], ckpt_path=tmp_path / "0.ckpt")
-    assert shape_in(resumed, "test").trained_widths == (0.5, 1.0)
+    assert state_in(resumed, "test").trained_widths == (0.5, 1.0)

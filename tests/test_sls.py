@@ -11,7 +11,7 @@ from terratorch_simpler.cli import main
 from terratorch_simpler.criteria import Bounds, Labelled, Sls, Statistics, build_criterion
 from terratorch_simpler.criteria.sls import MOST_ROWS, silhouettes
 from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
-from terratorch_simpler.selection import find_backbone, labelled_rows
+from terratorch_simpler.lightning.selection import find_backbone, labelled_rows
 from tests import runs
 from tests.checkpoints import kept_in
 from tests.extras import needs_peft
@@ -259,7 +259,7 @@ def test_adapters_are_on_for_labelled_features_and_off_for_the_similarity(datamo
 
 
 def test_without_labels_nothing_is_streamed(datamodule, trainer, task, tmp_path, monkeypatch):
-    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *a, **k: pytest.fail("streamed"))
+    monkeypatch.setattr("terratorch_simpler.lightning.selection.measure", lambda *a, **k: pytest.fail("streamed"))
     data = datamodule()
     setup = data.setup
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from terratorch_simpler import SlimmingPlan
-from terratorch_simpler.stopping import Stopped, StoppedForRequeue, StopSignals, requeue_job
+from terratorch_simpler.lightning.signals import Stopped, StoppedForRequeue, StopSignals, requeue_job
 from tests.runs import Command, config, free_port
 
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
@@ -21,18 +21,18 @@ SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "1", "
 
 def slow_down(rank):
     """Every batch of the selection takes a while, and a pass is kept after every group."""
-    from terratorch_simpler.measure import unfinished
-    from terratorch_simpler.measure.tap import Tap
+    from terratorch_simpler.extraction import partial_result
+    from terratorch_simpler.extraction.hooks import FeatureExtractor
 
-    unfinished.SECONDS_BETWEEN = 0.0
-    run = Tap.run
+    partial_result.SECONDS_BETWEEN = 0.0
+    run = FeatureExtractor.run
 
     def slow(self, forward, batch):
         print("batch", flush=True)
         time.sleep(0.3)
         return run(self, forward, batch)
 
-    Tap.run = slow
+    FeatureExtractor.run = slow
 
 
 def slow_training(rank):

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan
-from terratorch_simpler.checkpoint import FILES_IN_FOLDERS, read_shape
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
-from terratorch_simpler.shape import Shape
+from terratorch_simpler.models.checkpoint import FILES_IN_FOLDERS, read_pruned_state
+from terratorch_simpler.models.state import PrunedState
 from tests.runs import Command, config
 
 pytestmark = pytest.mark.filterwarnings(
@@ -79,23 +79,23 @@ def test_shape_of_a_checkpoint_folder(tmp_path, trainer, task, datamodule, name)
     trainer(callback, limit_train_batches=0).fit(task(), datamodule=datamodule())
     (tmp_path / name).parent.mkdir(exist_ok=True)
     torch.save({"callbacks": {"Other": {"a": 1}, callback.state_key: callback.state_dict()}}, tmp_path / name)
-    assert read_shape(tmp_path, Reader()) == Shape(tuple(range(7)), 12)
+    assert read_pruned_state(tmp_path, Reader()) == PrunedState(tuple(range(7)), 12)
 
 
 @pytest.mark.parametrize("content", [{}, {"callbacks": {}}, {"callbacks": {"x": 3}}, {"callbacks": [1]}])
 def test_checkpoint_folder_that_tells_no_shape_is_refused(tmp_path, content):
     with pytest.raises(CheckpointError, match=r"Found nothing in .* that tells which blocks were kept"):
-        read_shape(tmp_path, Reader())
+        read_pruned_state(tmp_path, Reader())
     torch.save(content, tmp_path / "meta.pt")
     with pytest.raises(CheckpointError, match=r"Found nothing in .* that tells which blocks were kept"):
-        read_shape(tmp_path, Reader())
+        read_pruned_state(tmp_path, Reader())
 
 
 @pytest.mark.parametrize("kept", [[3, 1], [1, 1], [-1, 2], [0, 12], [], [0.5], [[0]]])
 def test_checkpoint_folder_with_a_shape_that_makes_no_sense_is_refused(tmp_path, kept):
     torch.save({"callbacks": {"x": {"kept_blocks": kept, "total_blocks": 12}}}, tmp_path / "meta.pt")
     with pytest.raises(CheckpointError, match="it is damaged, take an earlier one"):
-        read_shape(tmp_path, Reader())
+        read_pruned_state(tmp_path, Reader())
 
 
 def test_accumulated_gradients(trainer, task, datamodule):
@@ -158,7 +158,7 @@ from lightning.pytorch import Trainer
 from terratorch.datamodules import GenericNonGeoSegmentationDataModule
 from terratorch.tasks import SemanticSegmentationTask
 from terratorch_simpler import SimplerCallback
-from terratorch_simpler.selection import find_backbone
+from terratorch_simpler.lightning.selection import find_backbone
 from tests.runs import Fingerprint, config
 
 scenes, folder = map(Path, sys.argv[1:])

@@ -93,7 +93,7 @@ def test_narrower_variants_are_those_of_the_backbone_itself(build):
     narrow, wide = slimmed(intact, [Variant(tuple(range(4)), 0.5), Variant(tuple(range(4)))])
     reference = build()
     reference.set_width(0.5)
-    reference.keep_blocks(range(4))
+    reference.prune_depth(range(4))
     x = torch.randn(2, *SHAPE)
     assert narrow.width == 0.5
     assert torch.equal(narrow(x)[-1], reference(x)[-1])
@@ -133,7 +133,7 @@ def test_parameters_and_macs_are_those_of_the_encoder_that_was_really_cut(build)
     variants = [Variant(tuple(range(depth))) for depth in (1, 5, 12)] + [Variant((0, 7))]
     for variant, cost in zip(variants, costs_of(slimmed(intact, variants)), strict=True):
         cut = build()
-        cut.keep_blocks(variant.kept)
+        cut.prune_depth(variant.kept)
         assert cost.parameters == sum(parameter.numel() for parameter in cut.parameters())
         assert cost.macs == hooked_macs(cut, torch.zeros(1, *SHAPE))
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

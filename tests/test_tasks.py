@@ -35,8 +35,8 @@ from terratorch.tasks import (
 from torch.utils.data import DataLoader
 
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan, cli
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.errors import ConfigurationError
+from terratorch_simpler.models.backbone import SimplerBackbone
 from tests import layouts
 from tests.installed import shipped_classes, since
 from tests.rasters import write

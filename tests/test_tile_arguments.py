@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from terratorch_simpler.data import GeoTiffTiles
 from terratorch_simpler.errors import TilesError
-from terratorch_simpler.tiles import GeoTiffTiles
 from tests.rasters import draw, one_by_one, write
 
 FUNCTION_SCOPED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

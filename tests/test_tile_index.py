@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from terratorch_simpler.data import GeoTiffTiles
+from terratorch_simpler.data.index import Grid, read_headers
+from terratorch_simpler.data.rasters import Raster
 from terratorch_simpler.errors import SimplerWarning, TilesError
-from terratorch_simpler.tiles import GeoTiffTiles
-from terratorch_simpler.tiles.index import Grid, read_headers
-from terratorch_simpler.tiles.rasters import Raster
 from tests.rasters import draw, one_by_one, write, write_many
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # of writing

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.distributed import Processes
 from terratorch_simpler.errors import SimplerWarning
-from terratorch_simpler.measure import Unfinished, measure, unfinished
-from terratorch_simpler.processes import Processes
+from terratorch_simpler.extraction import PartialResult, measure, partial_result
 from tests.memory import Tiles, land
 from tests.runs import together
 
@@ -32,7 +32,7 @@ def run(backbone, tiles, keeper=None, end_after=None, processes=None, **options)
     options = {"min_tiles": 10_000, **options}
     try:
         found = measure(
-            forward, backbone, tiles, Simpler(), Bounds(), unfinished=keeper, processes=processes, **options
+            forward, backbone, tiles, Simpler(), Bounds(), partial_result=keeper, processes=processes, **options
         )  # fmt: skip
     except Ended:
         found = None
@@ -41,7 +41,7 @@ def run(backbone, tiles, keeper=None, end_after=None, processes=None, **options)
 
 def same(found, expected):
     torch.testing.assert_close(found.similarity, expected.similarity, rtol=0, atol=1e-5)
-    names = ("votes", "tiles_seen", "rows_seen", "settled", "input_shape")
+    names = ("votes", "tiles_seen", "rows_seen", "converged", "input_shape")
     assert all(getattr(found, name) == getattr(expected, name) for name in names)
     assert found.skips.state() == expected.skips.state()
 
@@ -62,10 +62,10 @@ def source(count=700, **kwargs):
 def test_goes_on_where_it_was(small, tmp_path, end_after):
     expected, _ = run(small, source())
     path = tmp_path / "pass.pt"
-    assert run(small, source(), Unfinished(path), end_after)[0] is None
+    assert run(small, source(), PartialResult(path), end_after)[0] is None
     begun = torch.load(path, weights_only=True) if path.exists() else {"position": 0}
     assert path.exists() == (end_after >= 96 + 16)  # a group is complete once half of the next one is there
-    found, sent = run(small, source(), Unfinished(path))
+    found, sent = run(small, source(), PartialResult(path))
     same(found, expected)
     assert sent[0][0] >= begun["position"]
     assert not list(tmp_path.iterdir())
@@ -75,7 +75,7 @@ def test_ended_again_and_again(small, tmp_path):
     expected, _ = run(small, source(500))
     path, tries, found = tmp_path / "pass.pt", 0, None
     while found is None:
-        found, _ = run(small, source(500), Unfinished(path), end_after=140)
+        found, _ = run(small, source(500), PartialResult(path), end_after=140)
         tries += 1
     assert tries > 2
     same(found, expected)
@@ -88,8 +88,8 @@ def test_ended_after_the_depth_had_settled(build, tmp_path):
             for layer in (block.attn.proj, block.mlp.fc2):
                 layer.weight.mul_(1.5**number if number < 5 else 0.0)
     expected, _ = run(backbone, Tiles(land(400)), min_tiles=128)
-    assert expected.settled
-    keeper = Unfinished(tmp_path / "pass.pt")
+    assert expected.converged
+    keeper = PartialResult(tmp_path / "pass.pt")
     remove, keeper.remove = keeper.remove, lambda: keeper.save()
     run(backbone, Tiles(land(400)), keeper, min_tiles=128)
     keeper.remove = remove
@@ -99,16 +99,16 @@ def test_ended_after_the_depth_had_settled(build, tmp_path):
 
 
 def test_is_kept_while_it_runs_not_only_at_its_end(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr(Unfinished, "remove", lambda self: None)
-    run(small, source(300), Unfinished(tmp_path / "pass.pt"))
+    monkeypatch.setattr(partial_result, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(PartialResult, "remove", lambda self: None)
+    run(small, source(300), PartialResult(tmp_path / "pass.pt"))
     assert torch.load(tmp_path / "pass.pt", weights_only=True)["groups"] >= 3
 
 
 def in_processes(processes: Processes, path: str, end_after: int | None):
     from tests.test_processes import small_backbone
 
-    found, _ = run(small_backbone(), source(), Unfinished(Path(path)), end_after, processes)
+    found, _ = run(small_backbone(), source(), PartialResult(Path(path)), end_after, processes)
     return found
 
 
@@ -128,7 +128,7 @@ def test_goes_on_with_another_number_of_processes(tmp_path):
 
 
 def kept(small, path):
-    run(small, source(300), Unfinished(path), end_after=200)
+    run(small, source(300), PartialResult(path), end_after=200)
     return path.read_bytes()
 
 
@@ -146,7 +146,7 @@ def test_a_damaged_file_starts_anew(small, tmp_path, data):
     path.write_bytes(damaged)
     like = torch.load(tmp_path / "whole.pt", weights_only=True)
     del like["format"], like["version"]
-    found = Unfinished(path).load(like)
+    found = PartialResult(path).load(like)
     assert found is None or same_values(found, like)  # a flipped bit in the padding of the file changes nothing
 
 
@@ -186,7 +186,7 @@ def test_sums_that_do_not_add_up_are_not_believed(small, tmp_path, change):
     kept(small, path)
     torch.save({**torch.load(path, weights_only=True), **change}, path)
     with pytest.warns(SimplerWarning, match=r"Found .*pass.pt damaged \(.*\), expected an unfinished pass over tiles"):
-        found, _ = run(small, source(300), Unfinished(path))
+        found, _ = run(small, source(300), PartialResult(path))
     same(found, expected)
 
 
@@ -197,32 +197,32 @@ def test_code_in_the_file_is_not_run(small, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    torch.save({"format": unfinished.FORMAT, "version": 1, "position": Evil()}, path)
+    torch.save({"format": partial_result.FORMAT, "version": 1, "position": Evil()}, path)
     with pytest.warns(SimplerWarning, match="damaged"):
-        run(small, source(100), Unfinished(path))
+        run(small, source(100), PartialResult(path))
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_does_not_end_the_pass(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(partial_result, "SECONDS_BETWEEN", 0.0)
     (tmp_path / "file").write_text(json.dumps({}))
     with pytest.warns(SimplerWarning, match="Found no way to keep the unfinished pass"):
-        found, _ = run(small, source(200), Unfinished(tmp_path / "file" / "pass.pt"))
+        found, _ = run(small, source(200), PartialResult(tmp_path / "file" / "pass.pt"))
     assert found is not None
 
 
 def test_only_groups_that_were_judged_are_kept():
     """Several processes compare several groups in a round, and the first of them may settle the depth."""
-    from terratorch_simpler.measure.groups import Group, Held
-    from terratorch_simpler.measure.pool import Pool
+    from terratorch_simpler.extraction.accumulator import SimilarityAccumulator
+    from terratorch_simpler.extraction.groups import Group, TileRef
 
-    pool = Pool(3, 5, Processes())
+    similarities = SimilarityAccumulator(3, 5, Processes())
     for number in range(3):
-        tiles = [Held(64 * number + at, 0, 2) for at in range(64)]
-        pool.add(Group(number, tiles, 0, 64 * (number + 1)), torch.randn(4, 128, 4))
-    state = pool.state(1)
+        tiles = [TileRef(64 * number + at, 0, 2) for at in range(64)]
+        similarities.add(Group(number, tiles, 0, 64 * (number + 1)), torch.randn(4, 128, 4))
+    state = similarities.state(1)
     assert state["large"]["tiles"].tolist() == [64, 0, 0, 0, 0]
     assert state["small"]["tiles"].tolist() == [32, 32] + [0] * 12
     assert not state["large"]["hsic"][1:].any()
-    assert Pool.consistent({**state, "groups": 1, "tiles": 64})
-    assert not Pool.consistent({**pool.state(3), "groups": 1, "tiles": 64})
+    assert SimilarityAccumulator.consistent({**state, "groups": 1, "tiles": 64})
+    assert not SimilarityAccumulator.consistent({**similarities.state(3), "groups": 1, "tiles": 64})

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from terratorch_simpler import SlimmingPlan
 from terratorch_simpler import plan as plan_module
-from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.checkpoint import read_checkpoint, read_shape
 from terratorch_simpler.errors import CheckpointError, DepthError, PlanError
+from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.models.checkpoint import read_checkpoint, read_pruned_state
+from terratorch_simpler.models.state import PrunedState
 from terratorch_simpler.report import full_table, report_page
-from terratorch_simpler.shape import Shape
 from tests.checkpoints import as_buffers, changed, said
 
 BLOCKS = 4
@@ -204,7 +204,7 @@ def test_blocks_that_a_plan_keeps_are_the_blocks_that_are_kept(small, data):
         assert kept != sorted(set(kept)) or not kept or not set(kept) <= set(range(BLOCKS))
         return
     try:
-        backbone.match_checkpoint(Shape(tuple(range(BLOCKS)), BLOCKS))
+        backbone.match_checkpoint(PrunedState(tuple(range(BLOCKS)), BLOCKS))
         backbone.slim(plan)
     except DepthError:
         pytest.fail("a plan that was read did not fit")
@@ -218,15 +218,15 @@ def test_blocks_that_a_plan_keeps_are_the_blocks_that_are_kept(small, data):
 @pytest.fixture(scope="module")
 def checkpoint(files, small):
     backbone = small()
-    backbone.keep_blocks([0, 2])
+    backbone.prune_depth([0, 2])
     weights = {f"model.encoder.{name}": value for name, value in backbone.state_dict().items()}
     torch.save({"state_dict": weights, "epoch": 1, "global_step": 3}, files / "whole.ckpt")
     return files / "whole.ckpt"
 
 
-def shape_of(path):
+def parse_state(path):
     try:
-        return read_shape(path, None)
+        return read_pruned_state(path, None)
     except CheckpointError:
         return None
 
@@ -236,7 +236,7 @@ def shape_of(path):
 def test_checkpoint_cut_off_anywhere(files, checkpoint, data):
     whole = checkpoint.read_bytes()
     (files / "cut.ckpt").write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-    assert shape_of(files / "cut.ckpt") is None
+    assert parse_state(files / "cut.ckpt") is None
 
 
 def flip(content: bytes, at: int, bits: int) -> bytes:
@@ -252,7 +252,7 @@ def test_checkpoint_with_other_bytes(files, checkpoint, data):
     start, end = pickled.header_offset, pickled.header_offset + pickled.file_size + 200
     at = data.draw(st.integers(start, end) | st.integers(0, len(whole) - 1))
     (files / "other.ckpt").write_bytes(flip(whole, at, data.draw(st.integers(1, 255))))
-    assert shape_of(files / "other.ckpt") in (None, Shape((0, 2), BLOCKS))
+    assert parse_state(files / "other.ckpt") in (None, PrunedState((0, 2), BLOCKS))
 
 
 def test_every_bit_of_the_kept_blocks_counts(files, checkpoint):
@@ -264,7 +264,7 @@ def test_every_bit_of_the_kept_blocks_counts(files, checkpoint):
     for bit in range(8 * len(kept)):
         (files / "flipped.ckpt").write_bytes(flip(whole, at + bit // 8, 1 << bit % 8))
         with pytest.raises(CheckpointError, match="Bad CRC-32"):
-            read_shape(files / "flipped.ckpt", None)
+            read_pruned_state(files / "flipped.ckpt", None)
 
 
 def test_checkpoint_without_sums(files, checkpoint):
@@ -274,7 +274,7 @@ def test_checkpoint_without_sums(files, checkpoint):
         torch.save(torch.load(checkpoint, weights_only=True), files / "sumless.ckpt")
     finally:
         torch.serialization.set_crc32_options(compute_crc32=True)
-    assert shape_of(files / "sumless.ckpt") == Shape((0, 2), BLOCKS)
+    assert parse_state(files / "sumless.ckpt") == PrunedState((0, 2), BLOCKS)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -288,11 +288,11 @@ def test_checkpoint_without_sums(files, checkpoint):
 def test_checkpoint_that_says_any_width(files, widths):
     state = {"kept_blocks": torch.tensor([0, 2]), "total_blocks": torch.tensor(BLOCKS), "kept_widths": widths}
     torch.save({"state_dict": {f"e.{name}": value for name, value in state.items()}}, files / "wide.ckpt")
-    shape = shape_of(files / "wide.ckpt")
+    shape = parse_state(files / "wide.ckpt")
     if shape is not None:
         said = widths.view(torch.float64).tolist()
         assert said == sorted(set(said))
-        assert shape == Shape((0, 2), BLOCKS, said[-1], tuple(said) if len(said) > 1 else ())
+        assert shape == PrunedState((0, 2), BLOCKS, said[-1], tuple(said) if len(said) > 1 else ())
         assert 0 < said[0] <= said[-1] <= 1
     elif widths.dtype == torch.int64 and widths.ndim == 1 and 0 < len(widths) < 4:
         said = widths.view(torch.float64).tolist()
@@ -308,13 +308,13 @@ def test_checkpoint_that_says_any_shape(files, small, kept, total):
     backbone = _once(small)
     state = {**as_buffers(backbone.state_dict()), "kept_blocks": torch.tensor(kept), "total_blocks": torch.tensor(total)}
     torch.save({"state_dict": {f"e.{name}": value for name, value in state.items()}}, files / "said.ckpt")
-    shape = shape_of(files / "said.ckpt")
+    shape = parse_state(files / "said.ckpt")
     state = changed(backbone.state_dict(), kept_blocks=kept, total_blocks=total)
     torch.save({"state_dict": {f"e.{name}": value for name, value in state.items()}}, files / "said.ckpt")
-    assert shape_of(files / "said.ckpt") == shape
+    assert parse_state(files / "said.ckpt") == shape
     if shape is None:
         return
-    assert shape == Shape(tuple(kept), total)
+    assert shape == PrunedState(tuple(kept), total)
     assert list(shape[0]) == sorted(set(kept))
     assert 0 <= kept[0] <= kept[-1] < total <= 1024
     if total != BLOCKS:
@@ -339,7 +339,7 @@ def test_state_that_is_no_state(files):
     for state in ({"a": 1}, [torch.ones(1)], torch.ones(2), None):
         torch.save({"state_dict": state}, files / "odd.ckpt")
         with pytest.raises(CheckpointError, match=r"Found no state_dict in|has no 'kept_blocks'"):
-            read_shape(files / "odd.ckpt", None)
+            read_pruned_state(files / "odd.ckpt", None)
 
 
 def test_weights_only_everywhere():
@@ -355,7 +355,7 @@ def test_weights_only_everywhere():
         if path.name == "checkpoint.py":
             text = text.replace("weights_only=weights_only", "weights_only=True")
             assert text.count("weights_only: bool") == text.count("weights_only: bool = True") == 2
-        if path.name == "processes.py":
+        if path.name == "distributed.py":
             text = text.replace("import pickle", "")
         for call in text.split("torch.load(")[1:]:
             assert "weights_only=True" in call.split(")")[0], path

@@ -26,16 +26,16 @@ from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan
-from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.checkpoint import read_shape
 from terratorch_simpler.encoders import Narrowing
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError, UnsupportedEncoderError
 from terratorch_simpler.export import export_graph, export_plain, load_trained
-from terratorch_simpler.measure import count_macs
-from terratorch_simpler.plan import units
+from terratorch_simpler.extraction import count_macs
+from terratorch_simpler.functional.hsic import full_float32
+from terratorch_simpler.indices import units
+from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.models.checkpoint import read_pruned_state
+from terratorch_simpler.models.state import PrunedState
 from terratorch_simpler.report import plan_table
-from terratorch_simpler.shape import Shape
-from terratorch_simpler.similarity import full_float32
 from tests.checkpoints import as_buffers, bits, changed, said
 from tests.extras import needs_onnx, needs_peft
 from tests.families import FAMILIES, wrapped
@@ -377,10 +377,10 @@ def test_any_width_after_any_other_gives_consistent_layers(build, first, second,
     backbone = build("simpler_prithvi_eo_tiny", embed_dim=48, num_heads=4)
     direct = copy.deepcopy(backbone)
     backbone.set_width(wide)
-    backbone.keep_blocks(keep)
+    backbone.prune_depth(keep)
     backbone.set_width(narrow)
     direct.set_width(narrow)
-    direct.keep_blocks(keep)
+    direct.prune_depth(keep)
     assert backbone.width == narrow
     assert backbone.kept == tuple(sorted(keep))
     for a, b in zip(backbone.state_dict().values(), direct.state_dict().values(), strict=True):
@@ -491,7 +491,7 @@ def test_loading_takes_depth_and_width_of_the_checkpoint(build, keep, width, own
     keys = list(state)
     backbone.load_state_dict(state, strict=True)
     assert list(state) == keys
-    assert backbone.shape == saved.shape
+    assert backbone.pruned_state == saved.pruned_state
     x = torch.randn(2, 6, 64, 64)
     assert all(torch.equal(a, b) for a, b in zip(backbone(x), saved(x), strict=True))
     assert backbone.state_dict().keys() == state.keys()
@@ -628,11 +628,11 @@ def test_cached_plans_serve_any_width(trainer, task, datamodule, tmp_path, monke
         return SlimmingPlan.load(tmp_path / "out" / "plan.json"), module.model.encoder
 
     first, backbone = fit(0.5)
-    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *a, **k: pytest.fail("streamed"))
+    monkeypatch.setattr("terratorch_simpler.lightning.selection.measure", lambda *a, **k: pytest.fail("streamed"))
     second, whole = fit(1.0)
     third, narrow = fit(0.5)
     assert third == first
-    assert narrow.shape == backbone.shape
+    assert narrow.pruned_state == backbone.pruned_state
     assert (whole.width, second.width, second.kept_blocks) == (1.0, 1.0, first.kept_blocks)
     assert second.parameters == {**first.parameters, "after": whole.num_parameters()}
 
@@ -646,7 +646,7 @@ def test_resuming_takes_the_width_of_the_checkpoint(trainer, task, datamodule, t
     second = task(seed=5)
     again = trainer(SimplerCallback(), max_epochs=2, **quiet())
     again.fit(second, datamodule=datamodule(), ckpt_path=tmp_path / "last.ckpt")
-    assert second.model.encoder.shape == first.model.encoder.shape
+    assert second.model.encoder.pruned_state == first.model.encoder.pruned_state
     assert again.global_step == 2 * run.global_step
     held = {id(p) for group in again.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in second.parameters()}
@@ -658,21 +658,21 @@ def test_resuming_takes_the_width_of_the_checkpoint(trainer, task, datamodule, t
         data = datamodule(predict_data_root=tmp_path) if test.__name__ == "predict" else datamodule()
         if test.__name__ != "predict":
             test(fresh, datamodule=data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
-            assert fresh.model.encoder.shape == first.model.encoder.shape
+            assert fresh.model.encoder.pruned_state == first.model.encoder.pruned_state
 
 
 def test_an_encoder_that_was_cut_by_hand_is_narrowed(trainer, task, datamodule, tmp_path):
     module = task(backbone_keep=[0, 4, 11])
     trainer(SimplerCallback(width=0.5), **quiet()).fit(module, datamodule=datamodule())
-    assert module.model.encoder.shape == Shape((0, 4, 11), 12, 0.5)
+    assert module.model.encoder.pruned_state == PrunedState((0, 4, 11), 12, 0.5)
     module = task(backbone_width=0.5)
     trainer(SimplerCallback(), **quiet()).fit(module, datamodule=datamodule())
-    assert module.model.encoder.shape == Shape(tuple(range(12)), 12, 0.5)
+    assert module.model.encoder.pruned_state == PrunedState(tuple(range(12)), 12, 0.5)
     assert not (tmp_path / "simpler").exists()
 
 
 def test_layers_that_cannot_be_narrowed_are_refused_before_streaming(trainer, task, datamodule, monkeypatch):
-    monkeypatch.setattr("terratorch_simpler.selection.measure", lambda *a, **k: pytest.fail("streamed"))
+    monkeypatch.setattr("terratorch_simpler.lightning.selection.measure", lambda *a, **k: pytest.fail("streamed"))
     module = task()
     module.model.encoder.blocks[3].attn.q_norm = torch.nn.LayerNorm(64)
     with pytest.raises(UnsupportedEncoderError, match=r"Found 'q_norm.weight' in Attention in block 3"):
@@ -691,7 +691,7 @@ def test_shape_in_a_checkpoint_folder(tmp_path, trainer, task, datamodule):
     callback = SimplerCallback(criterion="fixed", drop_blocks=5, width=0.3)
     trainer(callback, limit_train_batches=0).fit(task(), datamodule=datamodule())
     torch.save({"callbacks": {callback.state_key: callback.state_dict()}}, tmp_path / "meta.pt")
-    assert read_shape(tmp_path, None) == Shape(tuple(range(7)), 12, 0.3)
+    assert read_pruned_state(tmp_path, None) == PrunedState(tuple(range(7)), 12, 0.3)
 
 
 def test_terratorch_fit_with_a_width(scenes, tmp_path):
@@ -718,8 +718,8 @@ def test_terratorch_fit_with_a_width(scenes, tmp_path):
 def test_attach_then_narrow_is_narrow_then_attach(family):
     attached, reference = randomise_adapters(model(family)), model(family, seed=3, backbone_width=0.3)
     whole = copy.deepcopy(attached)
-    backbone_of(attached).keep_blocks([0, 5, 11])
-    backbone_of(reference).keep_blocks([0, 5, 11])
+    backbone_of(attached).prune_depth([0, 5, 11])
+    backbone_of(reference).prune_depth([0, 5, 11])
     backbone_of(attached).set_width(0.3)
     reference.load_state_dict(attached.state_dict(), strict=True)
     x = image(family)
@@ -739,7 +739,7 @@ def test_attach_then_narrow_is_narrow_then_attach(family):
         assert torch.allclose(merged(x).output, expected, atol=1e-4 * float(expected.abs().max()))
         # Folding the adapters in first and narrowing then is the same: the rows and columns of B A are theirs.
         whole.encoder = whole.encoder.merge_and_unload()
-        backbone_of(whole).keep_blocks([0, 5, 11])
+        backbone_of(whole).prune_depth([0, 5, 11])
         backbone_of(whole).set_width(0.3)
         assert torch.allclose(whole(x).output, expected, atol=1e-4 * float(expected.abs().max()))
 

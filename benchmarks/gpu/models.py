@@ -14,12 +14,12 @@ from terratorch.tasks import SemanticSegmentationTask
 import terratorch_simpler  # noqa: F401  makes simpler_ known
 from benchmarks.gpu.check import Settings
 from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.data import GeoTiffTiles
 from terratorch_simpler.demo import CONFIG, ENCODER
 from terratorch_simpler.demo.scenes import write_scenes
+from terratorch_simpler.distributed import Processes
+from terratorch_simpler.lightning.selection import SelectionConfig, find_backbone, select
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.processes import Processes
-from terratorch_simpler.selection import Selection, find_backbone, select
-from terratorch_simpler.tiles import GeoTiffTiles
 
 DEMO = yaml.safe_load(CONFIG.read_text())
 
@@ -84,5 +84,5 @@ def plan_of(
         devices=[where.index or 0] if where.type == "cuda" else 1,
         precision=precision, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    how = Selection(Simpler(), Bounds(), 1.0, "patch", min_tiles=count, max_tiles=count, seed=0)
+    how = SelectionConfig(Simpler(), Bounds(), 1.0, "patch", min_tiles=count, max_tiles=count, seed=0)
     return select(trainer, task, find_backbone(task), source, how, Processes())

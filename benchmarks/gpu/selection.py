@@ -19,12 +19,12 @@ import torch
 import terratorch_simpler
 from benchmarks.gpu.check import Finding, Settings, judged, skipped
 from benchmarks.gpu.models import large_task, plan_of, tiles, trained_task
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.criteria import Bounds, Simpler
-from terratorch_simpler.measure import Measurement, measure
+from terratorch_simpler.data import Batch
+from terratorch_simpler.extraction import Measurement, measure
+from terratorch_simpler.lightning.selection import find_backbone, on_device
+from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.selection import find_backbone, on_device
-from terratorch_simpler.tiles import Batch
 from tests.memory import Tiles, land
 
 TILE = 64

@@ -15,7 +15,7 @@ import yaml
 
 from benchmarks.gpu.check import Finding, Settings, judged, skipped
 from benchmarks.gpu.models import scenes
-from terratorch_simpler.checkpoint import read_shape
+from terratorch_simpler.models.checkpoint import read_pruned_state
 from tests import runs
 
 LORA = {
@@ -123,7 +123,7 @@ def fsdp(settings: Settings) -> Iterator[Finding]:
 
 def resumed(kind: str, first: Path, last: Path) -> Finding:
     """Judge two checkpoints of one run."""
-    shapes = [read_shape(path, None) for path in (first, last)]
+    shapes = [read_pruned_state(path, None) for path in (first, last)]
     steps = [path.stem.rpartition("=")[2] for path in (first, last)]
     right = shapes[0] == shapes[1] and shapes[0].kept == (0, 1, 2, 3, 4) and steps == ["2", "4"]
     told = ""

@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.reproduction.experiments import BEST, EXPERIMENTS, LAST, SCORES, compose, merged
 from benchmarks.reproduction.table import TABLE_FILE, run_folder, write_results
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = ("full", "simpler", "fixed")
@@ -106,7 +106,7 @@ def write_yaml(settings: Mapping[str, Any], path: Path) -> None:
         settings: What to write.
         path: File to write; missing folders are made.
     """
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
 
 

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from terratorch.tasks import MultiLabelClassificationTask
 from torchmetrics.classification import MultilabelAveragePrecision
 
-from terratorch_simpler.files import whole_file
-from terratorch_simpler.selection import find_backbone
+from terratorch_simpler.files import atomic_write
+from terratorch_simpler.lightning.selection import find_backbone
 
 
 class WriteScores(Callback):
@@ -45,5 +45,5 @@ class WriteScores(Callback):
             "full_blocks": backbone.full_num_blocks,
             "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
         }
-        with whole_file(self._path) as part:
+        with atomic_write(self._path) as part:
             part.write_text(json.dumps(found, indent=1), encoding="utf-8")

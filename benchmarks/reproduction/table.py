@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reproduction.experiments import EXPERIMENTS, SCORES, Experiment
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 from terratorch_simpler.sweep.rows import write_csv
 
 CSV_FILE, TABLE_FILE = "results.csv", "table.md"
@@ -67,7 +67,7 @@ def write_results(output: Path) -> None:
     """
     rows = read_results(output)
     write_csv(rows, COLUMNS, output / CSV_FILE)
-    with whole_file(output / TABLE_FILE) as part:
+    with atomic_write(output / TABLE_FILE) as part:
         part.write_text(render(rows), encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.study.runs import standard_error
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 
 Rows = list[Mapping[str, str]]
 LINES = (("depth", "#1b4965", "pretrained, first blocks"), ("random", "#9aa7b3", "random weights, first blocks"))
@@ -32,7 +32,7 @@ def draw(results: Path, picture: Path) -> None:
     with results.open() as file:
         drawn = figure(list(csv.DictReader(file)))
     if drawn.axes:
-        with whole_file(picture) as part:
+        with atomic_write(picture) as part:
             drawn.savefig(part, format="png", dpi=120, metadata={"Software": None})
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from terratorch.registry import FULL_MODEL_REGISTRY
 from torch import Tensor
 
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 
 Tile = NDArray[np.float32]
 
@@ -137,9 +137,9 @@ def pretrain(
             print(
                 f"{output.stem}: step {step}: loss {np.mean(losses[-50:]):.4f}, {time.monotonic() - start:.0f} s", flush=True
             )
-            with whole_file(unfinished) as part_file:
+            with atomic_write(unfinished) as part_file:
                 torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, part_file)
-    with whole_file(output) as part_file:
+    with atomic_write(output) as part_file:
         torch.save({f"encoder.{name}": value.half().cpu() for name, value in mae.encoder.state_dict().items()}, part_file)
     unfinished.unlink()
     return output

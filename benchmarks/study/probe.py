@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, jaccard_score
 
 from benchmarks.study.data import Setup, labelled, read_split
-from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.measure.labelled import NO_LABEL, majority
+from terratorch_simpler.extraction.labelled import NO_LABEL, majority
+from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.sweep.probe import Rows, linear_probe, told
 
 PATCH = (16, 16)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.runs import Results, judge_gate, standard_error
-from terratorch_simpler.files import whole_file
-from terratorch_simpler.report.facts import block_ranges
+from terratorch_simpler.files import atomic_write
+from terratorch_simpler.report.summary import block_ranges
 from terratorch_simpler.sweep.rows import write_csv
 
 
@@ -19,7 +19,7 @@ def write_results(folder: Path, study: Mapping[str, Any], results: Results, plac
     rows = [{**run._asdict(), **found, "kept": " ".join(map(str, found["kept"]))} for run, found in results.items()]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     write_csv(rows, columns, folder / "results.csv")
-    with whole_file(folder / "tables.md") as part:
+    with atomic_write(folder / "tables.md") as part:
         part.write_text(f"{place}:\n\n{tables(study, results)}")
 
 

@@ -18,7 +18,7 @@ from benchmarks import record
 from benchmarks.study.data import COVER
 from benchmarks.study.runs import Run
 from benchmarks.study.tables import write_results
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 
 
 class Work:
@@ -88,7 +88,7 @@ def do_one(run: Run, study: dict[str, Any], data: Path, folder: Path, commit: st
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = {"commit": commit, "machine": record.machine(device)}
     row = {"run": run._asdict(), "settings": settings(run, study), "found": found, "made": made}
-    with whole_file(folder / "runs" / f"{run.key}.json") as part:
+    with atomic_write(folder / "runs" / f"{run.key}.json") as part:
         part.write_text(json.dumps(row))
     return found
 

@@ -4,7 +4,7 @@ A rule is a :class:`Criterion` with a name of its own, made known by one line, :
 """
 
 from terratorch_simpler.criteria.angular import Angular
-from terratorch_simpler.criteria.base import Bounds, Choice, Criterion, build_criterion, known_criteria, register, vote
+from terratorch_simpler.criteria.base import Bounds, Choice, Criterion, bootstrap, build_criterion, known_criteria, register
 from terratorch_simpler.criteria.block_influence import BlockInfluence
 from terratorch_simpler.criteria.budget import BudgetCriterion
 from terratorch_simpler.criteria.cka_intervals import CkaIntervals
@@ -32,8 +32,8 @@ __all__ = [
     "Simpler",
     "Sls",
     "Statistics",
+    "bootstrap",
     "build_criterion",
     "known_criteria",
     "register",
-    "vote",
 ]

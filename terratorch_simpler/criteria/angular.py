@@ -8,7 +8,7 @@ from terratorch_simpler.criteria.base import Bounds
 from terratorch_simpler.criteria.budget import BudgetCriterion
 from terratorch_simpler.criteria.ranges import RangeSets
 from terratorch_simpler.criteria.statistics import Statistics
-from terratorch_simpler.recovery import Span
+from terratorch_simpler.indices import Span
 
 
 class Angular(BudgetCriterion):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from terratorch_simpler.criteria.statistics import GroupSums, Statistics
 from terratorch_simpler.errors import ConfigurationError, DepthError
-from terratorch_simpler.recovery import Span
+from terratorch_simpler.indices import Span
 
 TIE = 1e-6
 """Scores closer than this are a tie, which goes to the smaller depth; float32 is off by up to 2.5e-7 (ours)."""
@@ -175,7 +175,7 @@ def _first_best(scores: Tensor) -> Tensor:
     return (scores >= best - TIE).int().argmax(dim=-1)
 
 
-def vote(criterion: Criterion, groups: GroupSums, bounds: Bounds, seed: int, resamples: int = 1000) -> dict[int, float]:
+def bootstrap(criterion: Criterion, groups: GroupSums, bounds: Bounds, seed: int, resamples: int = 1000) -> dict[int, float]:
     """How often each depth wins when the groups of tiles are drawn again with replacement.
 
     Args:

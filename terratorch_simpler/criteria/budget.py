@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from terratorch_simpler.criteria.base import Bounds, Criterion
 from terratorch_simpler.errors import ConfigurationError, DepthError
-from terratorch_simpler.recovery import Span
+from terratorch_simpler.indices import Span
 
 
 class BudgetCriterion(Criterion):

@@ -9,7 +9,7 @@ from terratorch_simpler.criteria.budget import BudgetCriterion
 from terratorch_simpler.criteria.ranges import NOTHING, RangeSets
 from terratorch_simpler.criteria.statistics import Statistics
 from terratorch_simpler.errors import ConfigurationError
-from terratorch_simpler.recovery import Span
+from terratorch_simpler.indices import Span
 
 
 class CkaIntervals(BudgetCriterion):

@@ -7,8 +7,7 @@ from torch import Tensor
 from terratorch_simpler.criteria.base import Bounds, Choice, Criterion
 from terratorch_simpler.criteria.statistics import Statistics
 from terratorch_simpler.errors import ConfigurationError, DepthError
-from terratorch_simpler.plan import resolve_keep
-from terratorch_simpler.recovery import Span, spans_between
+from terratorch_simpler.indices import Span, resolve_keep, spans_between
 
 
 class Fixed(Criterion):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from terratorch_simpler.errors import DegenerateFeaturesError
-from terratorch_simpler.similarity import draw_groups, normalise_hsic
+from terratorch_simpler.functional.hsic import draw_groups, normalise_hsic
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class GroupSums:
         counts = draw_groups(len(self), resamples, seed)
         rows = (counts @ self.rows.double())[:, None, None]
 
-        def add_up(values: Tensor) -> Tensor:
+        def all_reduce(values: Tensor) -> Tensor:
             return torch.einsum("rg,gij->rij", counts, values)
 
-        return Statistics(add_up(self.hsic), add_up(self.cosine) / rows, add_up(self.angle) / rows)
+        return Statistics(all_reduce(self.hsic), all_reduce(self.cosine) / rows, all_reduce(self.angle) / rows)

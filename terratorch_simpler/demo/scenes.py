@@ -14,7 +14,7 @@ import rasterio  # type: ignore[import-untyped,unused-ignore]
 from numpy.typing import NDArray
 from scipy import ndimage, spatial  # type: ignore[import-untyped,unused-ignore]
 
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 
 Floats = NDArray[np.float64]
 Int16s = NDArray[np.int16]
@@ -250,7 +250,7 @@ def _write_tif(path: Path, bands: Int16s, number: int, names: Sequence[str], nod
     west, north = GRID_ORIGIN_M[0] + column * step, GRID_ORIGIN_M[1] - row * step
     transform = rasterio.Affine(PIXEL_M, 0.0, west, 0.0, -PIXEL_M, north)
     with (
-        whole_file(path) as part,
+        atomic_write(path) as part,
         rasterio.open(
             part, "w", driver="GTiff", width=size, height=size, count=count, dtype="int16",
             crs="EPSG:32632", transform=transform, nodata=nodata, compress="deflate", predictor=2,
@@ -279,5 +279,5 @@ def write_scenes(folder: Path, splits: Mapping[str, int], size: int = 128, seed:
             _write_tif(folder / "images" / f"{scene}_image.tif", image, number, BANDS, NODATA)
             _write_tif(folder / "masks" / f"{scene}_mask.tif", mask[None], number, ("class",), None)
             number += 1
-        with whole_file(folder / "splits" / f"{split}.txt") as part:
+        with atomic_write(folder / "splits" / f"{split}.txt") as part:
             part.write_text("".join(f"{scene}\n" for scene in ids), encoding="utf-8")

@@ -1,47 +1,47 @@
 """Families of encoders: where each keeps its blocks and how to cut them. One file a family, one line to register."""
 
 from terratorch_simpler.encoders.base import (
-    EncoderAdapter,
-    HostSettings,
+    EncoderSpec,
     InputShape,
     Layout,
     PatchGrid,
+    TerraTorchArguments,
     families,
-    find_adapter,
     refuse_by_name,
-    register_adapter,
+    register_encoder,
+    spec_of,
 )
-from terratorch_simpler.encoders.by_path import BlockPathAdapter
-from terratorch_simpler.encoders.clay import ClayAdapter
-from terratorch_simpler.encoders.dinov3 import DinoV3Adapter
-from terratorch_simpler.encoders.dofa import DofaAdapter
-from terratorch_simpler.encoders.prithvi import PrithviAdapter, PrithviViTAdapterAdapter
-from terratorch_simpler.encoders.terramind import TerraMindAdapter
-from terratorch_simpler.encoders.timm_vit import TimmViTAdapter, TorchGeoViTAdapter
-from terratorch_simpler.encoders.width import Narrowing
+from terratorch_simpler.encoders.by_path import BlockPathSpec
+from terratorch_simpler.encoders.clay import ClaySpec
+from terratorch_simpler.encoders.dinov3 import DinoV3Spec
+from terratorch_simpler.encoders.dofa import DofaSpec
+from terratorch_simpler.encoders.prithvi import PrithviSpec, PrithviViTAdapterSpec
+from terratorch_simpler.encoders.terramind import TerraMindSpec
+from terratorch_simpler.encoders.timm_vit import TimmViTSpec, TorchGeoViTSpec
+from terratorch_simpler.pruning.width import Narrowing
 
-for _adapter in (
-    PrithviAdapter(),
-    PrithviViTAdapterAdapter(),
-    TerraMindAdapter(),
-    DofaAdapter(),
-    TorchGeoViTAdapter(),
-    ClayAdapter(),
-    DinoV3Adapter(),
-    TimmViTAdapter(),
+for _spec in (
+    PrithviSpec(),
+    PrithviViTAdapterSpec(),
+    TerraMindSpec(),
+    DofaSpec(),
+    TorchGeoViTSpec(),
+    ClaySpec(),
+    DinoV3Spec(),
+    TimmViTSpec(),
 ):
-    register_adapter(_adapter)
+    register_encoder(_spec)
 
 __all__ = [
-    "BlockPathAdapter",
-    "EncoderAdapter",
-    "HostSettings",
+    "BlockPathSpec",
+    "EncoderSpec",
     "InputShape",
     "Layout",
     "Narrowing",
     "PatchGrid",
+    "TerraTorchArguments",
     "families",
-    "find_adapter",
     "refuse_by_name",
-    "register_adapter",
+    "register_encoder",
+    "spec_of",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from terratorch_simpler.errors import ConfigurationError, UnsupportedEncoderError
-from terratorch_simpler.recovery import TokenMap
+from terratorch_simpler.pruning.recovery import LinearRecovery
 
 HIERARCHICAL = (
     *("swin", "hiera", "pvt", "maxvit", "mvitv2", "poolformer", "edgenext", "convnext", "resnet", "resnext", "regnet"),
@@ -40,7 +40,7 @@ Layout = list["int | PatchGrid"]
 """Tokens of one image (or set of modalities) in order: numbers of tokens that show no patch, and grids of those that do."""
 
 
-class HostSettings(NamedTuple):
+class TerraTorchArguments(NamedTuple):
     """How TerraTorch itself builds a cut encoder."""
 
     arguments: dict[str, Any]  # for TerraTorch's encoder of the same name
@@ -48,7 +48,7 @@ class HostSettings(NamedTuple):
     places: list[int]  # where among them each feature of the cut encoder is
 
 
-class EncoderAdapter(ABC):
+class EncoderSpec(ABC):
     """Where one family of encoders keeps what is measured and cut. Adapters hold no state of an encoder.
 
     Attributes:
@@ -66,7 +66,7 @@ class EncoderAdapter(ABC):
         """Whether the encoder is of this family."""
 
     @abstractmethod
-    def prepare(self, encoder: nn.Module) -> None:
+    def return_all_features(self, encoder: nn.Module) -> None:
         """Make ``encoder(...)`` return the features after every block it holds, and copy correctly."""
 
     @abstractmethod
@@ -74,7 +74,7 @@ class EncoderAdapter(ABC):
         """Blocks the encoder holds, in order; their outputs are what is compared."""
 
     @abstractmethod
-    def rearrange(self, encoder: nn.Module, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: nn.Module, positions: Sequence[int]) -> None:
         """Put blocks, and all that belongs to a block, in the given order; those not named are dropped.
 
         Everything in the encoder that describes its depth agrees afterwards.
@@ -103,7 +103,7 @@ class EncoderAdapter(ABC):
     def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:
         """Blocks whose features TerraTorch's encoder returns, in its order, when it is built with ``out_indices``.
 
-        Called on the intact encoder, before :meth:`prepare`.
+        Called on the intact encoder, before :meth:`return_all_features`.
 
         Args:
             encoder: The encoder, built without ``out_indices``.
@@ -144,7 +144,7 @@ class EncoderAdapter(ABC):
         del encoder
         return nullcontext()
 
-    def host_settings(self, encoder: nn.Module, positions: Sequence[int]) -> HostSettings | None:
+    def terratorch_kwargs(self, encoder: nn.Module, positions: Sequence[int]) -> TerraTorchArguments | None:
         """How TerraTorch itself can build the encoder as it stands.
 
         Args:
@@ -157,7 +157,7 @@ class EncoderAdapter(ABC):
         del encoder, positions
         return None
 
-    def watch(self, encoder: nn.Module, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
+    def register_block_hooks(self, encoder: nn.Module, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
         """Tell what enters the first block, and the raw output of every block, before any final norm.
 
         Args:
@@ -173,9 +173,9 @@ class EncoderAdapter(ABC):
             seen(output)
 
         blocks = list(self.blocks(encoder))
-        return [watch_input(blocks[0], seen), *(block.register_forward_hook(after_block) for block in blocks)]
+        return [hook_input(blocks[0], seen), *(block.register_forward_hook(after_block) for block in blocks)]
 
-    def insert(self, encoder: nn.Module, position: int, token_map: TokenMap) -> RemovableHandle:
+    def insert_after_block(self, encoder: nn.Module, position: int, token_map: LinearRecovery) -> RemovableHandle:
         """Map the tokens after a block, each time the encoder runs.
 
         Args:
@@ -207,7 +207,7 @@ class EncoderAdapter(ABC):
         return [self.prefix_tokens(encoder), PatchGrid(image_size(inputs), self.patch_size(encoder))]
 
 
-def watch_input(part: nn.Module, seen: Callable[[Tensor], None]) -> RemovableHandle:
+def hook_input(part: nn.Module, seen: Callable[[Tensor], None]) -> RemovableHandle:
     """Tell the first argument of a module each time it runs."""
 
     def before(_part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -256,10 +256,10 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-_ADAPTERS: list[EncoderAdapter] = []
+_ADAPTERS: list[EncoderSpec] = []
 
 
-def register_adapter(adapter: EncoderAdapter) -> EncoderAdapter:
+def register_encoder(adapter: EncoderSpec) -> EncoderSpec:
     """Make a family known.
 
     Raises:
@@ -277,7 +277,7 @@ def families() -> tuple[str, ...]:
     return tuple(adapter.family for adapter in _ADAPTERS)
 
 
-def find_adapter(encoder: nn.Module) -> EncoderAdapter:
+def spec_of(encoder: nn.Module) -> EncoderSpec:
     """Adapter of an encoder's family.
 
     Raises:

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from terratorch_simpler.encoders.base import EncoderAdapter, Layout, PatchGrid, image_size, pair, take
+from terratorch_simpler.encoders.base import EncoderSpec, Layout, PatchGrid, image_size, pair, take
 from terratorch_simpler.errors import TilesError, UnsupportedEncoderError
 
 
-class BlockPathAdapter(EncoderAdapter):
+class BlockPathSpec(EncoderSpec):
     """A stack of equal blocks, tokens (B, N, D) in and out, at a path such as ``vit.blocks``.
 
     The encoder must return a feature for each block it holds, or one for the last, and say the channels of these in
@@ -79,10 +79,10 @@ class BlockPathAdapter(EncoderAdapter):
             return [total - 1]
         return super().feature_blocks(encoder, out_indices)
 
-    def prepare(self, encoder: Any) -> None:
+    def return_all_features(self, encoder: Any) -> None:
         """Nothing."""
 
-    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks."""
         parent, _, name = self._path.rpartition(".")
         blocks = self.blocks(encoder)

@@ -11,11 +11,11 @@ from terratorch.registry.timm_registry import TimmBackboneWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from terratorch_simpler.encoders.base import EncoderAdapter, pair, prompts_off, take, take_prompts, watch_input
-from terratorch_simpler.recovery import TokenMap
+from terratorch_simpler.encoders.base import EncoderSpec, hook_input, pair, prompts_off, take, take_prompts
+from terratorch_simpler.pruning.recovery import LinearRecovery
 
 
-class ClayAdapter(EncoderAdapter):
+class ClaySpec(EncoderSpec):
     """``clay_v1_base``: pairs of attention and feed-forward in ``clay_encoder.transformer.layers``, final ``norm``."""
 
     family = "Clay v1"
@@ -24,7 +24,7 @@ class ClayAdapter(EncoderAdapter):
         """Clay's embedder in TerraTorch's timm wrapper."""
         return isinstance(encoder, TimmBackboneWrapper) and isinstance(_embedder(encoder), Embedder)
 
-    def prepare(self, encoder: Any) -> None:
+    def return_all_features(self, encoder: Any) -> None:
         """Return the features after all blocks."""
         _embedder(encoder).out_indices = tuple(range(len(self.blocks(encoder))))
 
@@ -32,13 +32,13 @@ class ClayAdapter(EncoderAdapter):
         """Pairs [attention, feed-forward]; the pair itself is never called."""
         return encoder.clay_encoder.transformer.layers
 
-    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and with them the visual prompts."""
         transformer: Any = encoder.clay_encoder.transformer
         transformer.layers = nn.ModuleList(take(transformer.layers, positions))
         take_prompts(transformer, positions)
         encoder._out_channels = encoder._out_channels[:1] * len(positions)
-        self.prepare(encoder)
+        self.return_all_features(encoder)
 
     def final_norm(self, encoder: Any) -> nn.Module:
         """``norm`` of the transformer."""
@@ -66,17 +66,17 @@ class ClayAdapter(EncoderAdapter):
         """Skip VPT."""
         return prompts_off(encoder.clay_encoder.transformer)
 
-    def watch(self, encoder: Any, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
+    def register_block_hooks(self, encoder: Any, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
         """A block is no module that is called: its output is that of its feed-forward part plus the residual."""
 
         def after_feed_forward(_part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen(output + args[0])
 
         layers: Any = self.blocks(encoder)
-        return [watch_input(layers[0][0], seen), *(part.register_forward_hook(after_feed_forward) for _, part in layers)]
+        return [hook_input(layers[0][0], seen), *(part.register_forward_hook(after_feed_forward) for _, part in layers)]
 
-    def insert(self, encoder: Any, position: int, token_map: TokenMap) -> RemovableHandle:
-        """As :meth:`watch`: the feed-forward part of a block answers for it, the stack for what enters the first one."""
+    def insert_after_block(self, encoder: Any, position: int, token_map: LinearRecovery) -> RemovableHandle:
+        """As for hooks: the feed-forward part of a block answers for it, the stack for what enters the first one."""
         if position < 0:
             return encoder.clay_encoder.transformer.register_forward_pre_hook(token_map.before, with_kwargs=True)
         _, feed_forward = encoder.clay_encoder.transformer.layers[position]

@@ -8,12 +8,12 @@ from typing import Any
 from terratorch.models.backbones.dinov3.dinov3_wrapper import DinoV3Wrapper
 from torch import nn
 
-from terratorch_simpler.encoders.base import EncoderAdapter, pair, take
+from terratorch_simpler.encoders.base import EncoderSpec, pair, take
 
 NATIVE_SIZE = 224
 
 
-class DinoV3Adapter(EncoderAdapter):
+class DinoV3Spec(EncoderSpec):
     """TerraTorch's ``DinoV3Wrapper``: ``dinov3.blocks``; every feature is normed, storage tokens are dropped from it."""
 
     family = "DINOv3"
@@ -22,7 +22,7 @@ class DinoV3Adapter(EncoderAdapter):
         """The vision transformers; the ConvNeXts have stages instead of blocks."""
         return isinstance(encoder, DinoV3Wrapper) and hasattr(encoder.dinov3, "blocks")
 
-    def prepare(self, encoder: Any) -> None:
+    def return_all_features(self, encoder: Any) -> None:
         """Return the features after all blocks."""
         encoder.output_indexes = list(range(len(self.blocks(encoder))))
 
@@ -30,13 +30,13 @@ class DinoV3Adapter(EncoderAdapter):
         """The transformer blocks."""
         return encoder.dinov3.blocks
 
-    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and what the model says of its depth."""
         model: Any = encoder.dinov3
         model.blocks = nn.ModuleList(take(model.blocks, positions))
         model.n_blocks = len(positions)
         encoder.out_channels = self.out_channels(encoder)
-        self.prepare(encoder)
+        self.return_all_features(encoder)
 
     def final_norm(self, encoder: Any) -> nn.Module:
         """``norm``, which follows every feature."""

@@ -8,10 +8,10 @@ from typing import Any
 from terratorch.models.backbones.dofa_vit import DOFAEncoderWrapper
 from torch import nn
 
-from terratorch_simpler.encoders.base import EncoderAdapter, pair, take
+from terratorch_simpler.encoders.base import EncoderSpec, pair, take
 
 
-class DofaAdapter(EncoderAdapter):
+class DofaSpec(EncoderSpec):
     """TerraTorch's ``DOFAEncoderWrapper``: ``dofa_model.blocks``, a class token first, no final norm."""
 
     family = "DOFA"
@@ -26,7 +26,7 @@ class DofaAdapter(EncoderAdapter):
         wanted = super().feature_blocks(encoder, out_indices or [-1])
         return sorted({i % total if -total <= i < total else i for i in wanted})
 
-    def prepare(self, encoder: Any) -> None:
+    def return_all_features(self, encoder: Any) -> None:
         """Return the features after all blocks."""
         encoder.out_indices = list(range(len(self.blocks(encoder))))
 
@@ -34,11 +34,11 @@ class DofaAdapter(EncoderAdapter):
         """The transformer blocks."""
         return encoder.dofa_model.blocks
 
-    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks."""
         encoder.dofa_model.blocks = nn.ModuleList(take(self.blocks(encoder), positions))
         encoder.out_channels = self.out_channels(encoder)
-        self.prepare(encoder)
+        self.return_all_features(encoder)
 
     def out_channels(self, encoder: Any) -> list[int]:
         """Width."""

@@ -11,9 +11,9 @@ from terratorch.models.backbones.prithvi_mae import PrithviViT
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from terratorch_simpler.encoders.base import EncoderAdapter, HostSettings, prompts_off, take, take_prompts
+from terratorch_simpler.encoders.base import EncoderSpec, TerraTorchArguments, prompts_off, take, take_prompts
 from terratorch_simpler.errors import DepthError, RecoveryError
-from terratorch_simpler.recovery import TokenMap
+from terratorch_simpler.pruning.recovery import LinearRecovery
 
 
 def _with_vit_adapter(encoder: Any) -> bool:
@@ -21,7 +21,7 @@ def _with_vit_adapter(encoder: Any) -> bool:
     return isinstance(encoder, prithvi_vit_adapter.PrithviViTAdapter)
 
 
-class PrithviAdapter(EncoderAdapter):
+class PrithviSpec(EncoderSpec):
     """TerraTorch's ``PrithviViT``: ``blocks``, final ``norm``, a class token first, VPT prompts per block."""
 
     family = "Prithvi"
@@ -30,7 +30,7 @@ class PrithviAdapter(EncoderAdapter):
         """Any PrithviViT without ViT-Adapter."""
         return isinstance(encoder, PrithviViT) and not _with_vit_adapter(encoder)
 
-    def prepare(self, encoder: Any) -> None:
+    def return_all_features(self, encoder: Any) -> None:
         """Replace TerraTorch's closure, which keeps running the original's weights after a deep copy."""
         # A bound method is re-bound by copy and pickle; the closure is not.
         encoder.forward = encoder.forward_features
@@ -40,7 +40,7 @@ class PrithviAdapter(EncoderAdapter):
         """The transformer blocks."""
         return encoder.blocks
 
-    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and with them the visual prompts."""
         encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))
         take_prompts(encoder, positions)
@@ -55,10 +55,10 @@ class PrithviAdapter(EncoderAdapter):
         """Skip VPT."""
         return prompts_off(encoder)
 
-    def host_settings(self, encoder: Any, positions: Sequence[int]) -> HostSettings | None:
+    def terratorch_kwargs(self, encoder: Any, positions: Sequence[int]) -> TerraTorchArguments | None:
         """``depth``."""
         depth = len(self.blocks(encoder))
-        return HostSettings({"depth": depth}, depth, list(positions))
+        return TerraTorchArguments({"depth": depth}, depth, list(positions))
 
     @staticmethod
     def _renumber(encoder: Any) -> None:
@@ -82,7 +82,7 @@ class PrithviAdapter(EncoderAdapter):
         return (encoder.in_chans, *encoder.patch_embed.input_size)
 
 
-class PrithviViTAdapterAdapter(PrithviAdapter):
+class PrithviViTAdapterSpec(PrithviSpec):
     """Prithvi with ``vit_adapter: true``: four feature maps, each after one of four ranges of blocks.
 
     The ranges are laid anew over the kept blocks, with ends where an index of the intact encoder is answered.
@@ -96,7 +96,7 @@ class PrithviViTAdapterAdapter(PrithviAdapter):
         """Prithvi built with ``vit_adapter: true``."""
         return _with_vit_adapter(encoder)
 
-    def prepare(self, encoder: Any) -> None:
+    def return_all_features(self, encoder: Any) -> None:
         """Remember the ranges of the intact encoder: those of a cut one cannot be grown back."""
         encoder.intact_ends = [indexes[-1] for indexes in encoder.interaction_indexes]
 
@@ -120,20 +120,20 @@ class PrithviViTAdapterAdapter(PrithviAdapter):
         """The four maps, whatever the depth."""
         return list(encoder(*args, **kwargs))
 
-    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and the four ranges over them."""
         encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))
         encoder.interaction_indexes = _ranges(encoder.intact_ends, len(positions))
         encoder.num_block = len(positions)
         encoder.out_indices = [indexes[-1] for indexes in encoder.interaction_indexes]
 
-    def host_settings(self, encoder: Any, positions: Sequence[int]) -> HostSettings | None:
+    def terratorch_kwargs(self, encoder: Any, positions: Sequence[int]) -> TerraTorchArguments | None:
         """``depth`` and the ranges."""
         ranges = [list(indexes) for indexes in encoder.interaction_indexes]
         arguments = {"depth": len(self.blocks(encoder)), "interaction_indexes": ranges}
-        return HostSettings(arguments, len(positions), list(range(len(positions))))
+        return TerraTorchArguments(arguments, len(positions), list(range(len(positions))))
 
-    def insert(self, encoder: Any, position: int, token_map: TokenMap) -> RemovableHandle:  # noqa: ARG002
+    def insert_after_block(self, encoder: Any, position: int, token_map: LinearRecovery) -> RemovableHandle:  # noqa: ARG002
         """Refused: between its ranges of blocks, ViT-Adapter changes the tokens by what it has learned so far.
 
         Raises:

@@ -10,11 +10,11 @@ from terratorch.models.backbones.terramind.model.terramind_tim import TerraMindT
 from terratorch.models.backbones.terramind.model.terramind_vit import TerraMindViT
 from torch import Tensor, nn
 
-from terratorch_simpler.encoders.base import EncoderAdapter, Layout, PatchGrid, image_size, pair, take
+from terratorch_simpler.encoders.base import EncoderSpec, Layout, PatchGrid, image_size, pair, take
 from terratorch_simpler.errors import TilesError
 
 
-class TerraMindAdapter(EncoderAdapter):
+class TerraMindSpec(EncoderSpec):
     """``TerraMindViT`` and ``TerraMindTiM``: blocks in ``encoder``, ``encoder_norm`` before modalities are merged.
 
     The sampler of TiM, a model of its own that generates the further modalities, is left alone.
@@ -26,14 +26,14 @@ class TerraMindAdapter(EncoderAdapter):
         """With and without TiM."""
         return isinstance(encoder, TerraMindViT | TerraMindTiM)
 
-    def prepare(self, encoder: Any) -> None:
+    def return_all_features(self, encoder: Any) -> None:
         """Nothing: it returns the features after all its blocks."""
 
     def blocks(self, encoder: Any) -> nn.ModuleList:
         """The transformer blocks."""
         return encoder.encoder
 
-    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks."""
         encoder.encoder = nn.ModuleList(take(encoder.encoder, positions))
         encoder.out_channels = encoder.out_channels[:1] * len(positions)

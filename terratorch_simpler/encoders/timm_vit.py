@@ -14,10 +14,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from terratorch_simpler.encoders.base import EncoderAdapter, HostSettings, pair, take
+from terratorch_simpler.encoders.base import EncoderSpec, TerraTorchArguments, pair, take
 
 
-class _VisionTransformerAdapter(EncoderAdapter):
+class _VisionTransformerSpec(EncoderSpec):
     """What all have in common: a timm model with ``blocks`` and tokens before the patches; features are images."""
 
     @abstractmethod
@@ -28,7 +28,7 @@ class _VisionTransformerAdapter(EncoderAdapter):
         """The transformer blocks."""
         return self.model(encoder).blocks
 
-    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and what the model says of its depth."""
         model = self.model(encoder)
         blocks = take(model.blocks, positions)
@@ -56,7 +56,7 @@ class _VisionTransformerAdapter(EncoderAdapter):
         return None if channels is None or size is None else (channels, *pair(size))
 
 
-class TimmViTAdapter(_VisionTransformerAdapter):
+class TimmViTSpec(_VisionTransformerSpec):
     """``timm_vit_*``, ``deit``, ``beit``, ``eva`` and DINOv3 of timm, with any of timm's weights (``.mae``, ``.dino``)."""
 
     family = "timm ViT"
@@ -84,20 +84,20 @@ class TimmViTAdapter(_VisionTransformerAdapter):
             wanted = out_indices
         return sorted({i % total if -total <= i < total else i for i in wanted})
 
-    def prepare(self, encoder: Any) -> None:
+    def return_all_features(self, encoder: Any) -> None:
         """Return the features after all blocks."""
         encoder.prepare_features_for_image_model = _unchanged  # TerraTorch's lambda cannot be pickled
         self._renumber(encoder)
 
-    def host_settings(self, encoder: Any, positions: Sequence[int]) -> HostSettings | None:
+    def terratorch_kwargs(self, encoder: Any, positions: Sequence[int]) -> TerraTorchArguments | None:
         """``depth``, and ``out_indices`` without repetitions."""
         returned = sorted(set(positions))
         arguments = {"depth": len(self.blocks(encoder)), "out_indices": returned}
-        return HostSettings(arguments, len(returned), [returned.index(position) for position in positions])
+        return TerraTorchArguments(arguments, len(returned), [returned.index(position) for position in positions])
 
-    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and the getter that stands beside the module tree."""
-        super().rearrange(encoder, positions)
+        super().select_blocks(encoder, positions)
         self._renumber(encoder)
 
     def _renumber(self, encoder: Any) -> None:
@@ -115,7 +115,7 @@ def _unchanged(features: list[Tensor]) -> list[Tensor]:
     return features
 
 
-class TorchGeoViTAdapter(_VisionTransformerAdapter):
+class TorchGeoViTSpec(_VisionTransformerSpec):
     """``ssl4eos12_vit_*`` and ``ssl4eol_vit_*``: torchgeo's ViTs with DINO, MoCo, MAE and other weights."""
 
     family = "torchgeo ViT"
@@ -132,15 +132,15 @@ class TorchGeoViTAdapter(_VisionTransformerAdapter):
         """All: TerraTorch accepts ``out_indices`` and ignores them."""
         return range(len(self.blocks(encoder)))
 
-    def prepare(self, encoder: Any) -> None:
+    def return_all_features(self, encoder: Any) -> None:
         """Nothing: it returns the features after all its blocks."""
 
-    def host_settings(self, encoder: Any, positions: Sequence[int]) -> HostSettings | None:
+    def terratorch_kwargs(self, encoder: Any, positions: Sequence[int]) -> TerraTorchArguments | None:
         """``depth``."""
         depth = len(self.blocks(encoder))
-        return HostSettings({"depth": depth}, depth, list(positions))
+        return TerraTorchArguments({"depth": depth}, depth, list(positions))
 
-    def rearrange(self, encoder: Any, positions: Sequence[int]) -> None:
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and what TerraTorch's wrapper says of them."""
-        super().rearrange(encoder, positions)
+        super().select_blocks(encoder, positions)
         encoder.out_channels = self.out_channels(encoder)

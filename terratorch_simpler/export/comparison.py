@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from terratorch_simpler.errors import ComparisonError
-from terratorch_simpler.measure import random_state_kept
-from terratorch_simpler.similarity import full_float32
+from terratorch_simpler.extraction import random_state_kept
+from terratorch_simpler.functional.hsic import full_float32
 
 SEED = 0
 SCALES = (1.0, 3.0, 10.0, 100.0, 1000.0)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from terratorch_simpler.errors import ExportError, SimplerWarning
 from terratorch_simpler.export.comparison import answer, difference, find_comparison, flipped
 from terratorch_simpler.export.trained import Trained
-from terratorch_simpler.files import whole_file
-from terratorch_simpler.similarity import full_float32
+from terratorch_simpler.files import atomic_write
+from terratorch_simpler.functional.hsic import full_float32
 
 GRAPH_FORMATS = {"onnx": "model.onnx", "pt2": "model.pt2"}
 ALLOWED = 1e-4
@@ -69,7 +69,7 @@ def export_graph(trained: Trained, format_: str, folder: str | Path, size: int |
     try:
         # Other images than those to compare on, which a graph may hold as constants.
         program, at_once = _trace(model, _ordered(flipped(comparison.images)))
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             run = _write_onnx(program, names, part) if format_ == "onnx" else _write_pt2(program, part)
             batches = zip(*(image.split(at_once) for image in images), strict=True)
             gap = difference([torch.cat([run(batch) for batch in batches])], comparison.expected)

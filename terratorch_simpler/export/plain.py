@@ -16,11 +16,11 @@ import yaml
 from terratorch.models.necks import NeckSequential
 from torch import Tensor, nn
 
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.errors import ExportError
 from terratorch_simpler.export.comparison import difference
 from terratorch_simpler.export.trained import PREFIX, Trained, unwrap
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
+from terratorch_simpler.models.backbone import SimplerBackbone
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FILE = "model.ckpt"
@@ -44,13 +44,13 @@ def check_expressible(backbone: SimplerBackbone) -> None:
             "width of attention heads: use --formats onnx or pt2, or keep terratorch_simpler installed where the model runs."
         )
         raise ExportError(msg)
-    if backbone.shape.repaired:
+    if backbone.pruned_state.repaired:
         msg = (
             f"Found '{backbone.name}' with a linear map in the place of dropped blocks, expected none, since TerraTorch has "
             "no such layer: use --formats onnx or pt2, or keep terratorch_simpler installed where the model runs."
         )
         raise ExportError(msg)
-    if backbone.num_blocks < backbone.full_num_blocks and backbone.host_settings() is None:
+    if backbone.num_blocks < backbone.full_num_blocks and backbone.terratorch_kwargs() is None:
         msg = (
             f"Found '{backbone.name}' cut to {backbone.num_blocks} of {backbone.full_num_blocks} blocks, expected an "
             f"encoder whose depth TerraTorch can set: {backbone.family} has no such setting, so keep terratorch_simpler "
@@ -89,7 +89,7 @@ def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path
     checkpoint = {**trained.checkpoint, "hyper_parameters": {**how, **hparams}, "state_dict": state}
     plain = _plain_config(config, trained.class_path, hparams)
     folder = Path(folder)
-    with whole_file(folder / CONFIG_FILE) as new_config, whole_file(folder / CHECKPOINT_FILE) as new_checkpoint:
+    with atomic_write(folder / CONFIG_FILE) as new_config, atomic_write(folder / CHECKPOINT_FILE) as new_checkpoint:
         new_config.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
         torch.save(checkpoint, new_checkpoint)
         found, untrained = _answers_without_us(new_config, new_checkpoint, comparison.images)
@@ -116,7 +116,7 @@ def _plain_model_args(model_args: Mapping[str, Any], backbone: SimplerBackbone) 
     arguments, prefix = _backbone_arguments(model_args)
     features = list(range(len(backbone.feature_positions)))
     places, unchanged = features, True  # an intact encoder of a family without such settings is built as it was
-    if (host := backbone.host_settings()) is not None:
+    if (host := backbone.terratorch_kwargs()) is not None:
         arguments.pop("out_indices", None)
         arguments.update(host.arguments)
         places, unchanged = host.places, host.places == features and host.features == len(features)

@@ -19,12 +19,12 @@ from terratorch.models.utils import TemporalWrapper
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.checkpoint import load_weights, read_checkpoint
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
 from terratorch_simpler.export.comparison import SEED, Comparison, answer, difference, find_comparison
 from terratorch_simpler.export.contents import arguments_of, check_callbacks, check_contents, check_names
-from terratorch_simpler.measure import random_state_kept
+from terratorch_simpler.extraction import random_state_kept
+from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.models.checkpoint import load_weights, read_checkpoint
 
 PREFIX = "simpler_"
 COARSE = 4

@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.report import facts
+from terratorch_simpler.report import summary
 from terratorch_simpler.report.svg import lowest_shown
 
 CHOSEN = "#d1495b"
@@ -31,7 +31,7 @@ def plan_figure(plan: SlimmingPlan) -> Figure:
     Args:
         plan: A plan with similarity.
     """
-    others = [rule for rule in facts.rules(plan) if not rule.chosen]
+    others = [rule for rule in summary.rules(plan) if not rule.chosen]
     judged = bool(plan.scores or plan.votes)
     widths = [1.0, *([1.35] if judged else []), *([1.35] if others else [])]
     figure = Figure(figsize=(1.3 + 4.2 * sum(widths), 4.6), layout="constrained", dpi=120)
@@ -42,9 +42,9 @@ def plan_figure(plan: SlimmingPlan) -> Figure:
         _draw_scores(panels[1], plan)
     if others:
         _draw_others(panels[-1], plan, others)
-    name = facts.printable(plan.backbone)
+    name = summary.printable(plan.backbone)
     # The text of a plan is no formula.
-    title = f"{name}: {facts.kept_words(plan)}, {plan.tiles_seen:,} tiles"
+    title = f"{name}: {summary.kept_words(plan)}, {plan.tiles_seen:,} tiles"
     figure.suptitle(title, fontsize=12, parse_math=False)
     return figure
 
@@ -62,7 +62,7 @@ def _draw_similarity(axes: Axes, plan: SlimmingPlan) -> None:
                 line(block - 0.5, color="white", lw=2.5, alpha=0.8)
                 line(block - 0.5, color=CHOSEN, lw=1.5, ls="--")
     at = 1.02  # share of the axes: bars beside the map show what is kept
-    for first, last in facts.runs(plan.kept_blocks):
+    for first, last in summary.runs(plan.kept_blocks):
         ends, style = (first - 0.4, last + 0.4), {"color": CHOSEN, "lw": 4, "clip_on": False, "solid_capstyle": "butt"}
         axes.plot(ends, (at, at), transform=axes.get_xaxis_transform(), **style)
         axes.plot((1 - at, 1 - at), ends, transform=axes.get_yaxis_transform(), **style)
@@ -75,7 +75,7 @@ def _draw_similarity(axes: Axes, plan: SlimmingPlan) -> None:
 
 def _draw_scores(axes: Axes, plan: SlimmingPlan) -> None:
     kept, scores = len(plan.kept_blocks), plan.scores or {}
-    _set_depth_axis(axes, plan, f"Score of every depth (criterion {facts.printable(plan.criterion['name'], 40)})", "score")
+    _set_depth_axis(axes, plan, f"Score of every depth (criterion {summary.printable(plan.criterion['name'], 40)})", "score")
     axes.plot(list(scores), list(scores.values()), "-o", color=CURVE, ms=4, zorder=3, label="score")
     axes.axvline(kept, color=CHOSEN, lw=1, ls="--", zorder=2)
     if kept in scores:
@@ -95,7 +95,7 @@ def _draw_scores(axes: Axes, plan: SlimmingPlan) -> None:
     axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, frameon=False)
 
 
-def _draw_others(axes: Axes, plan: SlimmingPlan, others: Sequence[facts.Rule]) -> None:
+def _draw_others(axes: Axes, plan: SlimmingPlan, others: Sequence[summary.Rule]) -> None:
     """Curves of the criteria that score depths, each on a scale of its own; under them, the blocks that each would keep."""
     _set_depth_axis(axes, plan, "What other criteria would keep", "")
     axes.set_xlabel("blocks kept (curves: scores, each from least to best)")
@@ -108,9 +108,9 @@ def _draw_others(axes: Axes, plan: SlimmingPlan, others: Sequence[facts.Rule]) -
         if len(rule.kept) in scores:
             axes.plot(len(rule.kept), scores[len(rule.kept)], ms=10, fillstyle="none", mew=1.8, **style)
         y = -room * (number + 1)
-        for first, last in facts.runs(rule.kept):  # depth n stands over block n - 1
+        for first, last in summary.runs(rule.kept):  # depth n stands over block n - 1
             axes.fill_between((first + 0.5, last + 1.5), y - 0.3 * room, y + 0.3 * room, color=style["color"], lw=0)
-    names = [f"{facts.printable(rule.name, 24)}: {len(rule.kept)}" for rule in others]
+    names = [f"{summary.printable(rule.name, 24)}: {len(rule.kept)}" for rule in others]
     axes.set_yticks([-room * (number + 1) for number in range(len(others))], names, fontsize=9)
     for label, number in zip(axes.get_yticklabels(), range(len(others)), strict=True):
         label.set(color=OTHERS[number % len(OTHERS)], parse_math=False)
@@ -135,6 +135,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
         figure: The figure.
         path: File to write; missing folders are made.
     """
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png")
     return Path(path)

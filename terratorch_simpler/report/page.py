@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.report import facts
-from terratorch_simpler.report.facts import Depth, Rule
-from terratorch_simpler.report.measured import blocks_section, measured_section
+from terratorch_simpler.report import summary
+from terratorch_simpler.report.summary import Depth, Rule
 from terratorch_simpler.report.svg import (
     Chart,
     Point,
@@ -30,6 +29,7 @@ from terratorch_simpler.report.svg import (
     viridis,
     whole_ticks,
 )
+from terratorch_simpler.report.tradeoffs import blocks_section, measured_section
 
 MOST_CELLS = 100
 """Blocks of which every pair gets a cell that tells its value; more would be megabytes."""
@@ -97,7 +97,7 @@ def report_page(
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="referrer", content="no-referrer"),
         element("link", rel="icon", href="data:,"),
-        element("title", f"{facts.printable(plan.backbone)}: {facts.kept_words(plan)}"),
+        element("title", f"{summary.printable(plan.backbone)}: {summary.kept_words(plan)}"),
         _raw("style", style),
     )
     main = element("main", *_sections(plan, rows, blocks))
@@ -115,7 +115,7 @@ def save_page(page: str, path: str | os.PathLike[str]) -> Path:
         page: What :func:`report_page` returned.
         path: File to write; missing folders are made.
     """
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(page, encoding="utf-8")
     return Path(path)
 
@@ -138,7 +138,7 @@ def _sections(
     if plan.similarity is not None:
         yield _similarity(plan)
     yield _rules(plan)
-    if found := facts.depths(plan):
+    if found := summary.depths(plan):
         yield _costs(plan, found)
     if rows:
         yield measured_section(plan, rows)
@@ -160,23 +160,23 @@ def _section(title: str, how: str | None, *children: Element | str | None) -> El
 
 def _headline(plan: SlimmingPlan) -> Element:
     total, kept = plan.full_num_blocks, len(plan.kept_blocks)
-    boxes = [_fact("blocks", f"{kept} of {total}", f"{facts.share(kept, total)} of the depth")]
+    boxes = [_fact("blocks", f"{kept} of {total}", f"{summary.share(kept, total)} of the depth")]
     for name, pair in (("parameters", plan.parameters), ("MACs per tile", plan.macs)):
         if pair is not None:
-            numbers = f"{facts.short(pair['after'])} of {facts.short(pair['before'])}"
-            boxes.append(_fact(name, facts.share(pair["after"], pair["before"]), numbers))
+            numbers = f"{summary.short(pair['after'])} of {summary.short(pair['before'])}"
+            boxes.append(_fact(name, summary.share(pair["after"], pair["before"]), numbers))
     if plan.width != 1.0:
         boxes.append(_fact("width", f"{plan.width:.0%}", "of attention and MLP in each block"))
     if plan.recovery != "none":
         boxes.append(_fact("recovery", plan.recovery, "in place of the dropped blocks"))
-    chosen = next((depth for depth in facts.depths(plan) if depth.chosen), None)
-    if chosen is not None and chosen.similarity is not None and facts.is_prefix(plan.kept_blocks):
+    chosen = next((depth for depth in summary.depths(plan) if depth.chosen), None)
+    if chosen is not None and chosen.similarity is not None and summary.is_prefix(plan.kept_blocks):
         boxes.append(_fact("similarity kept", f"{chosen.similarity:.3f}", "CKA of the last kept with the last block"))
     if plan.votes is not None:
         boxes.append(_fact("votes", f"{plan.votes.get(kept, 0.0):.0%}", "of resamples choose this depth"))
     return element(
         "header",
-        element("h1", f"{facts.printable(plan.backbone)}: {facts.kept_words(plan)}"),
+        element("h1", f"{summary.printable(plan.backbone)}: {summary.kept_words(plan)}"),
         element("p", _meaning(plan), class_="lede"),
         element("dl", *boxes, class_="facts"),
         element("p", "Blocks are numbered from 0, as in backbone_keep: a depth of 5 keeps blocks 0 to 4.", class_="how"),
@@ -192,11 +192,11 @@ def _meaning(plan: SlimmingPlan) -> str:
     if kept == total and plan.width == 1.0:
         return f"All {total} transformer blocks of the encoder are kept: nothing gets cheaper."
     gone = sorted(set(range(total)) - set(plan.kept_blocks))
-    dropped = f"{_count(len(gone), 'block')} ({facts.block_ranges(gone)})" if gone else "No block"
+    dropped = f"{_count(len(gone), 'block')} ({summary.block_ranges(gone)})" if gone else "No block"
     are = "are" if len(gone) > 1 else "is"
     first = f"{dropped} of the encoder's {total} transformer blocks {are} deleted before fine-tuning."
     shares = [
-        f"{facts.share(pair['after'], pair['before'])} of {what}"
+        f"{summary.share(pair['after'], pair['before'])} of {what}"
         for what, pair in (("its parameters", plan.parameters), ("the multiply-accumulate operations (MACs)", plan.macs))
         if pair is not None
     ]
@@ -236,7 +236,7 @@ def _heat_map(plan: SlimmingPlan, similarity: Sequence[Sequence[float]]) -> Elem
                 fill=viridis((value - low) / (1 - low)), class_="cell",
             )  # fmt: skip
             svg.append(told(mark, f"blocks {i} and {j}: {value:.3f}"))
-    for first, last in facts.runs(plan.kept_blocks):
+    for first, last in summary.runs(plan.kept_blocks):
         start, length = first * cell + 1, (last - first + 1) * cell - 2
         svg.append(element("rect", x=left + start, y=top - 8, width=length, height=5.0, class_="kept picked"))
         svg.append(element("rect", x=left - 8, y=top + start, width=5.0, height=length, class_="kept picked"))
@@ -268,7 +268,7 @@ def _heat_map(plan: SlimmingPlan, similarity: Sequence[Sequence[float]]) -> Elem
 
 
 def _rules(plan: SlimmingPlan) -> Element:
-    found = facts.rules(plan)
+    found = summary.rules(plan)
     cards = [_card(plan, rule) for rule in found]
     how = "The strip shows which blocks a rule keeps."
     if any(rule.scores for rule in found):
@@ -292,7 +292,7 @@ def _agreement(plan: SlimmingPlan, found: list[Rule]) -> str:
     alike = [rule.name for rule in others if rule.kept == tuple(plan.kept_blocks)]
     sizes = sorted({len(rule.kept) for rule in found})
     spread = f"from {sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]} in all of them"
-    names = f" ({', '.join(map(facts.printable, alike))})" if alike else ""
+    names = f" ({', '.join(map(summary.printable, alike))})" if alike else ""
     return (
         f"Of {_count(len(others), 'other rule')}, asked on the same tiles, {len(alike) or 'none'}{names} would keep exactly "
         f"the same blocks. The number of kept blocks: {spread}. Rules with a budget were given that of the chosen depth."
@@ -303,9 +303,9 @@ def _firmness(plan: SlimmingPlan) -> str:
     """How much the choice depends on which tiles were seen."""
     kept = len(plan.kept_blocks)
     if plan.votes is None:
-        few = plan.tiles_seen < facts.FEWEST_FOR_VOTES
+        few = plan.tiles_seen < summary.FEWEST_FOR_VOTES
         why = (
-            f"too few tiles were seen to draw them again (there have to be {facts.FEWEST_FOR_VOTES})"
+            f"too few tiles were seen to draw them again (there have to be {summary.FEWEST_FOR_VOTES})"
             if few
             else "none were drawn"
         )
@@ -322,7 +322,7 @@ def _firmness(plan: SlimmingPlan) -> str:
 def _card(plan: SlimmingPlan, rule: Rule) -> Element:
     words, papers = SOURCES.get(rule.name, ("A rule that is not part of the package.", []))
     votes = plan.votes if rule.chosen else None
-    keeps = f"Keeps {_count(len(rule.kept), 'block')}: {facts.block_ranges(rule.kept)}."
+    keeps = f"Keeps {_count(len(rule.kept), 'block')}: {summary.block_ranges(rule.kept)}."
     links = [piece for paper in papers for piece in (" ", _link(paper, f"arXiv {paper}"))]
     return element(
         "figure",
@@ -362,10 +362,10 @@ def _curve(blocks: int, rule: Rule, votes: Mapping[int, float]) -> Element:
         svg.append(element("text", str(kept), x=chart.x(kept), y=y - 11 if y > 34 else y + 21, class_="middle label"))
     left, top, cell = chart.x(0.5), chart.floor + 7, chart.x(1.5) - chart.x(0.5)
     svg.append(element("rect", x=left, y=top, width=cell * blocks, height=11.0, class_="dropped"))
-    for first, last in facts.runs(rule.kept):
+    for first, last in summary.runs(rule.kept):
         strip = element("rect", x=left + first * cell, y=top, width=(last - first + 1) * cell, height=11.0)
         strip.set("class", "kept picked" if rule.chosen else "kept")
-        svg.append(told(strip, f"kept: blocks {facts.block_ranges(range(first, last + 1))}"))
+        svg.append(told(strip, f"kept: blocks {summary.block_ranges(range(first, last + 1))}"))
     for number in whole_ticks(1, blocks) if judged else whole_ticks(0, blocks - 1):
         svg.append(element("text", str(number), x=chart.x(number if judged else number + 1), y=top + 25, class_="middle"))
     return svg
@@ -385,8 +385,8 @@ def _costs(plan: SlimmingPlan, found: list[Depth]) -> Element:
         "macs": (plan.macs or {}).get("before") or found[-1].macs,
     }
     columns = {
-        "score": ("score", lambda depth: facts.score(depth.score)),
-        "votes": ("votes", lambda depth: facts.MISSING if depth.votes is None else f"{depth.votes:.1%}"),
+        "score": ("score", lambda depth: summary.score(depth.score)),
+        "votes": ("votes", lambda depth: summary.MISSING if depth.votes is None else f"{depth.votes:.1%}"),
         "parameters": ("parameters", lambda depth: _amount(depth.parameters, whole["parameters"])),
         "macs": ("MACs per tile", lambda depth: _amount(depth.macs, whole["macs"])),
         "similarity": ("similarity to the last block", lambda depth: _fixed(depth.similarity)),
@@ -408,7 +408,7 @@ def _costs(plan: SlimmingPlan, found: list[Depth]) -> Element:
     )
     if "recovery_r2" in shown:
         how += " R² says how much of the last block's output a linear map of the kept one restores without training."
-    if not facts.is_prefix(plan.kept_blocks) or plan.width != 1.0:
+    if not summary.is_prefix(plan.kept_blocks) or plan.width != 1.0:
         how += (
             " Rows are of first blocks at full width: the marked one is not what the plan itself costs, which stands above."
         )
@@ -417,7 +417,7 @@ def _costs(plan: SlimmingPlan, found: list[Depth]) -> Element:
 
 def _amount(part: int | None, whole: int | None) -> Element | str:
     if part is None:
-        return facts.MISSING
+        return summary.MISSING
     length = min(part / whole, 1.0) * 100 if whole else 0.0
     bar = element(
         "svg",
@@ -425,11 +425,11 @@ def _amount(part: int | None, whole: int | None) -> Element | str:
         element("rect", width=length, height=8, class_="part"),
         viewBox="0 0 100 8", preserveAspectRatio="none", class_="share", aria_hidden="true",
     )  # fmt: skip
-    return element("span", bar, f"{part:,} ({facts.share(part, whole)})")
+    return element("span", bar, f"{part:,} ({summary.share(part, whole)})")
 
 
 def _fixed(value: float | None) -> str:
-    return facts.MISSING if value is None else f"{value:.3f}"
+    return summary.MISSING if value is None else f"{value:.3f}"
 
 
 # --- what it rests on
@@ -460,7 +460,7 @@ def _shape(value: object) -> str:
 
 def _list(lines: Mapping[str, str]) -> Element:
     pieces = [
-        element(tag, facts.printable(text)) for pair in lines.items() for tag, text in zip(("dt", "dd"), pair, strict=True)
+        element(tag, summary.printable(text)) for pair in lines.items() for tag, text in zip(("dt", "dd"), pair, strict=True)
     ]
     return element("dl", *pieces, class_="list")
 
@@ -484,16 +484,16 @@ def _caveats(plan: SlimmingPlan) -> Element:
     counts = [n for n in skipped.values() if isinstance(n, int) and n > 0] if isinstance(skipped, dict) else []
     if plan.tiles_seen and sum(counts) > MANY_SKIPPED * plan.tiles_seen:
         notes.append(f"{sum(counts):,} tiles or files could not be used: what was seen may not be typical of the rest.")
-    if not facts.is_prefix(plan.kept_blocks):
+    if not summary.is_prefix(plan.kept_blocks):
         notes.append("Blocks are dropped from inside of the encoder; the published results above are of cuts at its end.")
     return _section("What to keep in mind", None, element("ul", *(element("li", note) for note in notes)))
 
 
 def _again(plan: SlimmingPlan) -> Element:
     kept = list(plan.kept_blocks)
-    keep = len(kept) if facts.is_prefix(kept) else kept
+    keep = len(kept) if summary.is_prefix(kept) else kept
     width = "" if plan.width == 1.0 else f"\nbackbone_width: {plan.width:g}"
-    name = facts.printable(plan.backbone)
+    name = summary.printable(plan.backbone)
     by_plan = f"backbone: simpler_{name}\nbackbone_plan: plan.json"
     by_hand = f"backbone: simpler_{name}\nbackbone_keep: {keep}{width}"
     how = "In a TerraTorch config, either of these builds the same slimmed encoder again, with nothing streamed:"
@@ -503,7 +503,7 @@ def _again(plan: SlimmingPlan) -> Element:
         )
     known = "trainer:\n  callbacks:\n    - class_path: terratorch_simpler.SimplerCallback"
     lines = {"criterion": str(plan.criterion["name"]), "its settings": json.dumps(plan.criterion["args"])}
-    lines |= {"data": str((plan.data or {}).get("fingerprint", facts.MISSING))}
+    lines |= {"data": str((plan.data or {}).get("fingerprint", summary.MISSING))}
     lines |= {package: _shape(version) for package, version in (plan.versions or {}).items()}
     return _section(
         "How to reproduce it",
@@ -532,10 +532,10 @@ def _code(text: str) -> Element:
 
 
 def _sources(plan: SlimmingPlan) -> Element:
-    shown = {paper for rule in facts.rules(plan) for paper in SOURCES.get(rule.name, ("", []))[1]}
+    shown = {paper for rule in summary.rules(plan) for paper in SOURCES.get(rule.name, ("", []))[1]}
     shown |= {"2603.19873"} | ({"2010.15327"} if plan.similarity is not None else set())
     shown |= {"2601.22841"} if plan.width != 1.0 else set()
-    if any(depth.recovery_r2 is not None for depth in facts.depths(plan)):
+    if any(depth.recovery_r2 is not None for depth in summary.depths(plan)):
         shown.add("2609.36842")
     items = [
         element("li", _link(paper, f"arXiv {paper}"), f": {words}") for paper, words in PAPERS.items() if paper in shown

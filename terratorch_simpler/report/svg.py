@@ -9,7 +9,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from terratorch_simpler.report.facts import printable
+from terratorch_simpler.report.summary import printable
 
 VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
 """Matplotlib's colour map at equal steps: perceptually uniform, and told apart by the colour-blind."""

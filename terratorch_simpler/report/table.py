@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.report import facts
+from terratorch_simpler.report import summary
 from terratorch_simpler.report.svg import lowest_shown, viridis
 
 CELL = 3
@@ -34,7 +34,7 @@ def plan_table(plan: SlimmingPlan) -> Group:
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    return Group(Text(_heading(plan), style="bold"), table, Text(facts.printable("; ".join(facts.reasons(plan)))))
+    return Group(Text(_heading(plan), style="bold"), table, Text(summary.printable("; ".join(summary.reasons(plan)))))
 
 
 def full_table(plan: SlimmingPlan) -> Group:
@@ -43,7 +43,7 @@ def full_table(plan: SlimmingPlan) -> Group:
     Args:
         plan: A plan.
     """
-    parts = [plan_table(plan), Text(), *([_depth_table(plan)] if facts.depths(plan) else [])]
+    parts = [plan_table(plan), Text(), *([_depth_table(plan)] if summary.depths(plan) else [])]
     if plan.overview is not None:
         parts.append(_rule_table(plan))
     return Group(*parts, *([_HeatMap(plan.similarity)] if plan.similarity is not None else []))
@@ -53,19 +53,19 @@ def plan_markdown(plan: SlimmingPlan) -> str:
     """The table of :func:`plan_table` in Markdown; text of the plan is escaped."""
     head, *rows = plan_rows(plan)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---", "---:", "---:", "---:"], *rows))
-    heading, why = (_no_markup(text) for text in (_heading(plan), "; ".join(facts.reasons(plan))))
+    heading, why = (_no_markup(text) for text in (_heading(plan), "; ".join(summary.reasons(plan))))
     return f"**{heading}**\n\n{table}\n\n{why}\n"
 
 
 def _no_markup(text: str) -> str:
     """Text that neither Markdown nor HTML takes for anything else."""
     return "".join(
-        f"&#{ord(letter)};" if letter in "\\`*_{}[]()#|!" else html.escape(letter) for letter in facts.printable(text)
+        f"&#{ord(letter)};" if letter in "\\`*_{}[]()#|!" else html.escape(letter) for letter in summary.printable(text)
     )
 
 
 def _heading(plan: SlimmingPlan) -> str:
-    return f"{facts.printable(plan.backbone)}: {facts.kept_words(plan)}"
+    return f"{summary.printable(plan.backbone)}: {summary.kept_words(plan)}"
 
 
 def plan_rows(plan: SlimmingPlan) -> list[list[str]]:
@@ -75,7 +75,7 @@ def plan_rows(plan: SlimmingPlan) -> list[list[str]]:
     for name, pair in (("blocks", blocks), ("parameters", plan.parameters), ("MACs per tile", plan.macs)):
         if pair is not None:
             before, after = pair["before"], pair["after"]
-            rows.append([name, f"{before:,}", f"{after:,}", facts.share(after, before)])
+            rows.append([name, f"{before:,}", f"{after:,}", summary.share(after, before)])
     if plan.width != 1:
         rows.insert(2, ["width", "1", f"{plan.width:g}", f"{plan.width:.1%}"])
     return rows
@@ -83,15 +83,18 @@ def plan_rows(plan: SlimmingPlan) -> list[list[str]]:
 
 def _depth_table(plan: SlimmingPlan) -> Table:
     """A row for every depth; columns of which nothing is known are left out."""
-    found = facts.depths(plan)
+    found = summary.depths(plan)
     whole = (plan.parameters or {}).get("before") or found[-1].parameters
     columns = {
-        "score": ("score", lambda depth: facts.score(depth.score)),
-        "votes": ("votes", lambda depth: facts.MISSING if depth.votes is None else f"{depth.votes:.1%}"),
-        "parameters": ("parameters", lambda depth: f"{facts.short(depth.parameters)} {_bar(depth.parameters, whole)}"),
-        "macs": ("MACs", lambda depth: facts.short(depth.macs)),
-        "similarity": ("similarity", lambda depth: facts.MISSING if depth.similarity is None else f"{depth.similarity:.3f}"),
-        "recovery_r2": ("R²", lambda depth: facts.MISSING if depth.recovery_r2 is None else f"{depth.recovery_r2:.3f}"),
+        "score": ("score", lambda depth: summary.score(depth.score)),
+        "votes": ("votes", lambda depth: summary.MISSING if depth.votes is None else f"{depth.votes:.1%}"),
+        "parameters": ("parameters", lambda depth: f"{summary.short(depth.parameters)} {_bar(depth.parameters, whole)}"),
+        "macs": ("MACs", lambda depth: summary.short(depth.macs)),
+        "similarity": (
+            "similarity",
+            lambda depth: summary.MISSING if depth.similarity is None else f"{depth.similarity:.3f}",
+        ),
+        "recovery_r2": ("R²", lambda depth: summary.MISSING if depth.recovery_r2 is None else f"{depth.recovery_r2:.3f}"),
     }
     shown = {key: column for key, column in columns.items() if any(getattr(depth, key) is not None for depth in found)}
     table = Table(
@@ -106,6 +109,10 @@ def _depth_table(plan: SlimmingPlan) -> Table:
         style = "bold" if depth.chosen else None
         table.add_row(str(depth.depth), *cells, "chosen" if depth.chosen else "", style=style)
     return table
+
+
+def _three_digits(value: float | None) -> str:
+    return summary.MISSING if value is None else f"{value:.3f}"
 
 
 def _bar(part: int | None, whole: int | None) -> str:
@@ -125,9 +132,9 @@ def _rule_table(plan: SlimmingPlan) -> Table:
     table.add_column("criterion")
     table.add_column("blocks", justify="right")
     table.add_column("which", overflow="fold")
-    for rule in facts.rules(plan):
-        which = facts.block_ranges(rule.kept)
-        table.add_row(Text(facts.printable(rule.name)), str(len(rule.kept)), which, style="bold" if rule.chosen else None)
+    for rule in summary.rules(plan):
+        which = summary.block_ranges(rule.kept)
+        table.add_row(Text(summary.printable(rule.name)), str(len(rule.kept)), which, style="bold" if rule.chosen else None)
     return table
 
 

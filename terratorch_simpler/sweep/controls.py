@@ -7,7 +7,7 @@ from typing import Any
 
 from terratorch.registry import BACKBONE_REGISTRY
 
-from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.models.backbone import SimplerBackbone
 
 CONTROLS = {
     "Prithvi": ("prithvi_eo_v2_tiny_tl", "prithvi_eo_v2_100_tl"),

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from terratorch_simpler.backbone import SimplerBackbone
 from terratorch_simpler.encoders import InputShape
-from terratorch_simpler.measure import count_macs
+from terratorch_simpler.extraction import count_macs
+from terratorch_simpler.models.backbone import SimplerBackbone
 
 WARM_UPS = 3
 """Passes before any is timed: kernels are chosen and memory is set aside in the first ones."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from terratorch_simpler.recovery import SpanSums
+from terratorch_simpler.functional.least_squares import NormalEquations
 from terratorch_simpler.sweep.rows import Row
 
 BLOCK_COLUMNS = ("block", "explained_variance", "effective_dimension", "feature_correlation")
@@ -47,7 +47,7 @@ def _trace(covariance: Tensor) -> Tensor:
     return covariance.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
 
 
-def diagnose_blocks(patches: SpanSums, num_blocks: int) -> list[Row]:
+def diagnose_blocks(patches: NormalEquations, num_blocks: int) -> list[Row]:
     """Look at the raw output of every block, over the patch tokens that the selection has drawn.
 
     Args:

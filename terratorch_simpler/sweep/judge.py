@@ -8,9 +8,9 @@ from itertools import groupby
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.measure import LabelledRows, Readout
-from terratorch_simpler.selection import labelled_rows
+from terratorch_simpler.extraction import LabelledRows, Readout
+from terratorch_simpler.lightning.selection import labelled_rows
+from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.sweep.probe import Accuracy, Rows, probe
 from terratorch_simpler.sweep.variants import Variant, exchanged, slimmed
 

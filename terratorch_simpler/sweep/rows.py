@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from terratorch_simpler.files import whole_file
+from terratorch_simpler.files import atomic_write
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.sweep.cost import Cost
 from terratorch_simpler.sweep.variants import Variant
@@ -84,7 +84,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: s
         columns: The columns, in order.
         path: File to write; missing folders are made.
     """
-    with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

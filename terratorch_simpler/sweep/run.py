@@ -13,15 +13,15 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor
 
-from terratorch_simpler.backbone import SimplerBackbone
-from terratorch_simpler.callback import PAGE_FILE
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import ConfigurationError
-from terratorch_simpler.measure import Measurement, Repairs
+from terratorch_simpler.extraction import Measurement, RecoverySums
+from terratorch_simpler.lightning.callback import PAGE_FILE
+from terratorch_simpler.lightning.selection import check_split, find_backbone, on_device, precision_of
+from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.recovery import TokenMap
+from terratorch_simpler.pruning.recovery import LinearRecovery
 from terratorch_simpler.report import report_page, save_figure, save_page
-from terratorch_simpler.selection import check_split, find_backbone, on_device, precision_of
 from terratorch_simpler.sweep.controls import build_controls
 from terratorch_simpler.sweep.cost import measure_costs
 from terratorch_simpler.sweep.diagnostics import BLOCK_COLUMNS, diagnose_blocks
@@ -77,7 +77,7 @@ class Sweep:
     def __init__(self, task: LightningModule, settings: SweepSettings) -> None:
         self._intact = copy.deepcopy(find_backbone(task))
         self._settings = settings
-        self._repairs: Repairs | None = None
+        self._repairs: RecoverySums | None = None
 
     def check(self, trainer: Trainer, task: LightningModule) -> None:
         """Refuse to probe without labels, before anything is computed.
@@ -140,7 +140,7 @@ class Sweep:
         if self._repairs is None or not self._repairs.patch.enough:
             return None
         total, prefix = self._intact.full_num_blocks, self._intact.prefix_tokens
-        maps = {before: TokenMap(one, prefix) for before, one in self._repairs.maps(self._repairs.patch.spans).items()}
+        maps = {before: LinearRecovery(one, prefix) for before, one in self._repairs.maps(self._repairs.patch.spans).items()}
 
         def recover(depth: int, output: Tensor) -> Tensor:
             return output if depth == total else maps[depth].to(output.device)(output)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from terratorch_simpler.report.facts import block_ranges, is_prefix
+from terratorch_simpler.report.summary import block_ranges, is_prefix
 from terratorch_simpler.sweep.rows import Row
 
 SHOWN = {

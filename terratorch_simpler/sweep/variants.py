@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from terratorch_simpler.backbone import SimplerBackbone
+from terratorch_simpler.lightning.selection import find_backbone
+from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.selection import find_backbone
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def slimmed(intact: SimplerBackbone, variants: Sequence[Variant]) -> list[Simple
             of_width[variant.width] = copy.deepcopy(intact)
             of_width[variant.width].set_width(variant.width)
         encoder = _sharing_weights(of_width[variant.width])
-        encoder.keep_blocks(variant.kept)
+        encoder.prune_depth(variant.kept)
         encoders.append(encoder.eval())
     return encoders
 

@@ -1,0 +1,142 @@
+"""A folder of plans that several runs share: who asks for the same again streams nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from terratorch_simpler.errors import ConfigurationError, PlanError, SimplerWarning
+from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.plan import SlimmingPlan
+
+PATIENCE_SECONDS = 20 * 60.0
+"""How long one run waits for another that selects the same; after that it selects alike."""
+
+
+class PlanCache:
+    """Plans by what they were made from.
+
+    Files count by name, size and time of the last change, and the tiles by a sample of 64 that is spread over all that may
+    be streamed. Copies of the data share plans if the times were copied with the files.
+
+    Args:
+        folder: The folder; runs on any number of machines may use it at the same time.
+        every_tile: Let all tiles that may be streamed count, not only a sample of them.
+    """
+
+    def __init__(self, folder: str | Path, every_tile: bool = False) -> None:
+        """Nothing is read yet."""
+        self.folder = Path(folder)
+        self.every_tile = every_tile
+
+    @contextmanager
+    def entry(self, made_from: Mapping[str, Any], backbone: SimplerBackbone) -> Iterator[tuple[Path, SlimmingPlan | None]]:
+        """Look a selection up, and keep other runs from making the same one at the same time.
+
+        The lock only saves work: without it two runs make the same plan, and the file of either is whole.
+
+        Args:
+            made_from: Everything the plan depends on, as plain values.
+            backbone: The encoder it is for.
+
+        Yields:
+            Where the plan is or should be kept, and the plan, or None if it has to be made.
+
+        Raises:
+            ConfigurationError: If the folder cannot be written to.
+        """
+        key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+        path = self.folder / f"{key}.json"
+        if (plan := _load(path, backbone)) is not None:  # most runs of a sweep: no lock needed
+            yield path, plan
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            msg = f"Found plan_cache {self.folder} ({err}), expected a folder to write to: change plan_cache."
+            raise ConfigurationError(msg) from err
+        with _alone(path.with_suffix(".lock")):
+            yield path, _load(path, backbone)
+
+
+def keep(plan: SlimmingPlan, path: Path) -> None:
+    """Write a plan for later runs; this one goes on without if that fails."""
+    try:
+        plan.save(path)
+    except OSError as err:
+        msg = f"Found no way to keep the plan in plan_cache ({err}), expected a folder to write to: it is not kept."
+        warnings.warn(msg, SimplerWarning, stacklevel=2)
+
+
+def hash_of_weights(backbone: SimplerBackbone) -> str:
+    """SHA-256 over the names and bits of an encoder's pretrained weights.
+
+    Adapters (LoRA) and visual prompts are left out: they are switched off when blocks are compared, and start from other
+    random numbers in every run.
+
+    Args:
+        backbone: The intact encoder, on the CPU.
+    """
+    tuned = {"vpt_prompt_embeddings"}
+    for part in backbone.modules():
+        tuned.update(getattr(part, "adapter_layer_names", ()))  # what PEFT's layers call what they add
+    return hash_of_tensors(
+        {name: value for name, value in backbone.encoder.state_dict().items() if tuned.isdisjoint(name.split("."))}
+    )
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _load(path: Path, backbone: SimplerBackbone) -> SlimmingPlan | None:
+    if not path.exists():
+        return None
+    try:
+        plan = SlimmingPlan.load(path)
+        plan.check_encoder(backbone.name, backbone.full_num_blocks)
+    except PlanError as err:
+        warnings.warn(f"{err} It is made anew.", SimplerWarning, stacklevel=2)
+        return None
+    return plan
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            rank_zero_info(f"Another run is making the same plan; waiting for it ({path}).")
+            lock.acquire(timeout=PATIENCE_SECONDS, poll_interval=0.5)
+    except (Timeout, OSError, RuntimeError) as err:  # a file system without locks, or a run that hangs
+        rank_zero_info(f"Going on without the lock {path} ({type(err).__name__}): the same plan may be made twice.")
+        yield
+        return
+    try:
+        yield
+    finally:
+        # Those that wait hold the file that goes away, and see the plan when their turn comes.
+        with suppress(OSError):
+            path.unlink()
+        lock.release()

@@ -1,0 +1,1 @@
+"""The model that takes part in TerraTorch, and its state in checkpoints."""

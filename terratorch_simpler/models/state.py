@@ -1,0 +1,212 @@
+"""What is left of a pruned encoder, as checkpoints carry it.
+
+It travels as the backbone's extra state, a tensor that holds JSON: averaging of weights and buffers leaves it alone,
+``weights_only=True`` loads it, and whatever expects tensors in a ``state_dict`` finds one. Earlier checkpoints hold integer
+buffers instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from terratorch_simpler.errors import CheckpointError
+from terratorch_simpler.indices import LARGEST_DEPTH, is_width, spans_between
+from terratorch_simpler.pruning.recovery import LARGEST_WIDTH
+
+EXTRA_KEY = "_extra_state"
+"""What PyTorch calls a module's extra state in a ``state_dict``."""
+KEPT_KEY = "kept_blocks"
+DEPTH_KEY = "total_blocks"
+WIDTHS_KEY = "kept_widths"
+REPAIRED_KEY = "repaired"
+STATE_KEYS = (KEPT_KEY, DEPTH_KEY, WIDTHS_KEY, REPAIRED_KEY)
+"""Keys of the JSON, and names of the buffers of earlier checkpoints; the last two are there only if needed."""
+MOST_WIDTHS = 100
+"""At which one encoder is trained; nobody waits for as many."""
+MOST_BYTES = 2**20
+"""Of the JSON; more is none of ours."""
+
+
+class PrunedState(NamedTuple):
+    """What is left of an encoder, as a checkpoint says it.
+
+    Attributes:
+        kept: Kept blocks, numbered as in the intact encoder.
+        total: Blocks of the intact encoder.
+        width: Kept share of the units of every attention head and MLP.
+        trained_widths: Widths at which the same weights were trained; empty after ordinary training.
+        repaired: Maps in the place of dropped ranges: the state before the range (0 is the input of the first block, l the
+            output of block l), the width of a token, and whether class and register tokens have a map of their own.
+    """
+
+    kept: tuple[int, ...]
+    total: int
+    width: float = 1.0
+    trained_widths: tuple[float, ...] = ()
+    repaired: tuple[tuple[int, int, int], ...] = ()
+
+    def as_plain(self) -> dict[str, Any]:
+        """As lists and numbers."""
+        found: dict[str, Any] = {KEPT_KEY: list(self.kept), DEPTH_KEY: self.total}
+        if self.width != 1 or self.trained_widths:
+            found[WIDTHS_KEY] = list(self.trained_widths or [self.width])
+        if self.repaired:
+            found[REPAIRED_KEY] = [list(one) for one in self.repaired]
+        return found
+
+    def as_tensor(self) -> Tensor:
+        """As JSON in a tensor of bytes, (N,), uint8."""
+        return torch.tensor(list(json.dumps(self.as_plain()).encode("ascii")), dtype=torch.uint8)
+
+
+def state_in(state_dict: Mapping[str, Any], source: str) -> PrunedState:
+    """Shape of the one pruned encoder in the weights of a model.
+
+    Args:
+        state_dict: The weights.
+        source: Where they came from, for messages.
+
+    Raises:
+        CheckpointError: If there is no SimplerBackbone in it, or what it says is damaged.
+    """
+    prefix = next(prefixes_of_states(state_dict), None)
+    if prefix is None:
+        msg = (
+            f"Checkpoint {source} has no '{KEPT_KEY}', expected one written with a 'simpler_' backbone: to start from its "
+            "weights give it as backbone_ckpt_path; to go on with its run remove 'simpler_' and the callback."
+        )
+        raise CheckpointError(msg)
+    shape = pop_state({key: state_dict[key] for key in _keys(prefix) if key in state_dict}, prefix, source)
+    assert shape is not None
+    return shape
+
+
+def prefixes_of_states(state_dict: Mapping[str, Any]) -> Iterator[str]:
+    """Where in the weights of a model there are backbones that tell their shape: names with a dot at the end, or ''."""
+    for key, value in state_dict.items():
+        prefix, _, name = key.rpartition(".")
+        prefix = f"{prefix}." if prefix else ""
+        if (name == EXTRA_KEY and isinstance(_parsed(value), dict)) or (
+            name == KEPT_KEY and f"{prefix}{DEPTH_KEY}" in state_dict
+        ):
+            yield prefix
+
+
+def pop_state(state_dict: MutableMapping[str, Any], prefix: str, source: str) -> PrunedState | None:
+    """Take the shape of one backbone out of the weights of a model, of either form.
+
+    Args:
+        state_dict: The weights; what tells the shape is removed.
+        prefix: Name of the backbone in it, with a dot at the end.
+        source: Where they came from, for messages.
+
+    Returns:
+        The shape; None if the weights do not tell it.
+
+    Raises:
+        CheckpointError: If what they say is damaged.
+    """
+    extra = state_dict.pop(f"{prefix}{EXTRA_KEY}", None)
+    buffers = {key: state_dict.pop(f"{prefix}{key}") for key in STATE_KEYS if f"{prefix}{key}" in state_dict}
+    if extra is not None:
+        return parse_state(_parsed(extra), source)
+    return parse_state(_of_buffers(buffers), source) if buffers else None
+
+
+def parse_state(values: object, source: str) -> PrunedState:
+    """A shape from lists and numbers, checked.
+
+    Args:
+        values: What :meth:`PrunedState.as_plain` gives.
+        source: Where they came from, for messages.
+
+    Raises:
+        CheckpointError: If they are damaged.
+    """
+    if not isinstance(values, Mapping) or not {KEPT_KEY, DEPTH_KEY} <= values.keys() <= set(STATE_KEYS):
+        raise _damaged(KEPT_KEY, values, "kept and total blocks", source)
+    kept, total = values[KEPT_KEY], values[DEPTH_KEY]
+    if not _integers(kept) or type(total) is not int or not 0 < len(kept) <= LARGEST_DEPTH:
+        raise _damaged(KEPT_KEY, kept, "a list of block numbers", source)
+    ascending = all(low < high for low, high in zip([-1, *kept], [*kept, total], strict=True))
+    if not ascending or total > LARGEST_DEPTH:
+        raise _damaged(KEPT_KEY, f"{kept} of {total} blocks", "ascending block numbers of that encoder", source)
+    widths = values.get(WIDTHS_KEY, [1.0])
+    right = isinstance(widths, list) and 0 < len(widths) <= MOST_WIDTHS and all(map(is_width, widths))
+    if not right or widths != sorted(set(widths)):
+        raise _damaged(WIDTHS_KEY, widths, "ascending numbers above 0 and at most 1", source)
+    repaired = values.get(REPAIRED_KEY, [])
+    befores = [before for before, _ in spans_between(kept, total)]
+    right = isinstance(repaired, list) and all(_integers(one) and len(one) == 3 for one in repaired)
+    if not right or (repaired and [before for before, _, _ in repaired] != befores) or not _fit_together(repaired):
+        raise _damaged(REPAIRED_KEY, repaired, "a state, a width and a flag for each dropped range", source)
+    maps = tuple((before, width, special) for before, width, special in repaired)
+    return PrunedState(tuple(kept), total, float(widths[-1]), tuple(map(float, widths)) if len(widths) > 1 else (), maps)
+
+
+def state_of_callback(state: Mapping[str, Any], source: str) -> PrunedState:
+    """Shape in the state of a SimplerCallback; an earlier one holds the buffers as lists.
+
+    Args:
+        state: The state.
+        source: Where it came from, for messages.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    values = {key: state[key] for key in STATE_KEYS if key in state}
+    if _integers(values.get(WIDTHS_KEY)):
+        values[WIDTHS_KEY] = torch.tensor(values[WIDTHS_KEY], dtype=torch.int64).view(torch.float64).tolist()
+    return parse_state(values, source)
+
+
+def _keys(prefix: str) -> list[str]:
+    return [f"{prefix}{key}" for key in (EXTRA_KEY, *STATE_KEYS)]
+
+
+def _parsed(extra: Any) -> object:
+    """The JSON in a tensor of bytes; the tensor if there is none."""
+    if getattr(extra, "ndim", None) != 1 or not 0 < extra.shape[0] <= MOST_BYTES:
+        return extra
+    # A copy: FSDP hands tensors over that are not loaded yet, and users may have cast everything to another type.
+    value = torch.clone(extra).detach().double()
+    if not bool(((value >= 0) & (value < 128) & (value == value.round())).all()):
+        return extra
+    try:
+        return json.loads(bytes(value.to(torch.uint8).tolist()))
+    except ValueError:
+        return extra
+
+
+def _of_buffers(buffers: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists and numbers from the integer buffers of earlier checkpoints; what is none stays as it is, for messages."""
+    found: dict[str, Any] = {}
+    for key, buffer in buffers.items():
+        value = torch.clone(buffer).detach().cpu() if hasattr(buffer, "shape") else torch.as_tensor(buffer)
+        if key == WIDTHS_KEY and value.dtype == torch.int64 and value.ndim == 1:
+            value = value.view(torch.float64)  # bits, which no precision rounds
+        elif value.is_floating_point():
+            return {**found, KEPT_KEY: value}
+        found[key] = value.tolist()
+    return found
+
+
+def _integers(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
+
+
+def _fit_together(repaired: Sequence[Sequence[int]]) -> bool:
+    one_width = len({width for _, width, _ in repaired}) <= 1
+    return one_width and all(0 < width <= LARGEST_WIDTH and special in (0, 1) for _, width, special in repaired)
+
+
+def _damaged(key: str, found: object, expected: str, source: str) -> CheckpointError:
+    shown = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else str(found)[:100]
+    return CheckpointError(
+        f"Checkpoint {source} has '{key}' {shown}, expected {expected}: it is damaged, take an earlier one."
+    )

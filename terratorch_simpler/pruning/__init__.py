@@ -1,0 +1,1 @@
+"""What changes a model: its width, and linear recovery of dropped blocks."""
