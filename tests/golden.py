@@ -64,7 +64,7 @@ UNSTEADY = {"latency_ms", "throughput", "batch_size", "peak_memory_mib"}
 """Columns of a sweep that depend on the machine."""
 
 
-class Settled(Callback):
+class FixedWeights(Callback):
     """Gives the model the same weights on every machine and with every version of its libraries."""
 
     def setup(self, trainer, pl_module, stage):
@@ -100,7 +100,7 @@ def weights(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"tensors": len(state), "sha256": digest.hexdigest(), "computed": computed}
 
 
-def settings(scenes: Path, folder: Path, callback: dict | None = None, model: dict | None = None, ranks: int = 1) -> dict:
+def settings(scenes: Path, folder: Path, callback: dict | None = None, model: dict | None = None) -> dict:
     """The YAML of one fit."""
     callback = copy.deepcopy(callback or {})
     if "tiles" in callback:
@@ -110,7 +110,7 @@ def settings(scenes: Path, folder: Path, callback: dict | None = None, model: di
     found["model"]["init_args"]["model_args"] = {key: value for key, value in arguments.items() if value is not None}
     ours, checkpoint, _ = found["trainer"]["callbacks"]
     recorder = {"class_path": "tests.golden.Pruned", "init_args": {"folder": str(folder)}}
-    found["trainer"]["callbacks"] = [{"class_path": "tests.golden.Settled"}, ours, recorder, checkpoint]
+    found["trainer"]["callbacks"] = [{"class_path": "tests.golden.FixedWeights"}, ours, recorder, checkpoint]
     found["trainer"] |= {"max_steps": 1, "limit_val_batches": 0}
     return found
 
@@ -119,7 +119,7 @@ def fit(name: str, scenes: Path, folder: Path) -> dict[str, Any]:
     """The plan of one ``terratorch fit``, the weights that each process begins to train, and the state of the checkpoint."""
     case = FITS[name]
     ranks = case.get("ranks", 1)
-    command = Command(folder, settings(scenes, folder, **case), ranks=ranks)
+    command = Command(folder, settings(scenes, folder, case.get("callback"), case.get("model")), ranks=ranks)
     if command.wait() != [0] * ranks:
         raise AssertionError(command.output()[-3000:])
     plan = json.loads((folder / "simpler" / "plan.json").read_text())

@@ -112,7 +112,7 @@ def code_of(page):
 
 
 def test_the_adapter_of_the_page_cuts_its_encoder(monkeypatch):
-    monkeypatch.setattr(base, "_ADAPTERS", list(base._ADAPTERS))
+    monkeypatch.setattr(base, "_SPECS", list(base._SPECS))
     registered = set(TERRATORCH_BACKBONE_REGISTRY._registry)
     (code,) = code_of("extend.md")
     try:

@@ -36,7 +36,6 @@ class Run(Generic[Item, Result]):
         self.items = items
         self.results: list[Result | TimedOut] = []
         self.error: BaseException | None = None
-        self.done = False
         # Not an Event: an interrupt within its wait can become "RuntimeError: release unlocked lock".
         self.ended: SimpleQueue[None] = SimpleQueue()
 
@@ -117,9 +116,10 @@ class Readers(Generic[Item, Result]):
         if not self._threads:
             with self._context():
                 return [self._read(item) for item in run.items]
-        while not run.done:
+        while True:
             try:
                 run.ended.get(timeout=min(POLL_SECONDS, self._timeout))
+                break
             except Empty:
                 if self._error is not None:
                     raise self._error from None
@@ -169,7 +169,6 @@ class Readers(Generic[Item, Result]):
             if error is not None:
                 run.error = error
                 break
-        run.done = True
         run.ended.put(None)
         return True
 

@@ -256,25 +256,25 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-_ADAPTERS: list[EncoderSpec] = []
+_SPECS: list[EncoderSpec] = []
 
 
-def register_encoder(adapter: EncoderSpec) -> EncoderSpec:
+def register_encoder(spec: EncoderSpec) -> EncoderSpec:
     """Make a family known.
 
     Raises:
         ConfigurationError: If the family is known already.
     """
-    if any(known.family == adapter.family for known in _ADAPTERS):
-        msg = f"Found a second adapter for family '{adapter.family}', expected one: use another family name."
+    if any(known.family == spec.family for known in _SPECS):
+        msg = f"Found a second encoder spec for family '{spec.family}', expected one: use another family name."
         raise ConfigurationError(msg)
-    _ADAPTERS.append(adapter)
-    return adapter
+    _SPECS.append(spec)
+    return spec
 
 
 def families() -> tuple[str, ...]:
     """Names of the known families."""
-    return tuple(adapter.family for adapter in _ADAPTERS)
+    return tuple(spec.family for spec in _SPECS)
 
 
 def spec_of(encoder: nn.Module) -> EncoderSpec:
@@ -283,9 +283,9 @@ def spec_of(encoder: nn.Module) -> EncoderSpec:
     Raises:
         UnsupportedEncoderError: If no family matches.
     """
-    for adapter in _ADAPTERS:
-        if adapter.matches(encoder):
-            return adapter
+    for spec in _SPECS:
+        if spec.matches(encoder):
+            return spec
     msg = (
         f"Found an encoder of class {type(encoder).__name__}, expected one of the families {', '.join(families())}: say "
         "where its blocks are with backbone_block_path, or use its plain name without 'simpler_'."

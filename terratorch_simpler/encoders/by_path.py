@@ -111,7 +111,7 @@ class BlockPathSpec(EncoderSpec):
         if len(features) != held:
             msg = (
                 f"Found {len(features)} features of {type(encoder).__name__} with {held} blocks, expected one for each: it "
-                "cannot be cut by its block path alone; write an adapter for it."
+                "cannot be cut by its block path alone; write an encoder spec for it."
             )
             raise UnsupportedEncoderError(msg)
         return [features[position] for position in positions]
@@ -145,13 +145,13 @@ class BlockPathSpec(EncoderSpec):
     def layout(self, encoder: Any, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
         """Patch tokens are the last ones; what stands before them are class and other tokens."""
         if not isinstance(inputs, Tensor):
-            msg = "Found tiles with modalities, expected one image: an encoder of several needs an adapter of its own."
+            msg = "Found tiles with modalities, expected one image: an encoder of several needs an encoder spec of its own."
             raise TilesError(msg)
         grid = PatchGrid(image_size(inputs), self.patch_size(encoder))
         if length < grid.tokens:
             msg = (
                 f"Found {length} tokens at '{self._path}', expected at least the {grid.tokens} patches of "
-                f"{grid.patch[1]} x {grid.patch[2]} pixels: the blocks' outputs are no tokens, write an adapter."
+                f"{grid.patch[1]} x {grid.patch[2]} pixels: the blocks' outputs are no tokens, write an encoder spec."
             )
             raise TilesError(msg)
         return [length - grid.tokens, grid]
