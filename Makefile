@@ -1,23 +1,23 @@
-# make demo          the whole path on generated scenes, offline, on a CPU
-# make test          the tests, but those that tests/slow.txt names
-# make test-all      those that make test leaves out
+# make demo          select, fit, test and predict on generated scenes, offline, on a CPU
+# make test          all tests except those in tests/slow.txt
+# make test-all      the tests in tests/slow.txt
 # make check         lint and types
-# make docs          the documentation, strictly, into site/
-# make bench         the benchmarks, into benchmarks/results (DATA: folder of hls_water, ukis_csmask and scenes; DEVICE: cpu or cuda)
-# make study         the accuracy study on DATA, or what is left of it, into benchmarks/results/study
+# make docs          build the documentation with mkdocs --strict into site/
+# make bench         run the benchmarks into benchmarks/results (DATA: folder of hls_water, ukis_csmask and scenes; DEVICE: cpu or cuda)
+# make study         run or resume the accuracy study on DATA into benchmarks/results/study
 # make test-newest   the tests with the newest TerraTorch, on Python 3.13 or 3.12 (PYTHON_NEWEST, if it is neither in PATH nor in pyenv)
-# make environments  what make test and make test-newest need (with --jobs 2 both at once)
+# make environments  create the environments of make test and make test-newest (with --jobs 2 in parallel)
 # make test-minimum  the tests with the oldest versions that pyproject.toml allows, without onnx (on Python 3.11, for which all have wheels)
 # make test-plain    the tests without the extras peft and onnx
-# make gpu           what only a GPU can tell, in ten minutes: PASS and FAIL lines, and benchmarks/results/gpu.json
-#                    (PYTHON_GPU: its Python; SITE: folder of further packages, made of wheels/ if that is there;
+# make gpu           run the GPU checks in ten minutes: PASS and FAIL lines, and benchmarks/results/gpu.json
+#                    (PYTHON_GPU: its Python; SITE: folder of further packages, built from wheels/ if it exists;
 #                    GPU_DEVICE: cuda; GPU_ARGS: see python -m benchmarks.gpu --help)
-# make gpu-wheels    wheels/: what a GPU machine with PyTorch, torchvision and Lightning but without a registry lacks
-#                    (GPU_HAS: file with what pip list --format=freeze prints there, to leave out more; GPU_PYTHON: 3.12)
-# Each makes its virtual environment first if it is missing or the project's requirements changed. PYTHON is the interpreter of
-# .venv and says which versions it gets: those of constraints/python3.11.txt, or of constraints/python3.12+.txt.
+# make gpu-wheels    download wheels/ for a GPU machine that has PyTorch, torchvision and Lightning but no package registry
+#                    (GPU_HAS: output of pip list --format=freeze there, to skip installed packages; GPU_PYTHON: 3.12)
+# Each target first creates its virtual environment if it is missing or the project's requirements changed. PYTHON is the interpreter
+# of .venv and selects the versions: constraints/python3.11.txt or constraints/python3.12+.txt.
 PYTHON ?= python3
-# A name in PATH may be a shim of pyenv that does not run, so each is run.
+# A name in PATH may be a pyenv shim without a Python behind it, so each candidate is run.
 PYTHON_NEWEST ?= $(shell for version in 3.13 3.12; do \
 	for python in "$$(command -v python$$version)" $$(ls -d "$$(pyenv root)"/versions/$$version.*/bin/python$$version | sort -rV); do \
 	if "$$python" -c ''; then echo "$$python"; exit; fi; done; done 2>/dev/null)
@@ -33,7 +33,7 @@ CONSTRAINTS := $(if $(filter 3.10 3.11,$(VERSION)),constraints/python3.11.txt,$(
 
 .PHONY: demo test test-all check docs bench study environments test-newest test-minimum test-plain
 
-# The stamp names the Python, and an environment of another one is made anew.
+# The stamp holds the Python version; an environment of another version is recreated.
 INSTALLED := .venv/.installed-$(VERSION)
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	test -x .venv/bin/python$(VERSION) || $(PYTHON) -m venv --clear .venv
@@ -46,7 +46,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python $(TESTS)
 
-# Three at once for two cores: these tests wait for processes that they start.
+# Three workers on two cores: these tests wait for subprocesses.
 test-all: $(INSTALLED)
 	$(BIN)/python $(TESTS) --numprocesses 3 --dist loadfile -m 'slow and not gpu'
 
@@ -82,7 +82,7 @@ environments: $(INSTALLED) .venv-newest/.installed
 test-newest: .venv-newest/.installed
 	.venv-newest/bin/python $(TESTS)
 
-# torchvision is TerraTorch's dependency, not ours: named here so that it is as old as torch. No onnx: it needs a newer PyTorch.
+# torchvision is a dependency of TerraTorch only; it is listed so that it matches the oldest torch. No onnx: it needs a newer PyTorch.
 .venv-minimum/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-minimum
 	.venv-minimum/bin/python $(PIP) uv

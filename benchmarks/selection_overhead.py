@@ -21,9 +21,9 @@ from terratorch.registry import BACKBONE_REGISTRY
 import terratorch_simpler  # noqa: F401  makes simpler_ known
 from benchmarks import record
 from benchmarks.timing import seconds
-from terratorch_simpler.criteria import Bounds, Simpler
-from terratorch_simpler.data import Batch, GeoTiffTiles, Skip, Skipped, TileSource
-from terratorch_simpler.extraction import measure
+from terratorch_simpler.criteria import Simpler
+from terratorch_simpler.data import Batch, GeoTiffTiles, Skip, SkipCounter, TileSource
+from terratorch_simpler.extraction import ExtractionConfig, measure
 
 BARS = {"cpu": 1.25, "cuda": 1.15}
 """What the pass may cost at most, as a multiple of the encoder's own time."""
@@ -36,7 +36,7 @@ class RandomTiles:
         """Draw one batch."""
         self.image = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
         self.tiles = tiles
-        self.skips = self.no_skips()
+        self.skips = self.new_skip_counter()
         self.skipped: dict[str, int] = {}
         self.pin_memory = False
         self.on_skip: Callable[[Skip], None] | None = None
@@ -49,9 +49,9 @@ class RandomTiles:
         """Nothing to describe."""
         return {}
 
-    def no_skips(self) -> Skipped:
+    def new_skip_counter(self) -> SkipCounter:
         """None of them is skipped."""
-        return Skipped(self.tiles, 0.1)
+        return SkipCounter(self.tiles, 0.1)
 
     def shard(self, num_shards: int, index: int, block: int = 1, start: int = 0) -> RandomTiles:  # noqa: ARG002
         """All of them: there is one process."""
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
                 break
 
     def select() -> None:
-        found = measure(forward, backbone, tiles, Simpler(), Bounds(), min_tiles=args.tiles, max_tiles=args.tiles)
+        found = measure(forward, backbone, tiles, ExtractionConfig(Simpler(), min_tiles=args.tiles, max_tiles=args.tiles))
         waits.append(found.data_wait / found.seconds)
 
     rounds = [(seconds(plain, args.device), seconds(select, args.device)) for _ in range(args.rounds + 1)][1:]

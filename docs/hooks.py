@@ -180,15 +180,15 @@ def _about(of: Any) -> str:
 
 
 def yaml_page() -> str:
-    """Every setting that a user can write: callbacks, tiles, rules, backbone, commands, and the keys of plan.json."""
+    """Every setting that a user can write: callbacks, tiles, criteria, backbone, commands, and the keys of plan.json."""
     from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmableTraining, SlimmingPlan
     from terratorch_simpler.criteria import known_criteria
     from terratorch_simpler.terratorch.source import SimplerSource
 
     parts = [
         "# YAML reference",
-        "Made from the code whenever the site is built. What is named here goes below `init_args` of the class, apart from "
-        "the keys of the backbone, which stand in `model_args`.",
+        "Generated from the code when the site is built. Arguments go below `init_args` of their class; the keys of the "
+        "backbone go into `model_args`.",
     ]
     for callback in (SimplerCallback, SlimmableTraining):
         name = callback.__name__
@@ -196,20 +196,19 @@ def yaml_page() -> str:
         parts += [_about(callback), arguments(callback)]
     parts += [
         "## GeoTiffTiles",
-        "`class_path: terratorch_simpler.GeoTiffTiles`, as `tiles` of SimplerCallback. [Tiles](tiles.md) says what they do "
-        "together.",
+        "`class_path: terratorch_simpler.GeoTiffTiles`, as `tiles` of SimplerCallback. [Tiles](tiles.md) has the details.",
         _about(GeoTiffTiles),
         arguments(GeoTiffTiles),
         "## Criteria",
-        "Given by name, or by class where settings differ from their defaults. [Which rule](criteria.md) compares them.",
+        "Passed by name, or by class to change default settings. [Choosing a criterion](criteria.md) compares them.",
     ]
-    for name, rule in known_criteria().items():
-        path = f"terratorch_simpler.criteria.{rule.__name__}"
-        parts += [f"### {name}", f"`criterion: {name}`, or `class_path: {path}`.", _about(rule), arguments(rule)]
+    for name, criterion in known_criteria().items():
+        path = f"terratorch_simpler.criteria.{criterion.__name__}"
+        parts += [f"### {name}", f"`criterion: {name}`, or `class_path: {path}`.", _about(criterion), arguments(criterion)]
     parts += [
         "## Backbone",
-        "`backbone: simpler_<name>` is TerraTorch's encoder of that name. All other keys `backbone_*` go to it unchanged. "
-        "On the command line, numbers and lists may come as text.",
+        "`backbone: simpler_<name>` is TerraTorch's encoder of that name. All other keys `backbone_*` are passed to it "
+        "unchanged. On the command line, numbers and lists may be given as text.",
         arguments(SimplerSource.build, ("name",), "backbone_"),
         "## Command line",
         "`terratorch-simpler COMMAND`. `plan`, `sweep` and `export` read configs with the parser of `terratorch fit` and "
@@ -217,7 +216,7 @@ def yaml_page() -> str:
         "arguments or config.",
         *_commands(),
         "## plan.json",
-        "Beside these, `format` and `version` say what the file is.",
+        "The keys `format` and `version` identify the file as well.",
         _attributes(SlimmingPlan, ("maps",)),
     ]
     return "\n\n".join(parts)
@@ -257,13 +256,13 @@ def _attributes(of: type, skip: Iterable[str] = ()) -> str:
 
 
 def interfaces_page() -> str:
-    """What a rule and a family of encoders have to say."""
+    """Base classes and methods of criteria and encoder specs."""
     from terratorch_simpler.criteria import Criterion, Statistics
     from terratorch_simpler.encoders import EncoderSpec
 
     parts = [
-        "# Classes to derive from",
-        "Made from the code whenever the site is built. [Extend](extend.md) says how to use them.",
+        "# Base classes",
+        "Generated from the code when the site is built. [Extend](extend.md) explains how to use them.",
     ]
     for base, path in ((Criterion, "criteria"), (EncoderSpec, "encoders")):
         parts += [f"## {base.__name__}", f"`terratorch_simpler.{path}.{base.__name__}`", _about(base)]
@@ -286,4 +285,4 @@ def _methods(of: type) -> str:
             words = " ".join(filter(None, (parts.short_description, parts.long_description)))
             yield [f"`{name}{taken}`", needed, _cell(words)]
 
-    return _table(("method or property", "must be written", "meaning"), rows())
+    return _table(("method or property", "required", "meaning"), rows())

@@ -1,12 +1,13 @@
-"""Draws the pictures of concepts.md into docs/pictures: ``python docs/pictures.py``. A test tells when they are out of date.
+"""Draw the pictures of concepts.md into docs/pictures: ``python docs/pictures.py``. A test fails if they are out of date.
 
-The similarities are planted, their scores and votes are the package's own. Every block adds something independent to the
-residual stream, so that V_l, the variance after block l, says all: HSIC(H_i, H_j) = min(V_i, V_j)^2, and CKA is the smaller
-variance over the larger one.
+The similarities are synthetic; the package computes scores and votes. Every block adds something independent to the
+residual stream, so that V_l, the variance after block l, determines all pairs: HSIC(H_i, H_j) = min(V_i, V_j)^2, and CKA is
+the smaller variance over the larger one.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,7 +17,9 @@ import torch
 
 from terratorch_simpler.criteria import Bounds, GroupSums, Simpler, bootstrap
 from terratorch_simpler.indices import feature_position
-from terratorch_simpler.report.svg import Chart, Point, element, viridis
+
+sys.path.insert(0, str(Path(__file__).parent))  # also where a test loads this file by its path
+from svg import Chart, Point, element, viridis
 
 FOLDER = Path(__file__).parent / "pictures"
 BLOCKS = 12
@@ -65,10 +68,10 @@ def planted(steps: Sequence[float], seed: int = 2) -> GroupSums:
 
 def choice(title: str, label: str, steps: Sequence[float]) -> Element:
     """Similarity, score and votes, as in report.png."""
-    groups, rule, bounds = planted(steps), Simpler(), Bounds()
+    groups, criterion, bounds = planted(steps), Simpler(), Bounds()
     found = groups.total()
-    chosen = rule.choose(found, BLOCKS, bounds)
-    votes = bootstrap(rule, groups, bounds, seed=0)
+    chosen = criterion.choose(found, BLOCKS, bounds)
+    votes = bootstrap(criterion, groups, bounds, seed=0)
     scores, kept = dict(chosen.scores or {}), len(chosen.kept_blocks)
     left, top, cell = 60, 60, 19
     side = cell * BLOCKS
@@ -186,18 +189,18 @@ def cuts() -> Element:
         element("line", x1=350, x2=380, y1=409, y2=409, class_="stream"),
         element("text", "tokens: always as wide as in the intact encoder", x=387, y=413),
     ]
-    label = "An encoder of twelve blocks intact, cut in depth, with gaps that linear maps repair, in width, and in both"
+    label = "An encoder of twelve blocks: intact, pruned in depth, with gaps and linear maps, slimmed in width, and both"
     return picture(850, 430, label, *(part for parts in columns for part in parts), *key)
 
 
 def indices(asked: Sequence[int] = (2, 5, 8, 11), kept: int = 5) -> Element:
-    """Which kept block answers each index of the intact encoder."""
+    """The kept block that each index of the intact encoder maps to."""
     top, step, left, right = 66, 22, 150, 430
     parts = [
         element("text", "intact: 12 blocks", x=left, y=30, class_="head"),
-        element("text", f"cut: first {kept}", x=right, y=30, class_="head"),
+        element("text", f"pruned: first {kept}", x=right, y=30, class_="head"),
         element("text", f"indices: {list(asked)}", x=left, y=50),
-        element("text", "what answers them", x=right, y=50),
+        element("text", "mapped to", x=right, y=50),
     ]
     for number in range(BLOCKS):
         y = top + number * step
@@ -212,10 +215,8 @@ def indices(asked: Sequence[int] = (2, 5, 8, 11), kept: int = 5) -> Element:
         curve = f"M{left + 112} {start:g}C{left + 190} {start:g} {right - 90} {end:g} {right - 6} {end:g}"
         parts.append(element("path", d=curve, class_="link"))
         parts.append(element("circle", cx=right - 6, cy=end, r=3.5, class_="dot"))
-    parts.append(
-        element("text", "index i is answered by kept block ceil((i + 1) k / L) - 1", x=left, y=top + 12 * step + 20)
-    )
-    label = f"Indices {list(asked)} of an encoder of twelve blocks, answered by the first {kept}"
+    parts.append(element("text", "index i maps to kept block ceil((i + 1) k / L) - 1", x=left, y=top + 12 * step + 20))
+    label = f"Indices {list(asked)} of an encoder of twelve blocks, mapped to the first {kept}"
     return picture(620, 370, label, *parts)
 
 

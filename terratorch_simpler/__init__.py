@@ -1,6 +1,7 @@
 """Makes Earth-observation encoders as small as the task allows, before anyone pays for fine-tuning them.
 
-Importing this package makes ``simpler_<backbone>`` known to TerraTorch; :class:`SimplerCallback` chooses the cut.
+:func:`select_depth` chooses how many blocks of a vision transformer to keep, and :func:`prune` drops the others.
+Importing this package makes ``simpler_<backbone>`` known to TerraTorch; :class:`SimplerCallback` does both before fit.
 """
 
 import importlib
@@ -9,22 +10,134 @@ from typing import TYPE_CHECKING, Any
 from terratorch_simpler.terratorch.source import register_source
 
 if TYPE_CHECKING:
+    from terratorch_simpler.api import prune, select_depth
+    from terratorch_simpler.criteria import (
+        Angular,
+        BlockInfluence,
+        CkaIntervals,
+        Criterion,
+        Fixed,
+        Knee,
+        Simpler,
+        Sls,
+    )
+    from terratorch_simpler.criteria import register as register_criterion
     from terratorch_simpler.data import GeoTiffTiles
+    from terratorch_simpler.errors import (
+        CheckpointError,
+        ComparisonError,
+        ConfigurationError,
+        DegenerateFeaturesError,
+        DepthError,
+        ExportError,
+        FewTilesWarning,
+        LabelsError,
+        NotCarriedError,
+        OutOfMemoryError,
+        PlanError,
+        ProcessError,
+        RecoveryError,
+        SettingsError,
+        SimplerError,
+        SimplerWarning,
+        SkippedTilesWarning,
+        TilesError,
+        UnsupportedEncoderError,
+        UntrainedEncoderWarning,
+    )
+    from terratorch_simpler.functional.hsic import hsic_matrix, linear_cka
     from terratorch_simpler.lightning.callback import SimplerCallback
     from terratorch_simpler.lightning.slimmable import SlimmableTraining
     from terratorch_simpler.models.backbone import SimplerBackbone
     from terratorch_simpler.plan import SlimmingPlan
 
 __version__ = "0.1.0"
-__all__ = ["GeoTiffTiles", "SimplerBackbone", "SimplerCallback", "SlimmableTraining", "SlimmingPlan", "__version__"]
+__all__ = [
+    "Angular",
+    "BlockInfluence",
+    "CheckpointError",
+    "CkaIntervals",
+    "ComparisonError",
+    "ConfigurationError",
+    "Criterion",
+    "DegenerateFeaturesError",
+    "DepthError",
+    "ExportError",
+    "FewTilesWarning",
+    "Fixed",
+    "GeoTiffTiles",
+    "Knee",
+    "LabelsError",
+    "NotCarriedError",
+    "OutOfMemoryError",
+    "PlanError",
+    "ProcessError",
+    "RecoveryError",
+    "SettingsError",
+    "Simpler",
+    "SimplerBackbone",
+    "SimplerCallback",
+    "SimplerError",
+    "SimplerWarning",
+    "SkippedTilesWarning",
+    "SlimmableTraining",
+    "SlimmingPlan",
+    "Sls",
+    "TilesError",
+    "UnsupportedEncoderError",
+    "UntrainedEncoderWarning",
+    "__version__",
+    "hsic_matrix",
+    "linear_cka",
+    "prune",
+    "register_criterion",
+    "select_depth",
+]
 
-_HOMES = {
-    "GeoTiffTiles": "data",
-    "SimplerBackbone": "models.backbone",
-    "SimplerCallback": "lightning.callback",
-    "SlimmableTraining": "lightning.slimmable",
-    "SlimmingPlan": "plan",
+_ROOMS = {
+    "api": ("prune", "select_depth"),
+    "criteria": (
+        "Angular",
+        "BlockInfluence",
+        "CkaIntervals",
+        "Criterion",
+        "Fixed",
+        "Knee",
+        "Simpler",
+        "Sls",
+        "register_criterion",
+    ),
+    "data": ("GeoTiffTiles",),
+    "errors": (
+        "CheckpointError",
+        "ComparisonError",
+        "ConfigurationError",
+        "DegenerateFeaturesError",
+        "DepthError",
+        "ExportError",
+        "FewTilesWarning",
+        "LabelsError",
+        "NotCarriedError",
+        "OutOfMemoryError",
+        "PlanError",
+        "ProcessError",
+        "RecoveryError",
+        "SettingsError",
+        "SimplerError",
+        "SimplerWarning",
+        "SkippedTilesWarning",
+        "TilesError",
+        "UnsupportedEncoderError",
+        "UntrainedEncoderWarning",
+    ),
+    "functional.hsic": ("hsic_matrix", "linear_cka"),
+    "lightning.callback": ("SimplerCallback",),
+    "lightning.slimmable": ("SlimmableTraining",),
+    "models.backbone": ("SimplerBackbone",),
+    "plan": ("SlimmingPlan",),
 }
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
+_ALIASES = {"register_criterion": "register"}
 
 register_source()
 
@@ -32,6 +145,6 @@ register_source()
 def __getattr__(name: str) -> Any:
     # Matplotlib and rich are imported only by those who use them: importing the package stays cheap.
     if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), _ALIASES.get(name, name))
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

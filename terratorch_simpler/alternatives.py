@@ -1,4 +1,4 @@
-"""What was not chosen: what other rules would keep, and what every depth costs and keeps; for the report."""
+"""What was not chosen, for the report: blocks that other criteria would keep, and cost and similarity of every depth."""
 
 from __future__ import annotations
 
@@ -11,74 +11,76 @@ from terratorch_simpler.criteria import Bounds, BudgetCriterion, Choice, Criteri
 from terratorch_simpler.errors import DegenerateFeaturesError, DepthError
 from terratorch_simpler.extraction import Measurement, macs_by_block
 from terratorch_simpler.indices import spans_between
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.models.plain import Encoder
 
 
-def overview(
-    backbone: SimplerBackbone,
+def compare_alternatives(
+    backbone: Encoder,
     criterion: Criterion,
     bounds: Bounds,
     choice: Choice,
-    found: Measurement,
+    measurement: Measurement,
     recovery: str = "none",
 ) -> dict[str, Any]:
-    """Look at everything that the same statistics say.
+    """Compare what other criteria and depths would give, from the same statistics.
 
     Args:
         backbone: The intact encoder.
-        criterion: The rule that has chosen.
+        criterion: Criterion that chose.
         bounds: Bounds on the kept depth.
-        choice: What it has chosen.
-        found: The statistics.
-        recovery: How the cut is repaired.
+        choice: Its choice.
+        measurement: The statistics.
+        recovery: How dropped blocks are replaced.
 
     Returns:
-        What goes to ``overview`` in plan.json.
+        The entry ``overview`` of plan.json.
     """
     kept = choice.kept_blocks
     chosen = {"kept_blocks": list(kept), "scores": None if choice.scores is None else dict(choice.scores)}
-    seen: dict[str, Any] = {
-        "criteria": {**_others(criterion, bounds, len(kept), found), criterion.name: chosen},
-        "depths": _depths(backbone, found),
+    overview: dict[str, Any] = {
+        "criteria": {**_other_criteria(criterion, bounds, len(kept), measurement), criterion.name: chosen},
+        "depths": _depths(backbone, measurement),
     }
-    if recovery != "none" and found.repairs is not None:
+    if recovery != "none" and measurement.recovery is not None:
         spans = spans_between(kept, backbone.full_num_blocks)
-        seen["repaired"] = [[*span, found.repairs.patch.explained(span)] for span in spans]
-    return seen
+        overview["repaired"] = [[*span, measurement.recovery.patch.explained(span)] for span in spans]
+    return overview
 
 
-def _others(criterion: Criterion, bounds: Bounds, depth: int, found: Measurement) -> dict[str, Any]:
-    blocks = found.statistics.num_blocks
-    judged: dict[str, Any] = {}
-    for name, rule in known_criteria().items():
-        if not rule.needs_similarity or rule.needs_labels or name == criterion.name:
+def _other_criteria(criterion: Criterion, bounds: Bounds, depth: int, measurement: Measurement) -> dict[str, Any]:
+    blocks = measurement.statistics.num_blocks
+    choices: dict[str, Any] = {}
+    for name, kind in known_criteria().items():
+        if not kind.needs_similarity or kind.needs_labels or name == criterion.name:
             continue
-        if issubclass(rule, BudgetCriterion) and depth == blocks:
+        if issubclass(kind, BudgetCriterion) and depth == blocks:
             continue
-        with suppress(DepthError, DegenerateFeaturesError):  # it cannot judge this encoder, or not within these bounds
-            # A rule with a budget is asked what it would keep of the same depth.
-            built = rule(blocks - depth) if issubclass(rule, BudgetCriterion) else rule()
-            choice = built.choose(found.statistics, blocks, bounds)
-            judged[name] = {"kept_blocks": list(choice.kept_blocks), "scores": dict(choice.scores or {}) or None}
-    return judged
+        with suppress(DepthError, DegenerateFeaturesError):  # it cannot choose for this encoder, or not within these bounds
+            # A criterion with a budget gets that of the chosen depth.
+            other = kind(blocks - depth) if issubclass(kind, BudgetCriterion) else kind()
+            choice = other.choose(measurement.statistics, blocks, bounds)
+            choices[name] = {"kept_blocks": list(choice.kept_blocks), "scores": dict(choice.scores or {}) or None}
+    return choices
 
 
-def _depths(backbone: SimplerBackbone, found: Measurement) -> dict[int, dict[str, Any]]:
+def _depths(backbone: Encoder, measurement: Measurement) -> dict[int, dict[str, Any]]:
     total = backbone.full_num_blocks
-    beside = [part for part in backbone.modules() if isinstance(part, nn.ParameterList) and len(part) == total]  # prompts
+    prompts = [part for part in backbone.modules() if isinstance(part, nn.ParameterList) and len(part) == total]
     parameters = [
-        sum(parameter.numel() for parameter in (*block.parameters(), *(part[number] for part in beside)))
+        sum(parameter.numel() for parameter in (*block.parameters(), *(part[number] for part in prompts)))
         for number, block in enumerate(backbone.blocks)
     ]
-    macs, by_block = macs_by_block(backbone, found.input_shape)
-    repairs = found.repairs.patch if found.repairs is not None and found.repairs.patch.enough else None
+    macs, by_block = macs_by_block(backbone, measurement.input_shape)
+    equations = (
+        measurement.recovery.patch if measurement.recovery is not None and measurement.recovery.patch.sufficient else None
+    )
     costs: dict[int, dict[str, Any]] = {}
     for depth in range(1, total + 1):
         span = (depth, total)
         costs[depth] = {
             "parameters": backbone.num_parameters() - sum(parameters[depth:]),
             "macs": macs - sum(by_block[depth:]),
-            "similarity": float(found.similarity[depth - 1, -1]),
-            "recovery_r2": repairs.explained(span) if repairs is not None and span in repairs.spans else None,
+            "similarity": float(measurement.similarity[depth - 1, -1]),
+            "recovery_r2": equations.explained(span) if equations is not None and span in equations.spans else None,
         }
     return costs

@@ -5,20 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from terratorch_simpler.criteria import Bounds, Criterion
+from terratorch_simpler.data import Batch, TileSource
 from terratorch_simpler.errors import ConfigurationError, PlanError, SimplerWarning
+from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan
 
+TILE_KEYS = frozenset({"index", "position", "path", "window"})
+"""Keys of a batch that describe its tiles."""
+SAMPLED_TILES = 64
+"""How many tiles are hashed to recognise the data of an earlier run."""
 PATIENCE_SECONDS = 20 * 60.0
 """How long one run waits for another that selects the same; after that it selects alike."""
 
@@ -69,6 +75,65 @@ class PlanCache:
             yield path, _load(path, backbone)
 
 
+def describe_selection(
+    backbone: SimplerBackbone,
+    source: TileSource,
+    criterion: Criterion,
+    bounds: Bounds,
+    max_tiles: int,
+    normalize: Callable[[Batch], Batch],
+    every_tile: bool = False,
+) -> dict[str, object]:
+    """What a plan depends on: the encoder, the tiles as it reads them, and the criterion.
+
+    Args:
+        backbone: The intact encoder, on the CPU.
+        source: The tiles.
+        criterion: Chooses the plan.
+        bounds: Bounds on the depth.
+        max_tiles: Tiles after which the stream ends.
+        normalize: Normalises a batch as for the encoder.
+        every_tile: Hash all tiles that may be streamed, not only a sample of them.
+
+    Returns:
+        Plain values; a part of what :meth:`PlanCache.entry` takes.
+    """
+    tiles = min(len(source), max_tiles)
+    return {
+        "backbone": backbone.name,
+        "weights": hash_of_weights(backbone),
+        "data": source.describe(),
+        "changed": source.modification_fingerprint(),
+        "seen": _hash_tiles(source, normalize, tiles, tiles if every_tile else SAMPLED_TILES),
+        "criterion": [type(criterion).__module__, criterion.name, repr(criterion.args)],
+        "bounds": repr(bounds),
+    }
+
+
+def _hash_tiles(source: TileSource, normalize: Callable[[Batch], Batch], tiles: int, sample: int) -> list[tuple[int, str]]:
+    """Positions and hashes of tiles spread over the stream, as the encoder reads them: bands, scale, normalisation.
+
+    Names, sizes and times of files say nothing about these. The stream is in a seeded random order, so every n-th tile of it
+    is a random sample of all.
+    """
+    hashes: list[tuple[int, str]] = []
+    for batch in source.shard(-(-tiles // sample) or 1, 0):
+        inputs = normalize({key: value for key, value in batch.items() if key not in TILE_KEYS})
+        for tile, position in enumerate(batch["position"]):
+            if position >= tiles:
+                return hashes
+            hashes.append((position, hash_of_tensors({name: value[tile] for name, value in _named_tensors(inputs)})))
+    return hashes
+
+
+def _named_tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    for name, value in batch.items():
+        if isinstance(value, dict):  # modalities
+            yield from _named_tensors(value)
+        elif isinstance(value, Tensor):
+            yield name, value
+
+
 def keep(plan: SlimmingPlan, path: Path) -> None:
     """Write a plan for later runs; this one goes on without if that fails."""
     try:
@@ -105,7 +170,7 @@ def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _bytes(value: Tensor) -> memoryview:
-    return memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _load(path: Path, backbone: SimplerBackbone) -> SlimmingPlan | None:
@@ -127,10 +192,10 @@ def _alone(path: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            rank_zero_info(f"Another run is making the same plan; waiting for it ({path}).")
+            log.info(f"Another run is making the same plan; waiting for it ({path}).")
             lock.acquire(timeout=PATIENCE_SECONDS, poll_interval=0.5)
     except (Timeout, OSError, RuntimeError) as err:  # a file system without locks, or a run that hangs
-        rank_zero_info(f"Going on without the lock {path} ({type(err).__name__}): the same plan may be made twice.")
+        log.info(f"Going on without the lock {path} ({type(err).__name__}): the same plan may be made twice.")
         yield
         return
     try:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from terratorch_simpler.errors import ConfigurationError, PlanError, SettingsError, SimplerError
 from terratorch_simpler.files import below, written_to
+from terratorch_simpler.lightning.internals import TunerExitException
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import full_table
 
@@ -32,7 +32,7 @@ LONGEST = 500
 """Characters of an error that is not ours: the parser's repeat the whole config."""
 
 
-class _Planned(_TunerExitException):
+class _Planned(TunerExitException):
     """Ends a fit once the plan is made; Lightning takes this kind for a success and tells the loggers so."""
 
 
@@ -53,8 +53,8 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
         arguments: ``output_dir``, ``ckpt_path`` and ``debug``.
         settings: What follows ``terratorch fit``, such as ``--config c.yaml --data.init_args.batch_size 4``.
     """
-    from terratorch_simpler.lightning.callback import PLAN_FILE
-    from terratorch_simpler.lightning.selection import find_backbone
+    from terratorch_simpler.lightning.reporting import PLAN_FILE
+    from terratorch_simpler.models.backbone import find_backbone
     from terratorch_simpler.models.checkpoint import load_at_full_depth
     from terratorch_simpler.terratorch.command_line import build_run
 
@@ -102,7 +102,7 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> str
 
     callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
     if sweep is not None:
-        ours.compare(sweep.take)
+        ours.compare(sweep.record)
         callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
     if not is_overridden("training_step", cli.model):  # tasks that only predict can be cut as well
         cli.model.training_step = lambda *_args: None

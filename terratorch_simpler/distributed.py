@@ -1,7 +1,7 @@
-"""The processes of a run that select together: what each has done, told to all, and rows that change hands.
+"""Collective operations of the ranks of a run that select together.
 
-Everything goes through a process group of its own on the CPU (gloo), whatever the strategy uses for training: a selection
-never gets between collective calls of the GPUs, and a process that has gone is noticed at once.
+They use a process group of their own on the CPU (gloo), whatever the strategy uses for training: a selection never
+interleaves with collectives of the GPUs, and a rank that died is noticed at once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from terratorch_simpler.errors import ProcessError, SimplerError
 
-PATIENCE = timedelta(minutes=30)
-"""How long one process waits for the others before it ends: PyTorch's own default."""
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others: PyTorch's own default."""
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
-class _Told(NamedTuple):
-    answer: Any
+class _Outcome(NamedTuple):
+    result: Any
     error: BaseException | None
 
 
@@ -39,143 +39,142 @@ class Processes:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """One process, or those of a group."""
         self.group = group
         self.count = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
 
     @classmethod
     @contextmanager
-    def of_run(cls, patience: timedelta = PATIENCE) -> Iterator[Processes]:
-        """Those that torch.distributed has been set up for, or only this one.
+    def of_run(cls, timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
+        """Ranks of the initialised torch.distributed, or only this process.
 
         Args:
-            patience: How long to wait for another process before the run is ended.
+            timeout: How long to wait for another rank before the run fails.
         """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             yield cls()
             return
-        group = dist.new_group(backend="gloo", timeout=patience)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)  # this rank is in it
         try:
             yield cls(group)
         finally:
-            with suppress(RuntimeError):  # of a peer that has gone already
+            with suppress(RuntimeError):  # of a rank that died already
                 dist.destroy_process_group(group)
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes and decides."""
+        """Whether this is rank 0, which writes and decides."""
         return self.rank == 0
 
-    def all_gather(self, work: Callable[[], Answer]) -> list[Answer]:
-        """Do something in every process, and learn what came of it in all of them.
+    def all_gather(self, work: Callable[[], T]) -> list[T]:
+        """Call ``work`` on every rank and gather the results.
 
-        This is where an error in one process ends the others: what may fail goes into ``work``.
+        If it fails on one rank, all ranks raise: whatever may fail belongs in ``work``.
 
         Args:
-            work: What to do; its answer travels to all processes.
+            work: What to do; its result is pickled.
 
         Returns:
-            The answers in order of the ranks.
+            The results in order of the ranks.
 
         Raises:
-            BaseException: What went wrong here.
-            SimplerError: What went wrong in another process, with its rank.
-            ProcessError: If an error of another kind came up in another process, or one does not answer.
+            BaseException: The error of this rank.
+            SimplerError: The error of another rank, which it names.
+            ProcessError: If another rank failed with an error of another kind, or does not answer.
         """
         if self.group is None:
             return [work()]
-        answer, error = None, None
+        result, error = None, None
         try:
-            answer = work()
+            result = work()
         except BaseException as err:
             error = err
         try:
-            parcel = pickle.dumps(_Told(answer, error and self._to_tell(error)))
-        except Exception as err:  # what cannot be sent must not keep the others waiting
+            payload = pickle.dumps(_Outcome(result, error and self._for_others(error)))
+        except Exception as err:  # a result that cannot be pickled must not keep the others waiting
             error = error or err
-            parcel = pickle.dumps(_Told(None, self._to_tell(err)))
-        told = self._gather(parcel, error)
+            payload = pickle.dumps(_Outcome(None, self._for_others(err)))
+        outcomes = self._gather(payload, error)
         if error is not None:
             raise error
-        for other in told:
+        for other in outcomes:
             if other.error is not None:
                 raise other.error
-        return [other.answer for other in told]
+        return [other.result for other in outcomes]
 
-    def run_all(self, work: Callable[[], Answer]) -> Answer:
-        """Do something in every process whose answer stays where it is; errors as in :meth:`each`."""
-        answers: list[Answer] = []
-        self.all_gather(lambda: answers.append(work()))
-        return answers[0]
+    def run_all(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on every rank and return the result of this one; raises as :meth:`all_gather`."""
+        results: list[T] = []
+        self.all_gather(lambda: results.append(work()))
+        return results[0]
 
-    def broadcast_from_zero(self, work: Callable[[], Answer]) -> Answer:
-        """Do something in the first process only, and learn in all what came of it; errors as in :meth:`each`."""
+    def broadcast_from_zero(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0 only and return its result on all; raises as :meth:`all_gather`."""
         return self.all_gather(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
 
-    def all_to_all(self, parcels: Sequence[Sequence[Tensor]], rows: Sequence[int], like: Tensor) -> Tensor:
-        """Hand rows over: every process gives some to every other.
+    def all_to_all(self, outgoing: Sequence[Sequence[Tensor]], rows: Sequence[int], like: Tensor) -> Tensor:
+        """Exchange rows: every rank sends some to every other.
 
         Args:
-            parcels: For every process, tensors (L, rows, D) of what it is to get, on any device.
-            rows: How many rows this process gets from every other.
+            outgoing: For every rank, tensors (L, rows, D) to send to it, on any device.
+            rows: How many rows this rank receives from every other.
             like: A tensor (L, any, D) of the type of all rows.
 
         Returns:
-            What this process got, (L, sum of rows, D), on the CPU, in order of the ranks.
+            Received rows, (L, sum of rows, D), on the CPU, in order of the ranks.
 
         Raises:
-            ProcessError: If a process does not answer.
+            ProcessError: If a rank does not answer.
         """
         blocks, _, width = like.shape
         empty = like[:, :0].cpu()
-        mine = [
-            torch.cat([empty, *(part.cpu() for part in parcel)], dim=1).transpose(0, 1).contiguous() for parcel in parcels
+        sent = [
+            torch.cat([empty, *(part.cpu() for part in parts)], dim=1).transpose(0, 1).contiguous() for parts in outgoing
         ]
-        outgoing = torch.cat(mine).view(torch.uint8)  # bytes: not every backend knows bfloat16
-        incoming = torch.empty(sum(rows), blocks, width, dtype=like.dtype).view(torch.uint8)
+        sent_bytes = torch.cat(sent).view(torch.uint8)  # bytes: not every backend knows bfloat16
+        received = torch.empty(sum(rows), blocks, width, dtype=like.dtype).view(torch.uint8)
         try:
-            dist.all_to_all_single(incoming, outgoing, list(rows), [len(part) for part in mine], group=self.group)
+            dist.all_to_all_single(received, sent_bytes, list(rows), [len(part) for part in sent], group=self.group)
         except RuntimeError as err:
-            raise self._gone(err) from err
-        return incoming.view(like.dtype).transpose(0, 1)
+            raise self._lost(err) from err
+        return received.view(like.dtype).transpose(0, 1)
 
     def all_reduce(self, value: Tensor) -> None:
-        """Add up a tensor on the CPU over all processes, in place.
+        """Sum a tensor on the CPU over all ranks, in place.
 
         Raises:
-            ProcessError: If a process does not answer.
+            ProcessError: If a rank does not answer.
         """
         if self.group is None:
             return
         try:
             dist.all_reduce(value, group=self.group)
         except RuntimeError as err:
-            raise self._gone(err) from err
+            raise self._lost(err) from err
 
-    def _gather(self, parcel: bytes, error: BaseException | None) -> list[_Told]:
-        everything: list[Any] = [None] * self.count
+    def _gather(self, payload: bytes, error: BaseException | None) -> list[_Outcome]:
+        gathered: list[Any] = [None] * self.count
         try:
-            dist.all_gather_object(everything, parcel, group=self.group)
+            dist.all_gather_object(gathered, payload, group=self.group)
         except RuntimeError as err:
-            raise error or self._gone(err) from err
-        return [pickle.loads(one) for one in everything]
+            raise error or self._lost(err) from err
+        return [pickle.loads(one) for one in gathered]
 
-    def _to_tell(self, error: BaseException) -> BaseException:
-        """An error as the other processes raise it."""
+    def _for_others(self, error: BaseException) -> BaseException:
+        """The error that the other ranks raise."""
         if isinstance(error, SimplerError):
             return type(error)(f"In process {self.rank} of {self.count}: {error}")
-        if not isinstance(error, Exception):  # an end that was asked for, such as SIGTERM, is the end of all
+        if not isinstance(error, Exception):  # a requested end, such as SIGTERM, ends all ranks
             return error
         what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         return ProcessError(
-            f"Found an error in process {self.rank} of {self.count} ({what}), expected all to select together: its own "
-            "output says where."
+            f"Process {self.rank} of {self.count} failed ({what}), so the selection cannot continue: see its own output."
         )
 
-    def _gone(self, err: RuntimeError) -> ProcessError:
+    def _lost(self, err: RuntimeError) -> ProcessError:
         what = " ".join(str(err).split())[:300]
         return ProcessError(
-            f"Found a process that no longer answers process {self.rank} of {self.count} ({what}), expected all to select "
-            "together: look for the first error, or for a kill, in the output of the others."
+            f"Process {self.rank} of {self.count} lost the connection to another one ({what}), so the selection cannot "
+            "continue: look for the first error, or for a kill, in the output of the others."
         )

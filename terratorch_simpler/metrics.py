@@ -1,26 +1,32 @@
-"""The additive state of a pass: what every group of tiles adds, each in a slot of its own."""
+"""Layer similarity as a torchmetrics metric."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from terratorch_simpler.criteria import GroupSums, Statistics
+from terratorch_simpler.criteria import Bounds, Criterion, GroupSums, Statistics, bootstrap
 from terratorch_simpler.errors import DegenerateFeaturesError
 from terratorch_simpler.functional.angles import angle_sums
 from terratorch_simpler.functional.hsic import check_features, hsic_matrix, moments
 
+MIN_BOOTSTRAP_GROUPS = 4
+"""With fewer groups than this, a bootstrap over groups says nothing."""
+
 
 class LayerSimilarity(Metric):
-    """Sums of every group of tiles.
+    """Linear CKA between the blocks of an encoder, with cosines and angles of the same tokens, over groups of tiles.
 
-    All states are sums. A process that did not see a group leaves zeros in its slot, so summing over processes gives
-    the same bits however groups were spread over them, and the bootstrap finds the groups in stream order.
+    All states are sums with one slot per group. A rank leaves zeros in the slots of groups it does not update, so summing
+    over ranks gives the same bits however groups are spread over them, and the bootstrap finds them in stream order.
 
     Args:
         num_blocks: Number of blocks L; with the input of the first one there are L + 1 states of a token.
         max_groups: Number of slots G; memory is 3 * G * (L + 1) ** 2 * 8 bytes, whatever the number of tiles.
+        **kwargs: Arguments of :class:`torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -34,7 +40,6 @@ class LayerSimilarity(Metric):
     not_finite: Tensor
 
     def __init__(self, num_blocks: int, max_groups: int, **kwargs: object) -> None:
-        """Declare the states; keyword arguments go to :class:`torchmetrics.Metric`."""
         super().__init__(**kwargs)
         states = num_blocks + 1
         for name in ("hsic", "cosine", "angle"):
@@ -44,10 +49,10 @@ class LayerSimilarity(Metric):
         self.add_state("not_finite", torch.zeros(max_groups, states, dtype=torch.int64), "sum")
         for name in ("rows", "tiles"):
             self.add_state(name, torch.zeros(max_groups, dtype=torch.int64), "sum")
-        self.persistent(True)  # a long pass that was ended goes on from its state_dict
+        self.persistent(True)  # an interrupted pass resumes from its state_dict
 
     def update(self, features: Tensor, tiles: int, group: int) -> None:
-        """Put one group in its slot. Waits for the device of the features once, and only if the states lie on another one.
+        """Set the slot of one group. Waits for the device of the features once, and only if the states lie on another one.
 
         Args:
             features: Rows of the group before the first block and after every block, shape (L + 1, m, D).
@@ -58,29 +63,29 @@ class LayerSimilarity(Metric):
         not_finite, mean_square, variance = moments(wide)
         hsic = hsic_matrix(wide)
         cosine, angle = angle_sums(wide)
-        found = {"not_finite": not_finite, "mean_square": mean_square, "variance": variance,
-                 "hsic": hsic, "cosine": cosine, "angle": angle}  # fmt: skip
+        values = {"not_finite": not_finite, "mean_square": mean_square, "variance": variance,
+                  "hsic": hsic, "cosine": cosine, "angle": angle}  # fmt: skip
         # One copy, one wait. Whole numbers are exact in float64.
-        together = torch.cat([value.double().flatten() for value in found.values()]).to(self.hsic.device)
-        ready = together.split([value.numel() for value in found.values()])
-        # Set and not added: memory may run out on the way, and the group come again.
-        for (name, value), part in zip(found.items(), ready, strict=True):
+        flat = torch.cat([value.double().flatten() for value in values.values()]).to(self.hsic.device)
+        parts = flat.split([value.numel() for value in values.values()])
+        # Assigned, not added: if memory runs out on the way, the group is updated again.
+        for (name, value), part in zip(values.items(), parts, strict=True):
             getattr(self, name)[group] = part.view(value.shape)
         self.rows[group] = features.shape[1]
         self.tiles[group] = tiles
 
     def compute(self) -> Tensor:
-        """Similarity S of the blocks, (L, L), float64, over all groups seen by all processes; errors as below."""
+        """Similarity S of the blocks, (L, L), float64, over all groups of all ranks; raises as :meth:`statistics`."""
         return self.statistics().similarity
 
     def statistics(self, groups: int | None = None) -> Statistics:
-        """Statistics over the groups of this process.
+        """Statistics over the groups of this rank, or of all while synchronised.
 
         Args:
             groups: Number of groups from the first; by default all.
 
         Raises:
-            DegenerateFeaturesError: If a block's output is constant or not finite, or nothing was added yet.
+            DegenerateFeaturesError: If a block's output is constant or not finite, or there is no group yet.
         """
         self.check(groups)
         return self.sums(groups).total()
@@ -88,12 +93,26 @@ class LayerSimilarity(Metric):
     def check(self, groups: int | None = None) -> None:
         """Raise if the features of the groups cannot be compared (see :meth:`statistics`)."""
         if not self.tiles[:groups].any():
-            msg = "Found no rows of tokens to compare, expected at least one group of tiles: give more tiles."
+            msg = "There are no rows of tokens to compare; at least one group of tiles is needed: give more tiles."
             raise DegenerateFeaturesError(msg)
-        # What enters the first block may be constant: few rules look at it.
+        # The input of the first block may be constant: few criteria look at it.
         check_features(*(value[:groups, 1:].sum(dim=0) for value in (self.not_finite, self.mean_square, self.variance)))
 
     def sums(self, groups: int | None = None) -> GroupSums:
         """Sums of the groups that were added, in stream order."""
         filled = self.tiles[:groups] > 0
         return GroupSums(*(value[:groups][filled] for value in (self.hsic, self.cosine, self.angle, self.rows)))
+
+    def bootstrap(
+        self, criterion: Criterion, bounds: Bounds, seed: int, groups: int | None = None
+    ) -> Mapping[int, float] | None:
+        """Share of bootstrap resamples over the groups won by each depth; None with fewer than four groups.
+
+        Args:
+            criterion: Criterion that chooses from each resample.
+            bounds: Bounds on the kept depth.
+            seed: Seed of the resamples.
+            groups: Number of groups from the first; by default all.
+        """
+        sums = self.sums(groups)
+        return None if len(sums) < MIN_BOOTSTRAP_GROUPS else bootstrap(criterion, sums, bounds, seed)

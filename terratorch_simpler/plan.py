@@ -1,17 +1,30 @@
-"""What is kept of an encoder and why: :class:`SlimmingPlan`, its file format, what block numbers and widths mean."""
+"""What is kept of an encoder and why: :class:`SlimmingPlan` and plan.json, its file format, checked by pydantic."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn, NotRequired
 
-from terratorch_simpler.errors import DepthError, PlanError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    SkipValidation,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    with_config,
+)
+from typing_extensions import TypedDict  # pydantic refuses that of typing before Python 3.12
+
+from terratorch_simpler.errors import PlanError
 from terratorch_simpler.files import atomic_write
-from terratorch_simpler.indices import LARGEST_DEPTH, is_width, resolve_keep, spans_between
+from terratorch_simpler.indices import LARGEST_DEPTH, spans_between
 from terratorch_simpler.pruning.recovery import RecoveryWeights, load_maps, save_maps
 
 FORMAT = "terratorch-simpler/plan"
@@ -20,9 +33,86 @@ LARGEST_FILE = 16 * 2**20
 """Bytes; the plan of an encoder with 64 blocks has a hundred thousand."""
 LARGEST_NUMBER = 1e300
 LARGEST_INTEGER = 2**63 - 1
-MOST_RULES = 64
-LONGEST_NAME = 100
 RECOVERIES = ("none", "linear")
+
+
+def _within_depth(number: int, info: ValidationInfo[int]) -> int:
+    if number > info.context:
+        raise ValueError(f"Input should be at most {info.context}, the number of blocks")
+    return number
+
+
+def _block_numbers(blocks: Sequence[int], info: ValidationInfo[int]) -> Sequence[int]:
+    if not blocks or list(blocks) != sorted(set(blocks)) or blocks[-1] >= info.context:
+        raise ValueError(f"Input should be distinct block numbers from 0 to {info.context - 1} in ascending order")
+    return blocks
+
+
+def _square(matrix: Sequence[Sequence[float]], info: ValidationInfo[int]) -> Sequence[Sequence[float]]:
+    if {len(matrix), *map(len, matrix)} != {info.context}:
+        raise ValueError(f"Input should be a {info.context} x {info.context} matrix")
+    return matrix
+
+
+def _ascending(states: tuple[int, int, float]) -> list[float]:
+    if states[0] >= states[1]:
+        raise ValueError("Input should be a state, a later state and a number")
+    return list(states)
+
+
+# Numbers are strict: true, "4" and 4.0 are no counts. JSON writes the keys of objects as text, so depths are not.
+# The validation context is the number of blocks of the intact encoder.
+Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST_INTEGER)]
+Number = Annotated[float, Field(strict=True, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER, allow_inf_nan=False)]
+Depth = Annotated[int, Field(ge=1), AfterValidator(_within_depth)]
+State = Annotated[Count, AfterValidator(_within_depth)]
+ByDepth = Mapping[Depth, Number]
+
+
+class CriterionUsed(TypedDict):
+    """The criterion that has chosen, and its arguments."""
+
+    name: str
+    args: dict[str, Any]
+
+
+@with_config(extra="forbid")
+class BeforeAndAfter(TypedDict):
+    """A cost of the encoder before and after pruning."""
+
+    before: Count
+    after: Count
+
+
+@with_config(extra="forbid")
+class Alternative(TypedDict):
+    """What another criterion keeps."""
+
+    kept_blocks: Annotated[list[Count], AfterValidator(_block_numbers)]
+    scores: ByDepth | None
+
+
+@with_config(extra="forbid")
+class CostOfDepth(TypedDict):
+    """What an encoder of the first blocks costs and keeps."""
+
+    parameters: Count
+    macs: Count | None
+    similarity: Number
+    recovery_r2: Number | None
+
+
+@with_config(extra="forbid")
+class Overview(TypedDict):
+    """What was not chosen."""
+
+    criteria: Annotated[dict[Annotated[str, Field(max_length=100)], Alternative], Field(max_length=64)]
+    depths: dict[Depth, CostOfDepth]
+    repaired: NotRequired[list[Annotated[tuple[State, State, Number], AfterValidator(_ascending)]]]
+
+
+def _checked_as(schema: type) -> GetPydanticSchema:
+    return GetPydanticSchema(lambda _, handler: handler.generate_schema(schema))
 
 
 @dataclass(frozen=True)
@@ -33,10 +123,10 @@ class SlimmingPlan:
         backbone: Name of the intact encoder in TerraTorch's registry.
         full_num_blocks: Blocks L of the intact encoder.
         kept_blocks: Kept blocks, 0-based, ascending.
-        criterion: ``name`` and ``args`` of the rule.
+        criterion: ``name`` and ``args`` of the criterion.
         width: Kept share of the units of every attention head and MLP; 1.0 is all of them.
-        recovery: How the cut was repaired; "none" or "linear".
-        scores: Score of every judged depth.
+        recovery: What stands in for dropped blocks; "none" or "linear".
+        scores: Score of every depth that the criterion can judge.
         similarity: Similarity S of the intact encoder's blocks, L x L.
         votes: Share of bootstrap resamples won by each depth; None with too few groups of tiles.
         tiles_seen: Tiles the similarity was measured on.
@@ -45,7 +135,7 @@ class SlimmingPlan:
         macs: Multiply-accumulate operations of the encoder for one tile, ``before`` and ``after``.
         data: What was streamed, with a fingerprint.
         versions: Package versions.
-        overview: What was not chosen. ``criteria``: by name of rule its ``kept_blocks`` and ``scores`` (by depth, or
+        overview: What was not chosen. ``criteria``: by name its ``kept_blocks`` and ``scores`` (by depth, or
             None) on the same statistics. ``depths``: by number of first blocks kept the ``parameters``, ``macs`` (or None),
             ``similarity`` of the last kept block with the last one, and ``recovery_r2`` (or None). ``repaired``, where
             recovery is linear: [state before, state after, share of variance explained] of each dropped range.
@@ -53,23 +143,30 @@ class SlimmingPlan:
             of block l), where recovery is linear; in a file of their own beside plan.json.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
     backbone: str
-    full_num_blocks: int
-    kept_blocks: tuple[int, ...]
-    criterion: Mapping[str, Any]
-    width: float = 1.0
-    recovery: str = "none"
-    scores: Mapping[int, float] | None = None
-    similarity: Sequence[Sequence[float]] | None = None
-    votes: Mapping[int, float] | None = None
-    tiles_seen: int = 0
-    rows_seen: int = 0
-    parameters: Mapping[str, int] | None = None
-    macs: Mapping[str, int] | None = None
+    full_num_blocks: Annotated[int, Field(strict=True, ge=1, le=LARGEST_DEPTH)]
+    kept_blocks: Annotated[tuple[Count, ...], AfterValidator(_block_numbers)]
+    criterion: Annotated[Mapping[str, Any], _checked_as(CriterionUsed)]
+    width: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    recovery: Annotated[str, Field(pattern=f"^({'|'.join(RECOVERIES)})$")] = "none"
+    scores: ByDepth | None = None
+    similarity: Annotated[Sequence[Sequence[Number]], AfterValidator(_square)] | None = None
+    votes: ByDepth | None = None
+    tiles_seen: Count = 0
+    rows_seen: Count = 0
+    parameters: Annotated[Mapping[str, int], _checked_as(BeforeAndAfter)] | None = None
+    macs: Annotated[Mapping[str, int], _checked_as(BeforeAndAfter)] | None = None
     data: Mapping[str, Any] | None = None
-    versions: Mapping[str, str] | None = None
-    overview: Mapping[str, Any] | None = None
-    maps: Mapping[int, RecoveryWeights] | None = field(default=None, repr=False, compare=False)
+    versions: Mapping[str, Any] | None = None
+    overview: Annotated[Mapping[str, Any], _checked_as(Overview)] | None = None
+    maps: SkipValidation[Mapping[int, RecoveryWeights] | None] = field(default=None, repr=False, compare=False)
+
+    @property
+    def depth(self) -> int:
+        """Number of kept blocks."""
+        return len(self.kept_blocks)
 
     def check_encoder(self, backbone: str, num_blocks: int) -> None:
         """Raise unless the plan was made for this encoder.
@@ -97,7 +194,7 @@ class SlimmingPlan:
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as JSON, whole or not at all, and the maps of a linear recovery beside it.
+        """Write the plan as JSON, atomically, and the maps of a linear recovery beside it.
 
         Args:
             path: File to write; missing folders are made.
@@ -148,20 +245,32 @@ class SlimmingPlan:
         Raises:
             PlanError: If it is of another version, or a key is missing, unknown or wrong.
         """
-        check = _Check(source)
-        if not isinstance(raw, dict):
-            raise check.error("format", raw, f"an object with format '{FORMAT}'")
-        values: dict[str, Any] = {"overview": None, **raw}
-        if values.pop("format", None) != FORMAT:
-            raise check.error("format", raw.get("format"), f"'{FORMAT}'")
-        if (version := values.pop("version", None)) != VERSION or isinstance(version, bool):
-            raise check.error("version", version, f"{VERSION}, the version this package reads")
+        content: dict[str, Any] = {"overview": None, **raw} if isinstance(raw, dict) else {"format": raw}
+        if (found := content.pop("format", None)) != FORMAT:
+            raise _wrong_key("format", found, f"Input should be '{FORMAT}'", source)
+        if (version := content.pop("version", None)) != VERSION or isinstance(version, bool):
+            raise _wrong_key("version", version, f"Input should be {VERSION}, the version this package reads", source)
         known = {field.name for field in fields(cls)} - {"maps"}
-        if unknown := sorted(map(str, values.keys() - known)):
-            raise check.error(unknown[0], values[unknown[0]], "no such key")
-        if missing := sorted(known - values.keys()):
-            raise check.error(missing[0], None, "a value")
-        return cls(**check.values(values))
+        if different := sorted(map(str, known ^ content.keys())):  # pydantic would fill in what is missing
+            key = different[0]
+            raise _wrong_key(key, content.get(key), "Field required" if key in known else "Unknown key", source)
+        blocks = content["full_num_blocks"]
+        try:
+            # A number of blocks that is wrong itself is the first error of all.
+            return _SCHEMA.validate_python(content, context=blocks if type(blocks) is int else 0)
+        except ValidationError as err:
+            first = err.errors(include_url=False, include_context=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            raise _wrong_key(key, first["input"], first["msg"].removeprefix("Value error, "), source) from err
+
+
+_SCHEMA = TypeAdapter(SlimmingPlan)
+
+
+def _wrong_key(key: str, found: object, problem: str, source: str) -> PlanError:
+    shown = repr(found)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return PlanError(f"Found {shown} for key '{key}' in {source}. {problem}: make the plan again.")
 
 
 def _maps_file(plan: str | os.PathLike[str]) -> Path:
@@ -171,167 +280,3 @@ def _maps_file(plan: str | os.PathLike[str]) -> Path:
 def _refuse_constant(name: str) -> NoReturn:
     msg = f"the number {name}"
     raise ValueError(msg)
-
-
-class _Check:
-    """Checks the values of a plan file, key by key."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def error(self, key: str, found: object, expected: str) -> PlanError:
-        shown = repr(found)
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        return PlanError(f"Found {shown} for key '{key}' in {self.source}, expected {expected}: make the plan again.")
-
-    def values(self, raw: dict[str, Any]) -> dict[str, Any]:
-        blocks = self.integer(raw, "full_num_blocks", minimum=1)
-        if blocks > LARGEST_DEPTH:
-            raise self.error("full_num_blocks", blocks, f"at most {LARGEST_DEPTH}")
-        return {
-            "backbone": self.instance(raw, "backbone", str),
-            "full_num_blocks": blocks,
-            "kept_blocks": self.kept_blocks(raw, blocks),
-            "criterion": self.criterion(raw),
-            "width": self.width(raw),
-            "recovery": self.recovery(raw),
-            "scores": self.by_depth(raw["scores"], "scores", blocks),
-            "similarity": self.similarity(raw, blocks),
-            "votes": self.by_depth(raw["votes"], "votes", blocks),
-            "tiles_seen": self.integer(raw, "tiles_seen"),
-            "rows_seen": self.integer(raw, "rows_seen"),
-            "parameters": self.before_after(raw, "parameters"),
-            "macs": self.before_after(raw, "macs"),
-            "data": None if raw["data"] is None else self.instance(raw, "data", dict),
-            "versions": None if raw["versions"] is None else self.instance(raw, "versions", dict),
-            "overview": self.overview(raw, blocks),
-        }
-
-    def instance(self, raw: dict[str, Any], key: str, kind: type) -> Any:
-        if not isinstance(raw[key], kind):
-            raise self.error(key, raw[key], f"a {kind.__name__}")
-        return raw[key]
-
-    def integer(self, raw: dict[str, Any], key: str, minimum: int = 0) -> int:
-        value = raw[key]
-        if not _is_count(value) or value < minimum:
-            raise self.error(key, value, f"an integer of at least {minimum}")
-        return value  # type: ignore[no-any-return]
-
-    def recovery(self, raw: dict[str, Any]) -> str:
-        value = raw["recovery"]
-        if value not in RECOVERIES:
-            raise self.error("recovery", value, f"one of {', '.join(RECOVERIES)}")
-        return str(value)
-
-    def width(self, raw: dict[str, Any]) -> float:
-        if not is_width(raw["width"]):
-            raise self.error("width", raw["width"], "a number above 0 and at most 1")
-        return float(raw["width"])
-
-    def kept_blocks(self, raw: dict[str, Any], num_blocks: int, key: str = "kept_blocks") -> tuple[int, ...]:
-        value = raw["kept_blocks"]
-        if not isinstance(value, list):
-            raise self.error(key, value, "a list")
-        try:
-            kept = resolve_keep(value, num_blocks)
-        except DepthError as err:
-            raise self.error(key, value, f"distinct block numbers from 0 to {num_blocks - 1}") from err
-        if list(kept) != value:
-            raise self.error(key, value, "block numbers in ascending order")
-        return kept
-
-    def criterion(self, raw: dict[str, Any]) -> dict[str, Any]:
-        value = self.instance(raw, "criterion", dict)
-        if not isinstance(value.get("name"), str) or not isinstance(value.get("args"), dict):
-            raise self.error("criterion", value, "an object with 'name' and 'args'")
-        return {"name": value["name"], "args": value["args"]}
-
-    def by_depth(self, value: Any, key: str, num_blocks: int) -> dict[int, float] | None:
-        if value is None:
-            return None
-        valid = {str(depth) for depth in range(1, num_blocks + 1)}
-        if not isinstance(value, dict) or not all(k in valid and _is_number(v) for k, v in value.items()):
-            raise self.error(key, value, f"numbers by depth from 1 to {num_blocks}")
-        return {int(depth): float(number) for depth, number in value.items()}
-
-    def similarity(self, raw: dict[str, Any], num_blocks: int) -> list[list[float]] | None:
-        value = raw["similarity"]
-        if value is None:
-            return None
-        square = isinstance(value, list) and len(value) == num_blocks
-        if not square or not all(
-            isinstance(row, list) and len(row) == num_blocks and all(map(_is_number, row)) for row in value
-        ):
-            raise self.error("similarity", value, f"a {num_blocks} x {num_blocks} matrix of numbers")
-        return [[float(number) for number in row] for row in value]
-
-    def before_after(self, raw: dict[str, Any], key: str) -> dict[str, int] | None:
-        value = raw[key]
-        if value is None:
-            return None
-        if not isinstance(value, dict) or set(value) != {"before", "after"}:
-            raise self.error(key, value, "an object with 'before' and 'after'")
-        if not all(map(_is_count, value.values())):
-            raise self.error(key, value, "integers of at least 0")
-        return value
-
-    def overview(self, raw: dict[str, Any], num_blocks: int) -> dict[str, Any] | None:
-        value = raw["overview"]
-        if value is None:
-            return None
-        expected = "an object with 'criteria' and 'depths'"
-        if not isinstance(value, dict) or set(value) - {"repaired"} != {"criteria", "depths"}:
-            raise self.error("overview", value, expected)
-        criteria, depths = value["criteria"], value["depths"]
-        if not isinstance(criteria, dict) or not isinstance(depths, dict):
-            raise self.error("overview", value, expected)
-        if len(criteria) > MOST_RULES or any(len(name) > LONGEST_NAME for name in criteria):
-            most = f"at most {MOST_RULES} criteria with names of at most {LONGEST_NAME} letters"
-            raise self.error("overview", sorted(criteria), most)
-        return {
-            "criteria": {name: self.judged(rule, num_blocks) for name, rule in criteria.items()},
-            "depths": self.costs(depths, num_blocks),
-            **({"repaired": self.repaired(value["repaired"], num_blocks)} if "repaired" in value else {}),
-        }
-
-    def repaired(self, ranges: Any, num_blocks: int) -> list[list[Any]]:
-        right = isinstance(ranges, list) and all(
-            isinstance(one, list) and len(one) == 3 and all(map(_is_count, one[:2])) and _is_number(one[2]) for one in ranges
-        )
-        if not right or not all(0 <= before < after <= num_blocks for before, after, _ in ranges):
-            raise self.error("overview", ranges, "lists of state before, state after and a number as 'repaired'")
-        return [list(one) for one in ranges]
-
-    def judged(self, rule: Any, num_blocks: int) -> dict[str, Any]:
-        if not isinstance(rule, dict) or set(rule) != {"kept_blocks", "scores"}:
-            raise self.error("overview", rule, "an object with 'kept_blocks' and 'scores' for every criterion")
-        return {
-            "kept_blocks": list(self.kept_blocks(rule, num_blocks, "overview")),
-            "scores": self.by_depth(rule["scores"], "overview", num_blocks),
-        }
-
-    def costs(self, depths: dict[str, Any], num_blocks: int) -> dict[int, dict[str, Any]]:
-        if not depths.keys() <= {str(depth) for depth in range(1, num_blocks + 1)}:
-            raise self.error("overview", depths, f"depths from 1 to {num_blocks}")
-        checks: dict[str, Callable[[object], bool]] = {
-            "parameters": _is_count,
-            "macs": lambda value: value is None or _is_count(value),
-            "similarity": _is_number,
-            "recovery_r2": lambda value: value is None or _is_number(value),
-        }
-        for cost in depths.values():
-            if not isinstance(cost, dict) or cost.keys() != checks.keys():
-                raise self.error("overview", cost, f"an object with {', '.join(checks)} for every depth")
-            if wrong := [key for key, right in checks.items() if not right(cost[key])]:
-                raise self.error("overview", cost, f"a number as '{wrong[0]}'")
-        return {int(depth): dict(cost) for depth, cost in depths.items()}
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_INTEGER
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is a finite number; JSON can write some that are not, such as 1e999."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER

@@ -37,31 +37,10 @@ from terratorch_simpler.errors import TilesError
 IN_FOLDERS = (".tif", ".tiff", ".gtif", ".gtiff", ".geotiff", ".btf", ".jp2", ".j2k", ".vrt", ".img", ".nc", ".h5", ".hdf5")
 """Endings of the files that are read in a folder; files given by name are read whatever their name."""
 FORMATS = frozenset(
-    [
-        "GTiff",
-        "VRT",
-        "JP2OpenJPEG",
-        "JP2KAK",
-        "JP2ECW",
-        "JP2MrSID",
-        "HFA",
-        "ENVI",
-        "EHdr",
-        "netCDF",
-        "HDF5",
-        "HDF5Image",
-        "HDF4",
-        "HDF4Image",
-        "GRIB",
-        "SENTINEL2",
-        "NITF",
-        "SRTMHGT",
-        "PNG",
-        "JPEG",
-        "WEBP",
-        "GIF",
-        "BMP",
-    ]
+    {
+        *("GTiff", "VRT", "JP2OpenJPEG", "JP2KAK", "JP2ECW", "JP2MrSID", "HFA", "ENVI", "EHdr", "netCDF", "HDF5"),
+        *("HDF5Image", "HDF4", "HDF4Image", "GRIB", "SENTINEL2", "NITF", "SRTMHGT", "PNG", "JPEG", "WEBP", "GIF", "BMP"),
+    }
 )
 """What is read by name; other formats are no raster here."""
 LISTS = (".txt", ".csv", ".lst")
@@ -335,9 +314,8 @@ def _equal(stored: np.ndarray, nodata: float) -> np.ndarray:
     if math.isnan(nodata):
         return np.isnan(stored)
     with np.errstate(all="ignore"):
-        near = np.abs(stored.astype("f8") - nodata) <= 1e-3 * abs(
-            nodata
-        )  # far wider than GDAL's tolerance, unless it overflows
+        # Far wider than GDAL's tolerance, unless it overflows.
+        near = np.abs(stored.astype("f8") - nodata) <= 1e-3 * abs(nodata)
     if abs(nodata) < 1e37 and not near.any():
         return near
     shape = {"width": stored.shape[1], "height": stored.shape[0], "count": 1, "dtype": stored.dtype}

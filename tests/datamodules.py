@@ -561,21 +561,21 @@ def embeddings(folder):
 REFUSED = {
     "places on a map": (
         Scenes,
-        r"Found Scenes, whose RasterDataset is asked for places on the map, expected images by number",
+        r"Scenes samples its RasterDataset by location, expected images by number",
     ),
-    "a stream": (Endless, r"Found Endless, whose Stream is a stream, expected images by number"),
-    "without an image": (Weather, r"Found Weather, whose samples are keys \['target', 'x'\], expected a dict with an image"),
-    "pairs": (lambda f: Weather(f, (torch.ones(3, 8, 8), 1)), r"Found Weather, whose samples are tuple, expected a dict"),
+    "a stream": (Endless, r"Endless iterates over its Stream, expected images by number"),
+    "without an image": (Weather, r"A sample of Weather is a dict of \['target', 'x'\], expected a dict with an image"),
+    "pairs": (lambda f: Weather(f, (torch.ones(3, 8, 8), 1)), r"A sample of Weather is a tuple, expected a dict"),
     "vectors": (
         lambda f: Weather(f, {"image": np.ones(7)}),
-        r"Found Weather, whose images are of shape \(7,\), as embeddings",
+        r"Images of Weather have shape \(7,\), like embeddings",
     ),
     **since(
         "1.2.12",
         {
             "EmbeddingClassificationDataModule": (
                 embeddings,
-                r"Found EmbeddingClassificationDataModule, whose images are of shape \(16,\), as embeddings are, expected",
+                r"Images of EmbeddingClassificationDataModule have shape \(16,\), like embeddings, expected",
             )
         },
     ),

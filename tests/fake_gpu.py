@@ -11,8 +11,8 @@ import torch
 from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from terratorch_simpler.extraction import hooks, labelled
-from terratorch_simpler.lightning import selection
+from terratorch_simpler.extraction import TokenSampler
+from terratorch_simpler.lightning import task
 from terratorch_simpler.models.backbone import SimplerBackbone
 
 
@@ -38,18 +38,16 @@ class FakeGpu:
                     torch.nn.Linear(1, 1).to(self.device)
             except RuntimeError as error:
                 pytest.skip(f"PyTorch {torch.__version__} cannot pretend a GPU: {str(error).splitlines()[0]}")
-        sample = hooks.sample_tokens
+        sample = TokenSampler.sample
 
-        def sample_on_host(valid, special, numbers, tokens, seed, device, *more):
+        def sample_on_host(sampler, batch, images, layout, device):
             with unset_fake_temporarily():
-                drawn = sample(valid, special, numbers, tokens, seed, torch.device("cpu"), *more)
+                drawn = sample(sampler, batch, images, layout, torch.device("cpu"))
             return type(drawn)(*[self.like(value) for value in drawn])
 
-        for module in (hooks, labelled):
-            monkeypatch.setattr(module, "sample_tokens", sample_on_host)
-            monkeypatch.setattr(module, "token_masks", on_host(hooks.token_masks))
+        monkeypatch.setattr(TokenSampler, "sample", sample_on_host)
         monkeypatch.setattr(SimplerBackbone, "layout", on_host(SimplerBackbone.layout))
-        monkeypatch.setattr(selection, "_beside_compute", lambda move, device: move)  # streams are not pretended
+        monkeypatch.setattr(task, "overlap_transfer", lambda move, device: move)  # streams are not pretended
 
     def like(self, value):
         """A tensor of that shape on the GPU; anything else as it is."""

@@ -281,7 +281,7 @@ START, END = "<!-- families -->", "<!-- end of families -->"
 
 def readme_table() -> str:
     lines = [
-        "| encoder | names after `simpler_` | cut | width | export | tested how |",
+        "| encoder | names after `simpler_` | depth | width | export | how it is tested |",
         "|---|---|---|---|---|---|",
     ]
     for title in dict.fromkeys(family.title for family in FAMILIES):

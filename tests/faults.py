@@ -30,7 +30,7 @@ import torch
 
 from terratorch_simpler import SlimmingPlan
 from terratorch_simpler.demo.scenes import write_scenes
-from tests.runs import Command, config
+from tests.cli_runner import Command, config
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- table -->", "<!-- end of table -->"
@@ -76,7 +76,7 @@ class FullDisk:
                 if len(calls) == self.number:
                     self.fail()
 
-        modules = [files, plan, partial_result, report.figure, cache, export]
+        modules = [files, plan, partial_result, report.charts, cache, export]
         for module in modules:
             if hasattr(module, "atomic_write"):
                 module.atomic_write = atomic_write
@@ -101,7 +101,7 @@ class NoMemory:
 
         owner, name = {
             "batch": (FeatureExtractor, "run"),
-            "block": (FeatureExtractor, "see"),
+            "block": (FeatureExtractor, "collect"),
             "group": (metrics, "hsic_matrix"),
         }[self.stage]
         original, calls = getattr(owner, name), []

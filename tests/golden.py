@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback
 
 from terratorch_simpler.cli import main as command_line
 from terratorch_simpler.demo.scenes import write_scenes
-from tests.runs import Command, config
+from tests.cli_runner import Command, config
 
 RECORD = Path(__file__).with_name("golden.json")
 TIMM = {

@@ -386,7 +386,7 @@ def test_fewer_than_32_tiles_are_an_error(trainer, task, datamodule, scenes, tmp
     split.write_text("\n".join(f"scene_{i:04d}" for i in range(20)))
     with pytest.raises(
         TilesError,
-        match=r"Found 20 usable tiles, expected at least 32 .*more unlabeled images.*or a plan, or set backbone_keep",
+        match=r"Only 20 usable tiles; comparing blocks needs at least 32.*more unlabeled.*or a plan, or set backbone_keep",
     ):
         trainer(SimplerCallback()).fit(module, datamodule=datamodule(train_split=split))
     assert module.model.encoder.num_blocks == 12
@@ -395,14 +395,17 @@ def test_fewer_than_32_tiles_are_an_error(trainer, task, datamodule, scenes, tmp
 
 @pytest.mark.filterwarnings("always::terratorch_simpler.errors.SimplerWarning")
 def test_warnings_about_few_tiles_and_random_weights(trainer, task, datamodule):
-    with pytest.warns(FewTilesWarning, match="Found 48 tiles, expected at least 256"), pytest.warns(UntrainedEncoderWarning):
+    with (
+        pytest.warns(FewTilesWarning, match=r"Only 48 tiles available \(256 recommended"),
+        pytest.warns(UntrainedEncoderWarning),
+    ):
         trainer(SimplerCallback()).fit(task(), datamodule=datamodule())
 
 
 @pytest.mark.parametrize("averaging", [StochasticWeightAveraging(1e-3), WeightAveraging()])
 def test_callbacks_that_copy_the_model_must_come_after(trainer, task, datamodule, averaging):
     averaging = copy.deepcopy(averaging)
-    with pytest.raises(ConfigurationError, match=f"Found {type(averaging).__name__}, which has copied the uncut model"):
+    with pytest.raises(ConfigurationError, match=f"Found {type(averaging).__name__}, which has copied the intact model"):
         trainer(copy.deepcopy(averaging), SimplerCallback()).fit(task(), datamodule=datamodule())
     module = task()
     trainer(SimplerCallback(), averaging, max_epochs=2).fit(module, datamodule=datamodule())
@@ -459,7 +462,7 @@ def test_resuming_works_even_if_lightning_hides_the_path(trainer, task, datamodu
     first = task()
     saved = ModelCheckpoint(dirpath=tmp_path, filename="last")
     trainer(SimplerCallback(max_depth=3), saved, enable_checkpointing=True).fit(first, datamodule=datamodule())
-    monkeypatch.setattr("terratorch_simpler.lightning.callback._checkpoint_to_resume", lambda _: (None, True))
+    monkeypatch.setattr("terratorch_simpler.lightning.callback.checkpoint_to_resume", lambda _: (None, True))
     second = task(seed=5)
     trainer(SimplerCallback(min_depth=8), max_epochs=2).fit(
         second, datamodule=datamodule(), ckpt_path=tmp_path / "last.ckpt"

@@ -11,7 +11,7 @@ from terratorch.datamodules import GenericNonGeoSegmentationDataModule
 
 from terratorch_simpler import SlimmingPlan, cli
 from terratorch_simpler.terratorch.command_line import build_run, read_settings
-from tests.runs import config as run_config
+from tests.cli_runner import config as run_config
 
 
 @pytest.fixture

@@ -221,7 +221,7 @@ def raise_error(_):
 
 
 def refuse(_):
-    raise TilesError("Found nothing, expected something: do something.")
+    raise TilesError("No window, expected at least one: check paths.")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def refuse(_):
         (add("window", (0, 0), 1), "plain", "wrong", "no window of the grid"),
         (lambda _: [], "plain", "uncounted", "neither delivered nor counted"),
         (raise_error, "plain", "crashed", "ValueError: broken"),
-        (refuse, "plain", "crashed", "Found nothing"),
+        (refuse, "plain", "crashed", "No window, expected"),
         (add("image", (0, 0), 0.01), "statistics", "wrong", "such values"),
         (add("location_coords", (0, 0), 0.01), "metadata", "wrong", "location_coords"),
         (add("location_coords", (0, 1), 360), "metadata", "wrong", "at most 90 and 180"),

@@ -123,11 +123,11 @@ def test_second_pass_repeats_the_first(folder):
     assert order(tiles) == order(tiles)
 
 
-@pytest.mark.parametrize("how", ["garbage", "gone"])
-def test_masks_are_not_read(folder, how):
+@pytest.mark.parametrize("damage", ["garbage", "gone"])
+def test_masks_are_not_read(folder, damage):
     datamodule = segmentation(folder)
     for path in (folder / "masks").iterdir():
-        path.write_text("garbage") if how == "garbage" else path.unlink()
+        path.write_text("garbage") if damage == "garbage" else path.unlink()
     with pytest.raises(rasterio.errors.RasterioIOError):
         datamodule.train_dataset[0]
     assert len(one_by_one(DatamoduleTiles(datamodule))) == COUNT
@@ -256,11 +256,11 @@ def test_tiles_without_any_data_are_skipped_and_no_damage(folder, replacement):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["garbage", "cut", "gone"])
-def test_unreadable_raster_is_skipped_counted_and_named(folder, how, workers):
+@pytest.mark.parametrize("damage", ["garbage", "cut", "gone"])
+def test_unreadable_raster_is_skipped_counted_and_named(folder, damage, workers):
     datamodule, path = segmentation(folder, num_workers=workers), image_path(folder, 7)
-    data = {"garbage": b"not a raster", "cut": path.read_bytes()[:3000], "gone": b""}[how]
-    path.unlink() if how == "gone" else path.write_bytes(data)
+    data = {"garbage": b"not a raster", "cut": path.read_bytes()[:3000], "gone": b""}[damage]
+    path.unlink() if damage == "gone" else path.write_bytes(data)
     tiles = DatamoduleTiles(datamodule)
     assert sorted(order(tiles)) == [number for number in range(COUNT) if number != 7]
     assert tiles.skipped == {"unreadable": 1}
@@ -274,7 +274,7 @@ def test_too_many_unreadable_rasters_are_an_error_that_names_them(folder, worker
         image_path(folder, number).write_text("garbage")
     tiles = DatamoduleTiles(segmentation(folder, num_workers=workers))
     with pytest.raises(
-        TilesError, match=r"Found 2 unreadable of 12 tiles, expected at most 10% .*: repair or remove"
+        TilesError, match=r"2 of 12 tiles are unreadable, expected at most 10% .*: repair or remove"
     ) as error:
         list(tiles)
     for number, named in ((7, True), (9, True), (3, False)):
@@ -304,9 +304,7 @@ def test_unequal_sizes_come_in_batches_of_their_own_in_order(folder, workers):
 def test_datamodule_without_training_images_is_refused(folder):
     datamodule = segmentation(folder)
     datamodule.train_dataset = None
-    with pytest.raises(
-        ConfigurationError, match=r"Found no train_dataset in GenericNonGeoSegmentationDataModule, expected one"
-    ):
+    with pytest.raises(ConfigurationError, match=r"No train_dataset in GenericNonGeoSegmentationDataModule, expected one"):
         DatamoduleTiles(datamodule)
 
 
@@ -635,12 +633,12 @@ FLIPS = {
 
 
 @pytest.mark.parametrize("kind", FLIPS)
-def test_random_transforms_of_the_dataset_itself_are_left_out_and_named(kind, caplog):
+def test_random_transforms_of_the_dataset_itself_are_disabled_and_named(kind, caplog):
     dataset = FLIPS[kind]()
     kept = dataset.transform
     with caplog.at_level("INFO"):
         tiles = DatamoduleTiles(Data(dataset))
-    assert "Random transforms of Data are left out of the tiles: " in caplog.text
+    assert "Random transforms of Data are disabled: " in caplog.text
     plain = Holes(lambda image: torch.from_numpy(image).permute(2, 0, 1))
     for index, image, valid in one_by_one(tiles):
         assert torch.equal(image, plain[index]["image"])
@@ -676,7 +674,7 @@ def test_dataset_that_is_another_in_every_read_is_an_error():
             return {"image": sample["image"] + Counts.reads * (sample["image"] != HOLE)}
 
     tiles = DatamoduleTiles(Data(Counts(lambda image: torch.from_numpy(image).permute(2, 0, 1))))
-    with pytest.raises(TilesError, match=r"Found RuntimeError .the same image is another one each time it is read"):
+    with pytest.raises(TilesError, match=r"with RuntimeError .the image differs from one read to the next"):
         list(tiles)
 
 
@@ -711,9 +709,9 @@ def test_error_in_code_is_no_damaged_file(folder, error, on, workers):
     with pytest.raises(TilesError) as found:
         list(DatamoduleTiles(Data(dataset, workers)))
     message = str(found.value)
-    assert message.startswith(f"Found {error.__name__} (")
-    assert "when Raises of Data reads" in message
-    assert message.endswith("mend the dataset or its transform, or give the callback tiles of its own.")
+    assert message.startswith("Raises of Data failed on ")
+    assert f"with {error.__name__} (" in message
+    assert message.endswith("fix the dataset or its transform, or give the callback tiles of its own.")
     assert "repair or remove" not in message
     if workers:
         assert "Traceback" in str(found.value.__cause__)
@@ -727,7 +725,7 @@ def test_error_of_a_transform_is_no_damaged_file(folder):
         def apply(self, img, **_):
             return img["red"]
 
-    with pytest.raises(TilesError, match=r"Found IndexError .* in apply .*GenericNonGeoSegmentationDataset.*_image\.tif"):
+    with pytest.raises(TilesError, match=r"GenericNonGeoSegmentationDataset .*_image\.tif with IndexError .* in apply"):
         list(DatamoduleTiles(segmentation(folder, test_transform=[Needs(p=1.0), ToTensorV2()])))
 
 
@@ -759,7 +757,7 @@ def test_files_of_other_kinds_are_judged_by_where_it_failed(tmp_path, broken):
         assert sorted(order(tiles)) == [number for number in range(12) if number != 3]
         assert tiles.skipped == {"unreadable": 1}
     else:  # what fails on every file is more likely how they are read
-        with pytest.raises(TilesError, match=r"Found ValueError .* when Arrays of Data reads image"):
+        with pytest.raises(TilesError, match=r"Arrays of Data failed on image .* with ValueError"):
             list(tiles)
 
 
@@ -790,7 +788,7 @@ def test_no_images_name_root_glob_and_split_file(folder, tmp_path):
     wrong = {"img_grep": {"img_grep": "*.png"}, "split": {"train_split": split}}
     for more in wrong.values():
         datamodule = segmentation(folder, **more)
-        with pytest.raises(ConfigurationError, match=r"^Found no training images in GenericNonGeo") as error:
+        with pytest.raises(ConfigurationError, match=r"^No training images in GenericNonGeo") as error:
             DatamoduleTiles(datamodule)
         for part in (f"data root {folder / 'images'}", f"glob {more.get('img_grep', '*_image.tif')}", "split file "):
             assert part in str(error.value)
@@ -804,7 +802,7 @@ def test_files_are_looked_up_once(folder, monkeypatch):
     monkeypatch.setattr(os, "stat", lambda path, *args, **kwargs: looked_up.append(str(path)) or stat(path, *args, **kwargs))
     for _ in range(3):
         tiles.describe()
-        tiles.changed()
+        tiles.modification_fingerprint()
     assert sorted(path for path in looked_up if path.endswith("_image.tif")) == sorted(
         str(image_path(folder, number)) for number in range(COUNT)
     )

@@ -16,9 +16,9 @@ from terratorch_simpler.data.source import file_stat
 from terratorch_simpler.demo.scenes import write_scenes
 from terratorch_simpler.errors import ConfigurationError
 from tests import datamodules
+from tests.cli_runner import Command, config
 from tests.datamodules import DRAWN, MISSING, NOT_SET_UP, REFUSED, STREAMED
 from tests.installed import shipped_classes
-from tests.runs import Command, config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::PendingDeprecationWarning:rioxarray"),
@@ -196,7 +196,7 @@ def test_fit_on_the_command_line(name, tmp_path):
         assert code == [1]
         said = command.output()
         for part in (
-            "Found no training images in GenericNonGeo",
+            "No training images in GenericNonGeo",
             f"data root {tmp_path}",
             "glob *_picture.tif",
             "train.txt",

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from terratorch_simpler import SlimmingPlan
-from tests.runs import Command, config
+from tests.cli_runner import Command, config
 
 COMMANDS = ("fit", "test", "predict", "validate")
 

@@ -14,20 +14,31 @@ from torchmetrics import MeanMetric
 
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.distributed import Processes
-from terratorch_simpler.extraction import FeatureExtractor, RecoverySums, loop
-from terratorch_simpler.extraction.auto_batch import AutoBatch, comparing_device
+from terratorch_simpler.extraction import (
+    ExtractionConfig,
+    FeatureExtractor,
+    RecoveryStatistics,
+    TokenSampler,
+    collector,
+    measure,
+    on_device,
+)
+from terratorch_simpler.extraction.auto_batch import AutoBatch, float64_device
 from terratorch_simpler.extraction.groups import Group, TileRef
-from terratorch_simpler.extraction.recovery_sums import drawn_only
+from terratorch_simpler.extraction.recovery import without_special
 from terratorch_simpler.extraction.token_sampling import TokenSample
 from terratorch_simpler.functional import hsic
 from terratorch_simpler.functional.angles import angle_sums
 from terratorch_simpler.functional.hsic import hsic_matrix, moments
+from terratorch_simpler.lightning import labelled as lightning_labelled
 from terratorch_simpler.lightning import selection
-from terratorch_simpler.lightning.selection import SelectionConfig, labelled_rows, on_device
+from terratorch_simpler.lightning import task as lightning_task
+from terratorch_simpler.lightning.labelled import labelled_rows
 from terratorch_simpler.metrics import LayerSimilarity
+from terratorch_simpler.planning import SelectionConfig
 from tests.fake_gpu import FakeGpu
 from tests.families import FAMILIES, wrapped
-from tests.memory import Tiles, land
+from tests.in_memory_tiles import Tiles, land
 
 
 @pytest.fixture
@@ -102,7 +113,8 @@ def test_lightnings_own_idea_of_the_device_stays(gpu, build):
 @pytest.fixture
 def lent(gpu, monkeypatch):
     """The selection's device is the GPU."""
-    monkeypatch.setattr(selection, "on_device", lambda module, device: gpu.lent(on_device, module, device))
+    for part in (selection, lightning_labelled):
+        monkeypatch.setattr(part, "on_device", lambda module, device: gpu.lent(on_device, module, device))
     return gpu
 
 
@@ -173,7 +185,7 @@ def rows_of(gpu, backbone, tokens, special=0, images=None):
     with (
         torch.no_grad(),
         gpu.lent(on_device, backbone, gpu.device),
-        FeatureExtractor(backbone, backbone, tokens, 0, with_special=bool(special)) as extractor,
+        FeatureExtractor(backbone, backbone, TokenSampler(tokens, with_special=bool(special))) as extractor,
     ):
         (rows, _), *_ = AutoBatch(extractor, forward).parts(next(iter(Tiles(images, batch_size=64))))
     return rows
@@ -183,13 +195,13 @@ def compare(gpu, rows, special=0, device=None):
     """What a group goes through, as far as its device has part in it."""
     group = Group(0, [TileRef(position, 0, rows.shape[1] // 64) for position in range(64)], 0, 64)
     with gpu.mode:
-        rows = torch.cat([rows[:, :16], rows[:, 16:]], dim=1).to(device or comparing_device(rows.device))
-        drawn, _ = drawn_only(group, rows, special)
-        repairs = RecoverySums([(0, 2)], Processes())
-        repairs.wait(group, rows, special)
-        repairs.accept(1)
+        rows = torch.cat([rows[:, :16], rows[:, 16:]], dim=1).to(device or float64_device(rows.device))
+        drawn, _ = without_special(group, rows, special)
+        recovery = RecoveryStatistics([(0, 2)], Processes())
+        recovery.add(group, rows, special)
+        recovery.accept(1)
         wide = drawn.float()
-        found = [*moments(wide), hsic_matrix(wide), *angle_sums(wide), repairs.patch._sums["cross"]]
+        found = [*moments(wide), hsic_matrix(wide), *angle_sums(wide), recovery.patch._sums["cross"]]
     return rows, found
 
 
@@ -229,7 +241,7 @@ def test_means_under_bfloat16_are_those_of_the_outputs_in_float32(build):
         for handle in handles:
             handle.remove()
 
-    with torch.no_grad(), FeatureExtractor(backbone, backbone, "mean", 0) as extractor:
+    with torch.no_grad(), FeatureExtractor(backbone, backbone, TokenSampler("mean")) as extractor:
         rows, _ = extractor.run(forward, next(iter(Tiles(land(8)))))
     expected = torch.stack([output[:, 1:].float().mean(dim=1) for output in seen[: len(rows)]])
     torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
@@ -290,22 +302,22 @@ def test_nothing_is_float64_on_a_gpu_without_it(gpu, build, monkeypatch):
         rows = rows_of(gpu, build(embed_dim=48, num_heads=3), "patch", 1)
         with gpu.mode, pytest.raises(TypeError, match="support float64"):
             hsic_matrix(rows)
-        _, found = compare(gpu, rows, 1, comparing_device(torch.device("mps")))
+        _, found = compare(gpu, rows, 1, float64_device(torch.device("mps")))
     assert {value.device.type for value in found} == {"cpu"}
 
 
 def test_a_pass_compares_where_there_is_float64(build, monkeypatch):
     asked, backbone = [], build(embed_dim=48, num_heads=3)
-    monkeypatch.setattr(loop, "comparing_device", lambda device: asked.append(device) or torch.device("cpu"))
-    loop.measure(lambda batch: backbone(batch["image"]), backbone, Tiles(land(40)), Simpler(), Bounds(), min_tiles=32)
+    monkeypatch.setattr(collector, "float64_device", lambda device: asked.append(device) or torch.device("cpu"))
+    measure(lambda batch: backbone(batch["image"]), backbone, Tiles(land(40)), ExtractionConfig(Simpler(), min_tiles=32))
     assert asked == [torch.device("cpu")]
 
 
 def test_labelled_features_are_read_on_the_same_device(lent, build, monkeypatch):
     module, found = Own(build(embed_dim=48, num_heads=3)), []
     before = everything(module)
-    monkeypatch.setattr(selection, "collect_labelled", one_batch(lent, found))
-    monkeypatch.setattr(selection, "_labelled_source", lambda *_: Tiles(land(40)))
+    monkeypatch.setattr(lightning_labelled, "collect_labelled", one_batch(lent, found))
+    monkeypatch.setattr(lightning_labelled, "labelled_source", lambda *_: Tiles(land(40)))
     with pytest.raises(InterruptedError):
         labelled_rows(fake_trainer(lent), module, "train", 0)
     assert found == ["cuda"] * 13
@@ -361,7 +373,7 @@ def check_transfer(streams, beside_compute):
 
 
 def test_batches_are_copied_beside_the_computation_without_a_race(monkeypatch):
-    check_transfer(Streams(monkeypatch), selection._beside_compute)
+    check_transfer(Streams(monkeypatch), lightning_task.overlap_transfer)
 
 
 @pytest.mark.parametrize(
@@ -371,14 +383,14 @@ def test_batches_are_copied_beside_the_computation_without_a_race(monkeypatch):
         ("compute.wait_stream(stream)", "stream.wait_stream(compute)"),
         ("tensor.record_stream(compute)", "pass"),
         ("tensor.record_stream(compute)", "tensor.record_stream(stream)"),
-        ("in _tensors(moved)", "in [(name, value) for name, value in moved.items() if isinstance(value, torch.Tensor)]"),
+        ("in tree_leaves(moved)", "in moved.values()"),
         ("with torch.cuda.stream(stream):", "if True:"),
     ],
 )
 def test_a_race_of_streams_would_be_seen(monkeypatch, line, fault):
-    source = inspect.getsource(selection._beside_compute)
+    source = inspect.getsource(lightning_task.overlap_transfer)
     assert source.count(line) == 1
-    planted = dict(vars(selection))
+    planted = dict(vars(lightning_task))
     exec(source.replace(line, fault), planted)
     with pytest.raises(AssertionError):
-        check_transfer(Streams(monkeypatch), planted["_beside_compute"])
+        check_transfer(Streams(monkeypatch), planted["overlap_transfer"])

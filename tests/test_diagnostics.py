@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from terratorch_simpler.criteria import Bounds, Knee
-from terratorch_simpler.extraction import measure
+from terratorch_simpler.criteria import Knee
+from terratorch_simpler.extraction import ExtractionConfig, measure
 from terratorch_simpler.functional.least_squares import NormalEquations
 from terratorch_simpler.sweep.diagnostics import (
     diagnose_blocks,
@@ -13,7 +13,7 @@ from terratorch_simpler.sweep.diagnostics import (
     explained_variance,
     feature_correlation,
 )
-from tests.memory import Tiles, land
+from tests.in_memory_tiles import Tiles, land
 
 
 def reference(rows):
@@ -63,8 +63,8 @@ def test_known_shapes():
 def test_blocks_are_looked_at_over_the_patches_of_the_selection(build):
     backbone, images, outputs = build(embed_dim=48, num_heads=3, depth=6), land(40), []
     spans = [(depth, 6) for depth in range(1, 6)]
-    found = measure(lambda batch: backbone(batch["image"]), backbone, Tiles(images), Knee(), Bounds(), spans=spans)
-    rows = diagnose_blocks(found.repairs.patch, 6)
+    found = measure(lambda batch: backbone(batch["image"]), backbone, Tiles(images), ExtractionConfig(Knee(), spans=spans))
+    rows = diagnose_blocks(found.recovery.patch, 6)
     assert [row["block"] for row in rows] == list(range(6))
     hook = backbone.blocks[4].register_forward_hook(lambda m, i, o: outputs.append(o[:, 1:]))
     with torch.no_grad():

@@ -1,5 +1,6 @@
-"""The documentation: made from the code, examples that run, links that lead somewhere, a site that builds strictly."""
+"""The documentation: generated reference, examples that run, links that resolve, a site that builds strictly."""
 
+import dataclasses
 import importlib.util
 import inspect
 import os
@@ -60,7 +61,7 @@ def test_reference_names_every_argument_of_every_criterion(sections, name):
 def test_reference_names_keys_of_backbone_and_plan(sections):
     keys = {"plan", "keep", "width", "block_path", "out_indices"}
     assert named(sections["Backbone"]) == {f"backbone_{key}" for key in keys}
-    assert named(sections["plan.json"]) == set(SlimmingPlan.__dataclass_fields__) - {"maps"}
+    assert named(sections["plan.json"]) == {field.name for field in dataclasses.fields(SlimmingPlan)} - {"maps"}
 
 
 def test_reference_tells_type_default_and_meaning(sections):
@@ -92,17 +93,18 @@ def test_pictures_are_up_to_date_and_show_what_the_page_says():
     assert drawn.keys() == {path.name for path in pictures.FOLDER.iterdir()}
     for name, text in drawn.items():
         assert (pictures.FOLDER / name).read_text(encoding="utf-8") == text, f"run python docs/pictures.py: {name}"
-    rule, bounds = Simpler(), Bounds()
+    criterion, bounds = Simpler(), Bounds()
 
-    def judged(steps):
+    def choose(steps):
         groups = pictures.planted(steps)
-        choice = rule.choose(groups.total(), pictures.BLOCKS, bounds)
-        return choice, bootstrap(rule, groups, bounds, seed=0), max(choice.scores.values()) - min(choice.scores.values())
+        choice = criterion.choose(groups.total(), pictures.BLOCKS, bounds)
+        scores = choice.scores.values()
+        return choice, bootstrap(criterion, groups, bounds, seed=0), max(scores) - min(scores)
 
-    converged, votes, height = judged(pictures.SETTLES)
+    converged, votes, height = choose(pictures.SETTLES)
     assert len(converged.kept_blocks) == 5
     assert votes[5] > 0.95
-    _, split, flat = judged(pictures.DRIFTS)
+    _, split, flat = choose(pictures.DRIFTS)
     assert max(split.values()) < 0.5
     assert flat < height / 5
 
@@ -111,7 +113,7 @@ def code_of(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
-def test_the_adapter_of_the_page_cuts_its_encoder(monkeypatch):
+def test_the_encoder_spec_of_the_page_prunes_its_encoder(monkeypatch):
     monkeypatch.setattr(base, "_SPECS", list(base._SPECS))
     registered = set(TERRATORCH_BACKBONE_REGISTRY._registry)
     (code,) = code_of("extend.md")
@@ -151,7 +153,7 @@ def test_links_between_files_of_the_repository_lead_somewhere(hooks):
         ("cluster.md", "../configs/cluster.yaml", "configs/cluster.yaml.md"),
         ("cluster.md", "../configs/slurm/README.md", "configs/slurm/README.md"),
         ("cluster.md", "faults.md", "faults.md"),
-        ("extend.md", "criteria.md#a-rule-of-ones-own", "criteria.md#a-rule-of-ones-own"),
+        ("extend.md", "criteria.md#writing-a-criterion", "criteria.md#writing-a-criterion"),
         ("index.md", "yaml.md", "yaml.md"),
         ("CONTRIBUTING.md", "docs/method.md", "method.md"),
         ("configs/README.md", "slurm/README.md", "slurm/README.md"),
@@ -165,7 +167,7 @@ def test_links_lead_to_the_same_file_in_the_site(hooks, page, link, expected):
 
 
 def test_sections_of_the_readme_that_do_not_exist_are_refused(hooks):
-    assert "SimplerCallback" in hooks.readme_section("Two lines")
+    assert "SimplerCallback" in hooks.readme_section("Quick start")
     assert "](../docs/tiles.md)" in hooks.readme_section("Settings of the callback")
     with pytest.raises(ValueError, match="Found no section 'Three lines'"):
         hooks.readme_section("Three lines")

@@ -10,13 +10,13 @@ from terratorch.registry import BACKBONE_REGISTRY
 from terratorch.tasks import SemanticSegmentationTask
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan
-from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.criteria import Simpler
 from terratorch_simpler.encoders import PatchGrid
 from terratorch_simpler.errors import DepthError, TilesError, UnsupportedEncoderError
-from terratorch_simpler.extraction import check_input, count_macs, measure
+from terratorch_simpler.extraction import ExtractionConfig, check_input, count_macs, measure
 from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.families import END, FAMILIES, START, plain, readme_table, wrapped
-from tests.memory import Tiles
+from tests.in_memory_tiles import Tiles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning"),
@@ -182,7 +182,9 @@ def noise(family, count=32):
 @over_families
 def test_similarity_of_every_family(family):
     backbone = wrapped(family)
-    found = measure(lambda batch: backbone(batch["image"]), backbone, noise(family), Simpler(), Bounds(), min_tiles=32)
+    found = measure(
+        lambda batch: backbone(batch["image"]), backbone, noise(family), ExtractionConfig(Simpler(), min_tiles=32)
+    )
     assert found.similarity.shape == (backbone.full_num_blocks,) * 2
     assert torch.allclose(found.similarity.diagonal(), torch.ones(backbone.full_num_blocks, dtype=torch.float64))
     layout = backbone.layout(family.image(), raw_outputs(backbone, family.image())[1][0].shape[1])

@@ -7,7 +7,7 @@ import torch
 
 from terratorch_simpler.models.checkpoint import read_pruned_state
 from terratorch_simpler.models.state import PrunedState
-from tests import runs
+from tests import cli_runner
 
 PRUNED = {
     "depth": ({"criterion": "fixed", "drop_blocks": 7}, PrunedState((0, 1, 2, 3, 4), 12)),
@@ -19,16 +19,16 @@ PRUNED = {
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_fit_and_resume(scenes, tmp_path, kind, pruned):
     callback, shape = PRUNED[pruned]
-    config = runs.fsdp_config(scenes, tmp_path, kind, callback)
-    fit = runs.Command(tmp_path / "fit", config, ranks=2, before=runs.fsdp_on_cpu)
+    config = cli_runner.fsdp_config(scenes, tmp_path, kind, callback)
+    fit = cli_runner.Command(tmp_path / "fit", config, ranks=2, before=cli_runner.fsdp_on_cpu)
     assert fit.wait() == [0, 0], fit.output(0) + fit.output(1)
-    first = runs.newest(tmp_path)
+    first = cli_runner.newest(tmp_path)
     assert first.is_dir() == (kind == "sharded")
     assert read_pruned_state(first, None) == shape
     config["trainer"]["max_steps"] = 4
-    again = runs.Command(tmp_path / "again", config, "--ckpt_path", str(first), ranks=2, before=runs.fsdp_on_cpu)
+    again = cli_runner.Command(tmp_path / "again", config, "--ckpt_path", str(first), ranks=2, before=cli_runner.fsdp_on_cpu)
     assert again.wait() == [0, 0], again.output(0) + again.output(1)
-    last = runs.newest(tmp_path)
+    last = cli_runner.newest(tmp_path)
     assert last.stem.endswith("step=4")
     assert read_pruned_state(last, None) == shape
     if kind == "sharded":

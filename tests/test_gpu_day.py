@@ -16,7 +16,7 @@ from benchmarks.gpu import figures, machine, models, selection, training, wheels
 from benchmarks.gpu.__main__ import CHECKS, main
 from benchmarks.gpu.check import Settings
 from terratorch_simpler.extraction import hooks
-from tests import gpu_checks, runs
+from tests import cli_runner, gpu_checks
 from tests.extras import needs_peft
 from tests.gpu_checks import check
 
@@ -130,7 +130,7 @@ def settings(tmp_path, scenes):
     return Settings("cpu", True, tmp_path, tmp_path)
 
 
-class Forked(runs.Command):
+class Forked(cli_runner.Command):
     """A command as ``subprocess`` has it, forked from a process that has imported TerraTorch."""
 
     def wait(self):
@@ -141,7 +141,7 @@ class Forked(runs.Command):
 @pytest.fixture
 def forked(monkeypatch):
     def start(settings, folder, config, *args, code=training.PLAIN):
-        return Forked(folder, config, *args, before=runs.fsdp_on_cpu if code == training.ON_CPU else None)
+        return Forked(folder, config, *args, before=cli_runner.fsdp_on_cpu if code == training.ON_CPU else None)
 
     monkeypatch.setattr(training, "start", start)
 
@@ -234,7 +234,7 @@ def waits(settings, batch):
 
 def test_a_wait_for_every_batch_is_told_by_its_line(settings, monkeypatch):
     assert waits(settings, 8) == {}
-    monkeypatch.setattr(hooks, "sample_tokens", planted_wait(hooks.sample_tokens))
+    monkeypatch.setattr(hooks.TokenSampler, "sample", planted_wait(hooks.TokenSampler.sample))
     few, many = waits(settings, 8), waits(settings, 4)
     [(line, count)] = few.items()
     assert line.startswith("terratorch_simpler/extraction/hooks.py:")

@@ -8,8 +8,8 @@ import torch
 from terratorch_simpler import SlimmingPlan
 from terratorch_simpler.data import GeoTiffTiles
 from terratorch_simpler.errors import TilesError
+from tests.cli_runner import Command, config
 from tests.rasters import draw, one_by_one, write
-from tests.runs import Command, config
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")  # of writing
 
@@ -172,8 +172,8 @@ def test_windows_that_statistics_make_infinite_are_counted(tmp_path):
 def test_numbers_that_float32_does_not_hold_are_refused(tmp_path, kwargs):
     path = write(tmp_path / "a.tif", draw(1, 16, 16))
     with pytest.raises(
-        TilesError, match=r"^Found \w+ \[?-?1e\+39\]?, expected at most 3\.4e\+38, since pixels are float32: change"
+        TilesError, match=r"^\w+ is \[?-?1e\+39\]?, expected at most 3\.4e\+38, since pixels are float32: change"
     ):
         GeoTiffTiles(str(path), **kwargs)
-    with pytest.raises(TilesError, match=r"^Found stds \[1e-46\], expected values above 0: change stds\.$"):
+    with pytest.raises(TilesError, match=r"^stds are \[1e-46\], expected values above 0: change stds\.$"):
         GeoTiffTiles(str(path), means=[0.0], stds=[1e-46])

@@ -13,8 +13,8 @@ from torch import nn
 from terratorch_simpler import SimplerCallback
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
 from terratorch_simpler.lightning.optimizers import optimizers_of, updated_optimizers
-from terratorch_simpler.lightning.selection import find_backbone
-from tests import runs
+from terratorch_simpler.models.backbone import find_backbone
+from tests import cli_runner
 
 PEFT = {
     "method": "LORA",
@@ -31,7 +31,7 @@ def fit(scenes, tmp_path):
         name="run", *args, callback=None, others=(), model_args=None, task=None, change=None, steps=2, ranks=1, resume=None
     ):
         folder = tmp_path / name
-        settings = runs.config(scenes, folder, **(callback or {}))
+        settings = cli_runner.config(scenes, folder, **(callback or {}))
         trainer = settings["trainer"]
         trainer |= {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
         ours, checkpoint, _ = trainer["callbacks"]
@@ -39,7 +39,7 @@ def fit(scenes, tmp_path):
             *([ours] if callback is not None else []),
             *others,
             checkpoint,
-            {"class_path": "tests.runs.Trained", "init_args": {"folder": str(folder)}},
+            {"class_path": "tests.cli_runner.Trained", "init_args": {"folder": str(folder)}},
         ]
         settings["model"]["init_args"]["model_args"] |= {
             # Without time and location, which get no gradient when there are no coordinates.
@@ -51,7 +51,7 @@ def fit(scenes, tmp_path):
         if change is not None:
             change(settings)
         args = [] if resume is None else ["--ckpt_path", str(resume)]
-        command = runs.Command(folder, settings, *args, ranks=ranks)
+        command = cli_runner.Command(folder, settings, *args, ranks=ranks)
         assert command.wait() == [0] * ranks, command.output()
         return json.loads((folder / "moved.0.json").read_text()), folder / "checkpoints" / "last.ckpt"
 

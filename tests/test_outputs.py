@@ -10,6 +10,7 @@ from terratorch_simpler import SimplerCallback, SlimmingPlan
 from terratorch_simpler.data import GeoTiffTiles
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.files import below, check_folder, folder_of, written_to
+from tests.cli_runner import Command, config
 
 pytestmark = pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.SimplerWarning")
 
@@ -128,3 +129,12 @@ def test_fast_dev_run_of_a_model_that_is_cut(trainer, task, datamodule, tmp_path
     again.fit(task() if resumed else model, datamodule=datamodule(), ckpt_path=tmp_path / "cut.ckpt" if resumed else None)
     assert (tmp_path / "simpler" / "plan.json").read_bytes() == plan
     assert again.global_step == (first.global_step if resumed else 1)  # one step in all, as in Lightning
+
+
+def test_fit_shows_our_log_lines_on_rank_zero_alone(scenes, tmp_path):
+    settings = config(scenes, tmp_path)
+    settings["trainer"] |= {"limit_train_batches": 1, "limit_val_batches": 0, "max_epochs": 1}
+    command = Command(tmp_path, settings, ranks=2)
+    assert command.wait() == [0, 0], command.output()
+    for line in ("Compared the blocks over", "The plan is in"):
+        assert (command.output(0).count(line), command.output(1).count(line)) == (1, 0)

@@ -14,17 +14,19 @@ PACKAGE = ROOT / "terratorch_simpler"
 
 # From the bottom up: a module may import from its own layer and those below.
 LAYERS = [
-    {"errors", "files"},
+    {"errors", "files", "logger"},
     {"indices", "functional", "distributed"},
     {"pruning"},
     {"plan"},
     {"criteria"},
     {"encoders", "data", "metrics"},
     {"models"},
-    {"terratorch", "report", "cache"},
+    {"report", "cache"},
     {"extraction", "export"},
     {"alternatives"},
-    {"lightning", "sweep"},
+    {"planning"},
+    {"api"},
+    {"lightning", "terratorch", "sweep"},
     {"demo", "cli"},
 ]
 PURE = ("errors", "files", "indices", "functional", "metrics", "plan", "criteria")

@@ -8,13 +8,12 @@ from lightning.pytorch import LightningModule, Trainer
 from terratorch.models import EncoderDecoderFactory
 
 from terratorch_simpler import SimplerCallback
-from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.criteria import Simpler
 from terratorch_simpler.errors import ConfigurationError
-from terratorch_simpler.extraction import measure
-from terratorch_simpler.lightning.selection import find_backbone
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.extraction import ExtractionConfig, measure
+from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from tests.extras import needs_peft
-from tests.test_measure import Tiles, land
+from tests.in_memory_tiles import Tiles, land
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are using PEFT without a pretrained backbone"),
@@ -153,7 +152,7 @@ def test_merged_adapters_answer_alike(family):
 def similarity(built, images):
     backbone = backbone_of(built)
     return measure(
-        lambda batch: built(batch["image"]), backbone, Tiles(images), Simpler(), Bounds(), min_tiles=32,
+        lambda batch: built(batch["image"]), backbone, Tiles(images), ExtractionConfig(Simpler(), min_tiles=32),
         stop_after=built.encoder,
     ).similarity  # fmt: skip
 
@@ -233,7 +232,9 @@ def test_selection_measures_the_encoder_without_its_prompts(build, name):
     randomise_adapters(prompted)
 
     def run(backbone):
-        return measure(lambda batch: backbone(batch["image"]), backbone, Tiles(images), Simpler(), Bounds(), min_tiles=32)
+        return measure(
+            lambda batch: backbone(batch["image"]), backbone, Tiles(images), ExtractionConfig(Simpler(), min_tiles=32)
+        )
 
     before = prompted(images[:2])[-1]
     assert torch.equal(run(prompted).similarity, run(plain).similarity)
@@ -289,7 +290,7 @@ def test_adapters_for_blocks_that_are_gone_are_refused():
 
 @needs_peft
 def test_block_numbers_with_gaps_at_build_are_refused():
-    with pytest.raises(ConfigurationError, match=r"for blocks \[0, 1\] of an encoder cut to blocks \[0, 4, 9\]"):
+    with pytest.raises(ConfigurationError, match=r"for blocks \[0, 1\] of an encoder pruned to blocks \[0, 4, 9\]"):
         model(config=in_blocks([0, 1]), backbone_keep=[0, 4, 9])
 
 

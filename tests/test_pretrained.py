@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from terratorch.registry import BACKBONE_REGISTRY
 
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, DepthError
-from tests import runs
+from tests import cli_runner
 from tests.checkpoints import as_buffers
 from tests.extras import needs_peft
 from tests.families import FAMILIES, plain, wrapped
-from tests.memory import land
+from tests.in_memory_tiles import land
 from tests.test_recovery import maps_for, plan_of
 
 SMALL = {"embed_dim": 48, "num_heads": 3}
@@ -163,12 +163,12 @@ def test_an_ordinary_file_is_read_by_terratorch(key, tmp_path):
 
 def test_a_fit_from_a_pruned_checkpoint(scenes, tmp_path):
     """Through ``terratorch fit``, whose callback leaves the pruned encoder alone."""
-    first = runs.config(scenes, tmp_path / "first", criterion="fixed", drop_blocks=7, width=0.5)
+    first = cli_runner.config(scenes, tmp_path / "first", criterion="fixed", drop_blocks=7, width=0.5)
     first["trainer"] |= {"max_steps": 1, "max_epochs": -1}
-    command = runs.Command(tmp_path / "first", first)
+    command = cli_runner.Command(tmp_path / "first", first)
     assert command.wait() == [0], command.output()
     last = tmp_path / "first" / "checkpoints" / "last.ckpt"
-    second = runs.config(scenes, tmp_path / "second")
+    second = cli_runner.config(scenes, tmp_path / "second")
     second["trainer"] |= {"max_steps": 1, "max_epochs": -1}
     arguments = second["model"]["init_args"]["model_args"]
     arguments |= {"num_classes": 4, "backbone_pretrained": True, "backbone_ckpt_path": str(last)}
@@ -176,7 +176,7 @@ def test_a_fit_from_a_pruned_checkpoint(scenes, tmp_path):
     second["model"]["init_args"]["ignore_index"] = None
     second["optimizer"]["init_args"]["lr"] = 0.0
     second = yaml.safe_load(yaml.safe_dump(second))
-    command = runs.Command(tmp_path / "second", second, "--trainer.limit_train_batches", "0")
+    command = cli_runner.Command(tmp_path / "second", second, "--trainer.limit_train_batches", "0")
     command.wait()
-    assert "is cut already to 5 of 12 blocks at width 0.5" in command.output(), command.output()
+    assert "is pruned already to 5 of 12 blocks at width 0.5" in command.output(), command.output()
     assert json.loads((tmp_path / "first" / "trained.0.json").read_text())["kept"] == [0, 1, 2, 3, 4]

@@ -19,13 +19,13 @@ from terratorch_simpler.encoders import PatchGrid
 from terratorch_simpler.errors import ConfigurationError, LabelsError
 from terratorch_simpler.extraction import check_labels, collect_labelled
 from terratorch_simpler.extraction.labelled import patch_labels, read_targets
-from terratorch_simpler.lightning.selection import check_split, find_backbone, labelled_rows
-from terratorch_simpler.sweep.judge import judge
-from terratorch_simpler.sweep.probe import Rows, accuracy, probe, told
-from terratorch_simpler.sweep.variants import Variant, exchanged
+from terratorch_simpler.lightning.labelled import check_split, labelled_rows
+from terratorch_simpler.models.backbone import find_backbone
+from terratorch_simpler.sweep.probing import ProbeSamples, bootstrap_accuracy, fit_predict, probe, probe_variants
+from terratorch_simpler.sweep.variants import Variant, replace_encoder
 from tests import layouts
 from tests.families import FAMILIES, wrapped
-from tests.memory import Tiles, land
+from tests.in_memory_tiles import Tiles, land
 from tests.rasters import write
 from tests.test_sweep import read
 
@@ -234,7 +234,7 @@ def test_masks_that_are_the_images_again_are_none(datamodule):
 
 def test_a_datamodule_without_validation_images_is_refused(datamodule):
     data = datamodule()
-    with pytest.raises(ConfigurationError, match="Found no val_dataset in GenericNonGeoSegmentationDataModule"):
+    with pytest.raises(ConfigurationError, match="No val_dataset in GenericNonGeoSegmentationDataModule"):
         DatamoduleTiles(data, split="val", labels=True)
 
 
@@ -290,7 +290,7 @@ def toy(count, seed, classes=4, gap=8.0, per_image=4):
     labels = torch.arange(count) // per_image % classes
     features = torch.randn(count, 16, generator=generator)
     features[torch.arange(count), labels] += gap
-    return Rows(features, labels, torch.arange(count) // per_image)
+    return ProbeSamples(features, labels, torch.arange(count) // per_image)
 
 
 def test_separable_classes_are_told_apart_and_shuffled_ones_are_not():
@@ -309,18 +309,18 @@ def test_separable_classes_are_told_apart_and_shuffled_ones_are_not():
 def test_a_probe_that_does_not_converge_says_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        told(LogisticRegression(max_iter=1), toy(400, 0), toy(200, 1))
+        fit_predict(LogisticRegression(max_iter=1), toy(400, 0), toy(200, 1))
 
 
 def test_whole_images_are_drawn():
     right = np.repeat(np.array([True, False] * 10), 50)
     images = np.arange(1000) // 50
-    whole, single = accuracy(right, images), accuracy(right, np.arange(1000))
+    whole, single = bootstrap_accuracy(right, images), bootstrap_accuracy(right, np.arange(1000))
     assert whole.value == single.value == 0.5
     assert single.high - single.low == pytest.approx(4 * np.sqrt(0.25 / 1000), rel=0.1)
     assert whole.high - whole.low == pytest.approx(4 * np.sqrt(0.25 / 20), rel=0.15)
-    assert accuracy(right, images) == whole
-    unequal = accuracy(np.array([True, True, True, False]), np.array([7, 7, 7, 9]))
+    assert bootstrap_accuracy(right, images) == whole
+    unequal = bootstrap_accuracy(np.array([True, True, True, False]), np.array([7, 7, 7, 9]))
     assert (unequal.value, unequal.low, unequal.high) == (0.75, 0.0, 1.0)
 
 
@@ -340,20 +340,18 @@ def run(trainer, task, monkeypatch):
     """A task on images held in memory."""
     sources = {split: Tiles(images, extra={"target": labels})
                for split, (images, labels) in {"train": separable(24, 1), "val": separable(8, 2)}.items()}  # fmt: skip
-    monkeypatch.setattr(
-        "terratorch_simpler.lightning.selection._labelled_source", lambda trainer, split, seed: sources[split]
-    )
+    monkeypatch.setattr("terratorch_simpler.lightning.labelled.labelled_source", lambda trainer, split, seed: sources[split])
     return trainer(), task()
 
 
 def test_every_variant_is_judged_by_the_features_it_would_answer(run, monkeypatch):
     made, model = run
     seen = []
-    monkeypatch.setattr("terratorch_simpler.sweep.judge.probe", lambda *rows: seen.append(rows[:2]) or probe(*rows))
+    monkeypatch.setattr("terratorch_simpler.sweep.probing.probe", lambda *rows: seen.append(rows[:2]) or probe(*rows))
     intact = copy.deepcopy(find_backbone(model))
     find_backbone(model).prune_depth(range(3))
     variants = [Variant((0,)), Variant((0, 1)), Variant(tuple(range(12))), Variant((0, 6))]
-    found = judge(made, model, intact, variants, 0)
+    found = probe_variants(made, model, intact, variants, 0)
     assert find_backbone(model).num_blocks == 3  # its own is back
     assert intact.num_blocks == 12
     assert [set(columns) for columns in found] == [{
@@ -363,11 +361,11 @@ def test_every_variant_is_judged_by_the_features_it_would_answer(run, monkeypatc
     for variant, columns, judged in zip(variants, found, seen, strict=True):
         cut = copy.deepcopy(intact)
         cut.prune_depth(variant.kept)
-        with exchanged(model, cut):
+        with replace_encoder(model, cut):
             rows = [labelled_rows(made, model, split, 0, readout=as_cut(cut)) for split in ("train", "val")]
         for part, of_judge in zip(rows, judged, strict=True):
             torch.testing.assert_close(part.features[-1], of_judge.features)
-        alone = probe(*(Rows(part.features[-1], part.labels, part.images) for part in rows))
+        alone = probe(*(ProbeSamples(part.features[-1], part.labels, part.images) for part in rows))
         assert columns["knn"] == alone["knn"].value
         assert columns["linear"] == pytest.approx(alone["linear"].value, abs=0.02)
 
@@ -382,12 +380,12 @@ def test_recovered_features_are_judged_beside_the_others(run):
         depths.append(depth)
         return output
 
-    found = judge(made, model, intact, variants, 0, same)
+    found = probe_variants(made, model, intact, variants, 0, same)
     assert set(depths) == {1, 2}
     for columns in found[:2]:
         assert (columns["knn_recovered"], columns["linear_recovered"]) == (columns["knn"], columns["linear"])
     assert "knn_recovered" not in found[2]
-    lost = judge(made, model, intact, variants, 0, lambda depth, output: torch.randn_like(output))
+    lost = probe_variants(made, model, intact, variants, 0, lambda depth, output: torch.randn_like(output))
     assert all(columns["linear_recovered"] < 0.6 for columns in lost[:2])
 
 

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from terratorch_simpler import SimplerCallback
-from terratorch_simpler.criteria import Bounds, Simpler
-from terratorch_simpler.extraction import count_macs, measure
-from terratorch_simpler.lightning import selection
-from tests.memory import Tiles, land
+from terratorch_simpler.criteria import Simpler
+from terratorch_simpler.extraction import ExtractionConfig, count_macs, measure
+from terratorch_simpler.lightning import labelled
+from tests.in_memory_tiles import Tiles, land
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::terratorch_simpler.errors.UntrainedEncoderWarning", "ignore::terratorch_simpler.errors.FewTilesWarning"
@@ -88,7 +88,7 @@ def test_a_pass_leaves_every_gpu_as_it_was_and_draws_from_its_seed(build, gpus):
     layer = DrawsOnGpus(gpus)
     backbone.register_forward_pre_hook(lambda _, args: (layer(args[0]), *args[1:]))
     for _ in range(2):
-        measure(lambda batch: backbone(batch["image"]), backbone, Tiles(land(40)), Simpler(), Bounds(), min_tiles=32)
+        measure(lambda batch: backbone(batch["image"]), backbone, Tiles(land(40)), ExtractionConfig(Simpler(), min_tiles=32))
         count_macs(backbone, (6, 64, 64))
         assert all(map(torch.equal, gpus.state(), state))
         gpus.draw()  # the user goes on
@@ -128,12 +128,12 @@ def test_a_gpu_that_is_first_used_by_labelled_features_is_left_as_it_starts(trai
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         yield
 
-    monkeypatch.setattr(selection, "on_device", initialises)
+    monkeypatch.setattr(labelled, "on_device", initialises)
     layer, state, drawn = DrawsOnGpus(gpus), gpus.state(), []
     module.model.encoder.register_forward_pre_hook(lambda _, args: (layer(args[0]), *args[1:]))
     for _ in range(2):
         layer.drawn = []
-        selection.labelled_rows(run, module, "train", 0)
+        labelled.labelled_rows(run, module, "train", 0)
         drawn.append(layer.drawn)
         assert all(map(torch.equal, gpus.state(), state))
     assert drawn[0] == drawn[1] != []

@@ -18,16 +18,22 @@ import numpy as np
 import pytest
 
 from terratorch_simpler.data import GeoTiffTiles
-from terratorch_simpler.data.prefetch import TIMED_OUT, Readers
+from terratorch_simpler.data.prefetch import ReaderPool
 from terratorch_simpler.data.rasters import Raster
 from terratorch_simpler.errors import TilesError
 from tests.rasters import draw, one_by_one, write, write_many
 
-# Readers
+# ReaderPool
+
+TIMED_OUT = "timed out"
+
+
+def reader_pool(read, num_threads, timeout=60.0, context=nullcontext):
+    return ReaderPool(read, num_threads, timeout, context, on_timeout=lambda _: TIMED_OUT)
 
 
 def read_all(runs, read, num_threads, timeout=60.0):
-    with Readers(read, num_threads, timeout, nullcontext) as readers:
+    with reader_pool(read, num_threads, timeout) as readers:
         submitted = [readers.submit(run) for run in runs]
         return [readers.results(run) for run in submitted]
 
@@ -44,7 +50,7 @@ def test_results_come_in_order(num_threads):
 
 @pytest.mark.parametrize("num_threads", [0, 3])
 def test_error_reaches_who_waits_for_it(num_threads):
-    with Readers(lambda item: 1 // item, num_threads, 60.0, nullcontext) as readers:
+    with reader_pool(lambda item: 1 // item, num_threads) as readers:
         runs = [readers.submit([1]), readers.submit([2, 0, 3]), readers.submit([1, 1])]
         assert readers.results(runs[0]) == [1]
         with pytest.raises(ZeroDivisionError):
@@ -59,7 +65,7 @@ def test_error_on_entering_the_context_reaches_who_waits(num_threads):
         raise OverflowError("cannot convert float infinity to integer")
         yield
 
-    with Readers(lambda item: item, num_threads, 60.0, context) as readers:
+    with reader_pool(lambda item: item, num_threads, context=context) as readers:
         run = readers.submit([1])
         with pytest.raises(OverflowError, match="infinity"):
             readers.results(run)
@@ -79,7 +85,7 @@ def hang():
     over.set()
 
 
-def test_read_that_hangs_is_given_up_and_the_rest_goes_on(hang):
+def test_read_that_hangs_is_abandoned_and_the_rest_continues(hang):
     runs = [[1, 2], [3, None, 4, None, 5], [6], [7, 8]]
     assert read_all(runs, hang, 2, timeout=0.2) == [[1, 2], [3, TIMED_OUT, 4, TIMED_OUT, 5], [6], [7, 8]]
 
@@ -89,7 +95,7 @@ def test_late_result_of_a_read_given_up_is_forgotten():
         time.sleep(0.6 if item == "late" else 0)
         return item
 
-    with Readers(read, 1, 0.2, nullcontext) as readers:
+    with reader_pool(read, 1, 0.2) as readers:
         run = readers.submit(["a", "late", "b"])
         assert readers.results(run) == ["a", TIMED_OUT, "b"]
         time.sleep(0.6)
@@ -97,13 +103,13 @@ def test_late_result_of_a_read_given_up_is_forgotten():
 
 
 def test_storage_that_is_gone_is_an_error(hang):
-    with pytest.raises(TilesError, match=r"Found 8 reads unfinished after 0\.1 s each, the last of None, expected storage"):
+    with pytest.raises(TilesError, match=r"8 reads did not finish within 0\.1 s each, the last of None: check the storage"):
         read_all([[None] * 20], hang, 2, timeout=0.1)
 
 
 def test_closing_does_not_wait_for_a_read_that_hangs(hang):
     started = time.perf_counter()
-    with Readers(hang, 2, 60.0, nullcontext) as readers:
+    with reader_pool(hang, 2) as readers:
         readers.submit([None])
         readers.submit([None])
         time.sleep(0.1)
@@ -172,12 +178,12 @@ def test_read_that_comes_back_after_it_was_given_up_writes_to_no_batch(tmp_path,
     write_many(tmp_path, count=8, height=16, width=16)
     over, real = threading.Event(), Raster.read
 
-    def read(raster, indexes, window, nodata, into):
+    def read(raster, indexes, window, nodata, out):
         if raster.path.endswith("3.tif"):
             over.wait(60)
-            into[...] = -7.0
+            out[...] = -7.0
             return None
-        return real(raster, indexes, window, nodata, into)
+        return real(raster, indexes, window, nodata, out)
 
     monkeypatch.setattr(Raster, "read", read)
     tiles = GeoTiffTiles(str(tmp_path), tile_size=16, batch_size=4, num_workers=2, timeout=0.3, max_bad_fraction=0.5)

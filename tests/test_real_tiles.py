@@ -7,7 +7,7 @@ from terratorch.registry import BACKBONE_REGISTRY
 import terratorch_simpler.demo as demo
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan
 from terratorch_simpler.criteria import Bounds, Simpler
-from terratorch_simpler.extraction import measure
+from terratorch_simpler.extraction import ExtractionConfig, measure
 
 BANDS = ["BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2"]
 
@@ -55,7 +55,7 @@ def test_scene_with_nodata_gives_the_plan_of_its_clean_part(shared_data):
             stds=[350.7, 772.8, 921.9, 1072.5, 898.6, 598.1],
             **kwargs,
         )
-        found = measure(lambda batch: encoder(batch["image"]), encoder, tiles, Simpler(), Bounds(), min_tiles=9999)
+        found = measure(lambda batch: encoder(batch["image"]), encoder, tiles, ExtractionConfig(Simpler(), min_tiles=9999))
         return found, len(Simpler().choose(found.statistics, 12, Bounds()).kept_blocks)
 
     clean, depth = choose(max_nodata_fraction=0)

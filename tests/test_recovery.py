@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from terratorch_simpler import SimplerCallback
 from terratorch_simpler.criteria import Angular, BlockInfluence, Bounds, CkaIntervals, Fixed, Simpler
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, PlanError, RecoveryError, SimplerWarning
-from terratorch_simpler.extraction import evaluating, measure, recovery_sums
-from terratorch_simpler.extraction.recovery_sums import HELD_OUT
+from terratorch_simpler.extraction import ExtractionConfig, evaluating, measure
+from terratorch_simpler.extraction import recovery as recovery_statistics
+from terratorch_simpler.extraction.recovery import HELD_OUT
 from terratorch_simpler.functional.hsic import full_float32
 from terratorch_simpler.functional.least_squares import RIDGE, NormalEquations
 from terratorch_simpler.indices import spans_between
@@ -22,10 +23,10 @@ from terratorch_simpler.models.state import STATE_KEYS
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.pruning.recovery import RecoveryWeights
 from tests.checkpoints import as_buffers, changed
+from tests.cli_runner import together
 from tests.families import FAMILIES, wrapped
-from tests.memory import Tiles, land
-from tests.planted import idle, random_statistics
-from tests.runs import together
+from tests.in_memory_tiles import Tiles, land
+from tests.synthetic_features import idle, random_statistics
 
 
 def states(count, width, blocks=4, seed=0):
@@ -101,10 +102,10 @@ def test_noise_is_not_explained():
 
 def test_too_few_tokens_say_how_many_are_needed():
     sums = sums_over(states(15, 12), [(1, 4)])  # 12 to fit on, 3 to judge on
-    assert sums.enough
-    with pytest.raises(RecoveryError, match="Found 11 tokens to fit a linear map on, expected at least 12"):
+    assert sums.sufficient
+    with pytest.raises(RecoveryError, match="Only 11 tokens to fit a linear map on; at least 12"):
         sums_over(states(14, 12), [(1, 4)]).weight((1, 4))
-    with pytest.raises(RecoveryError, match="Found 0 tokens"):
+    with pytest.raises(RecoveryError, match="Only 0 tokens"):
         NormalEquations([(1, 4)]).explained((1, 4))
 
 
@@ -127,7 +128,7 @@ def test_sums_that_take_much_memory_are_said_once(build, monkeypatch):
         NormalEquations(CkaIntervals(12, 2).spans(24, Bounds())).nbytes(1024)
         == 2 * 8 * (25 + 222) * 1024**2 + 2 * 8 * 25 * 1024
     )
-    monkeypatch.setattr(recovery_sums, "MUCH_MEMORY", 2**16)
+    monkeypatch.setattr(recovery_statistics, "MUCH_MEMORY", 2**16)
     backbone, rule = build(embed_dim=48, num_heads=3), CkaIntervals(3)
     with pytest.warns(SimplerWarning, match=r"Found 33 ranges of blocks that may be dropped, whose sums .* GiB") as told:
         run(backbone, Tiles(land(150)), rule)
@@ -157,7 +158,7 @@ def test_rules_name_every_range_that_they_may_drop(data, blocks):
 
 def run(backbone, tiles, rule, **options):
     options = {"min_tiles": 9999, "spans": rule.spans(12, Bounds()), **options}
-    return measure(lambda batch: backbone(batch["image"]), backbone, tiles, rule, Bounds(), **options)
+    return measure(lambda batch: backbone(batch["image"]), backbone, tiles, ExtractionConfig(rule, **options))
 
 
 def raw(backbone, images):
@@ -177,7 +178,7 @@ def test_sums_of_a_pass_are_those_of_all_its_tokens(build):
     found = run(backbone, Tiles(images, batch_size=7), Fixed(5))
     everything = raw(backbone, images)  # 16 patches a tile: all are drawn
     held = torch.arange(80) % 64 % HELD_OUT == HELD_OUT - 1
-    for sums, tokens in ((found.repairs.patch, everything[:, :, 1:]), (found.repairs.special, everything[:, :, :1])):
+    for sums, tokens in ((found.recovery.patch, everything[:, :, 1:]), (found.recovery.special, everything[:, :, :1])):
         expected = NormalEquations([(5, 12)])
         expected.add(tokens.flatten(1, 2), *rows(held.repeat_interleave(tokens.shape[2])))
         assert sums.tokens.tolist() == expected.tokens.tolist()
@@ -190,15 +191,15 @@ def test_similarity_is_the_same_with_and_without_repairs(build):
     with_them, without = run(backbone, tiles, Simpler()), run(backbone, tiles, Simpler(), spans=())
     assert torch.equal(with_them.similarity, without.similarity)
     assert (with_them.rows_seen, with_them.votes) == (without.rows_seen, without.votes)
-    assert without.repairs is None
+    assert without.recovery is None
 
 
 def test_an_early_stop_counts_only_groups_that_were_judged(build):
     backbone = idle(build, range(5, 12))
     found = run(backbone, Tiles(land(400)), Fixed(5), min_tiles=128)
-    assert found.repairs.patch.tokens.sum() == 16 * found.tiles_seen
-    assert found.repairs.patch.explained((5, 12)) == pytest.approx(1, abs=1e-6)  # idle blocks change nothing
-    torch.testing.assert_close(found.repairs.patch.weight((5, 12)), torch.eye(192).double(), rtol=0, atol=1e-6)
+    assert found.recovery.patch.tokens.sum() == 16 * found.tiles_seen
+    assert found.recovery.patch.explained((5, 12)) == pytest.approx(1, abs=1e-6)  # idle blocks change nothing
+    torch.testing.assert_close(found.recovery.patch.weight((5, 12)), torch.eye(192).double(), rtol=0, atol=1e-6)
 
 
 # --- in a model
@@ -529,19 +530,19 @@ def test_recovery_of_one_process_and_of_two_is_the_same(tmp_path):
 
 
 def recovered(processes):
-    from tests.test_processes import small_backbone
+    from tests.test_distributed import small_backbone
 
     backbone = small_backbone()
     tiles = Tiles(land(230, size=64), batch_size=7 + processes.rank)
     found = measure(
-        lambda batch: backbone(batch["image"]), backbone, tiles, Simpler(), Bounds(), processes=processes, spans=[(3, 6)],
-        min_tiles=9999,
+        lambda batch: backbone(batch["image"]), backbone, tiles,
+        ExtractionConfig(Simpler(), spans=[(3, 6)], min_tiles=9999), processes=processes,
     )  # fmt: skip
-    repairs = found.repairs
+    recovery = found.recovery
     return (
-        repairs.patch.tokens.tolist() + repairs.special.tokens.tolist(),
-        repairs.maps([(3, 6)])[3].patch,
-        repairs.patch.explained((3, 6)),
+        recovery.patch.tokens.tolist() + recovery.special.tokens.tolist(),
+        recovery.solve([(3, 6)])[3].patch,
+        recovery.patch.explained((3, 6)),
     )
 
 
@@ -571,9 +572,9 @@ def test_a_frozen_encoder_has_frozen_maps(trainer, task, datamodule, tmp_path):
 def test_too_few_tiles_for_a_map_say_how_many_tokens_are_needed(build):
     found = run(build(), Tiles(land(32, size=32)), Fixed(5))  # 4 patches a tile, a quarter held out
     with pytest.raises(
-        RecoveryError, match="Found 96 tokens to fit a linear map on, expected at least 192: stream more tiles"
+        RecoveryError, match="Only 96 tokens to fit a linear map on; at least 192 are needed: stream more tiles"
     ):
-        found.repairs.maps([(5, 12)])
+        found.recovery.solve([(5, 12)])
 
 
 def test_options_that_contradict_each_other():

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from io import StringIO
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from terratorch_simpler.cli import main
@@ -21,6 +22,7 @@ from terratorch_simpler.report import (
     summary,
 )
 from terratorch_simpler.report.summary import MISSING, block_ranges, short
+from terratorch_simpler.report.tradeoffs import cards, draw_trade_off
 
 BLOCKS = 6
 DEPTHS = range(1, BLOCKS + 1)
@@ -172,9 +174,11 @@ def test_page_is_whole_and_needs_nothing_else(kind, rows):
             assert not name.startswith("on"), name
             assert name != "style", "the page's policy forbids it"
             if name in ("src", "href", "srcset", "data", "action", "xlink:href"):
-                allowed = ("https://arxiv.org/abs/",) if item["tag"] == "a" else ("data:,",)
+                allowed = {"a": ("https://arxiv.org/abs/",), "use": ("#",)}.get(
+                    item["tag"], ("data:,", "data:image/png;base64,")
+                )
                 assert value.startswith(allowed), (item["tag"], value)
-    assert not {"iframe", "object", "embed", "base", "form", "img", "image", "use"} & {e["tag"] for e in page.elements}
+    assert not {"iframe", "object", "embed", "base", "form", "img"} & {e["tag"] for e in page.elements}
     (style,), (script,) = page.all("style"), page.all("script")
     assert not any(word in style["text"] for word in ("@import", "url(", "http"))
     assert not any(word in script["text"] for word in ("fetch", "XMLHttp", "http", "import", "innerHTML", "eval"))
@@ -252,7 +256,7 @@ def test_numbers_of_the_page_are_those_of_the_plan():
     text = page.all("main")[0]["text"]
     assert "3 blocks (3-5) of the encoder's 6 transformer blocks are deleted before fine-tuning." in text
     assert "gives this depth in 75% of the cases, and 2 blocks in 12%: it is a weak choice" in text
-    assert "Of 2 other rules, asked on the same tiles, none would keep exactly the same blocks" in text
+    assert "Of 2 other criteria, asked on the same tiles, none would keep exactly the same blocks" in text
     assert "from 3 to 4" in text
     assert "Keeps 3 blocks: 0, 2, 5." in text
     assert "backbone: simpler_prithvi_eo_v2_tiny_tl\nbackbone_plan: plan.json" in text
@@ -262,14 +266,13 @@ def test_numbers_of_the_page_are_those_of_the_plan():
     assert "import terratorch_simpler first:" in text
 
 
-def test_cut_is_drawn_where_it_is():
+def test_boundaries_of_kept_blocks_are_drawn():
     def lines(plan):
-        found = [line["attributes"] for line in Page(report_page(plan)).all("line", "cut")]
-        return {round((float(line["x1"]) - 52) / 336 * BLOCKS, 2) for line in found if line["x1"] == line["x2"]}
+        return len(Page(report_page(plan)).all("g", "cut")) // 2  # each across and down
 
-    assert lines(PLAN) == {3.0}
-    assert lines(KINDS["inner cut"]) == {1.0, 2.0, 3.0, 5.0}
-    assert lines(replace(PLAN, kept_blocks=tuple(range(BLOCKS)))) == set()
+    assert lines(PLAN) == 1
+    assert lines(KINDS["inner cut"]) == 4
+    assert lines(replace(PLAN, kept_blocks=tuple(range(BLOCKS)))) == 0
 
 
 def test_sentences_fit_the_plan():
@@ -281,7 +284,7 @@ def test_sentences_fit_the_plan():
     assert "All 3 transformer blocks of the encoder are kept: nothing gets cheaper." in text["bare"]
     assert "backbone_keep: [0, 2, 5]\nbackbone_width: 0.5" in text["inner cut"]
     assert "either of these builds the same" in text["whole"]
-    assert f"What {len(summary.rules(PLAN))} rules would keep" in text["whole"]
+    assert f"What {len(summary.criteria(PLAN))} criteria would keep" in text["whole"]
     assert "Why this depth" in text["by hand"]
     assert "the second without recovery" in text["inner cut"]
     assert "arXiv 2601.22841" in text["inner cut"]
@@ -322,23 +325,26 @@ def test_numbers_of_a_sweep():
 
 
 def test_large_control_does_not_push_the_others_together():
-    def width(largest):
-        """Pixels from the smallest to the largest slimmed encoder in the first picture, of parameters."""
-        rows = sweep_rows(PLAN)
+    rows = sweep_rows(PLAN)
+    for largest, scale in ((6_000_000, "linear"), (600_000_000, "log")):
         rows[-1]["parameters"] = largest
-        told = [dot for dot in Page(report_page(PLAN, rows)).all("circle", "dot") if " parameters\n" in dot["text"]]
-        places = [float(dot["attributes"]["cx"]) for dot in told if "width" not in dot["text"]]
-        return max(places) - min(places)
-
-    assert width(6_000_000) > 200
-    assert width(600_000_000) > 80  # by factors; else it would be 3
+        axes = Figure().subplots()
+        draw_trade_off(axes, rows, "parameters", "linear", PLAN)
+        assert axes.get_xscale() == scale
 
 
 def test_quality_by_width_is_not_a_thicket():
-    rows = [{**row, "width": width} for row in sweep_rows(PLAN)[:BLOCKS] for width in (1.0, 0.5)]
-    (figure,) = [figure for figure in report_page(PLAN, rows).split("<figure") if "Quality by width" in figure]
-    assert 2 <= figure.count("<polyline") <= 6
-    assert figure.count('class="line picked"') == 1
+    plan = replace(PLAN, full_num_blocks=24, similarity=None, overview=None)  # plan of 3 blocks
+    rows = [{**sweep_rows(PLAN)[0], "depth": depth, "width": width, "linear": 0.5 + 0.02 * depth * width,
+             "kept": " ".join(map(str, range(depth)))} for depth in range(1, 25) for width in (1.0, 0.5)]  # fmt: skip
+    (card,) = [card for card in cards(plan, rows) if card.title == "Quality by width"]
+    svg = Page(card.svg)
+    depths = {dot["text"].split("\n")[0].partition(",")[0] for dot in svg.all("title")}
+    assert 3 <= len(depths) <= 6  # of 24; that of the plan among them, in the colour of the plan
+    assert "depth 3" in depths
+    dots = [dot for dot in svg.all("use") if dot["attributes"].get("fill") == "var(--chosen)"]
+    assert len(dots) == 2
+    assert len(svg.all("use")) - len(svg.all("title")) < 30  # besides the values only ticks
 
 
 def test_sweep_without_probes_is_judged_by_similarity():

@@ -17,8 +17,8 @@ from benchmarks.reproduction.__main__ import main, run_terratorch
 from benchmarks.reproduction.experiments import EXPERIMENTS, compose
 from benchmarks.reproduction.scores import WriteScores
 from tests import layouts
+from tests.cli_runner import Command
 from tests.rasters import write
-from tests.runs import Command
 from tests.test_configs import RUNS, terratorch
 
 LAYOUTS = {
@@ -160,7 +160,7 @@ def die_in_second_epoch(rank):
     WriteScores.on_train_epoch_start = die
 
 
-def test_goes_on_where_it_was_killed(tmp_path, capfd):
+def test_goes_on_where_it_was_killed(tmp_path, capfd, caplog):
     layouts.mados(tmp_path / "data", None)
     output = tmp_path / "results"
     arguments = ["mados", "--data_root", str(tmp_path / "data"), "-o", str(output), "--seeds", "3", "--variants", "simpler"]
@@ -183,7 +183,7 @@ def test_goes_on_where_it_was_killed(tmp_path, capfd):
     recorder = Recorder()
     assert main(arguments, recorder) == 0
     assert recorder.commands[0][-2:] == ["--ckpt_path", str(folder / "checkpoints/last.ckpt")]
-    assert "nothing is selected again" in capfd.readouterr().err
+    assert "nothing is selected again" in caplog.text
     assert (folder / "simpler/plan.json").stat().st_mtime_ns == plan
     assert [row["seed"] for row in read_csv(output / "results.csv")] == ["3"]
 

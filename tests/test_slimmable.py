@@ -18,8 +18,8 @@ from terratorch_simpler.errors import CheckpointError, ConfigurationError
 from terratorch_simpler.export.comparison import answer, difference
 from terratorch_simpler.functional.hsic import full_float32
 from terratorch_simpler.models.state import state_in
+from tests.cli_runner import Command, config
 from tests.extras import needs_peft
-from tests.runs import Command, config
 
 WIDTHS = [0.25, 0.5, 1.0]
 
@@ -145,11 +145,11 @@ def test_every_width_improves(trainer, toy):
 def test_widths_in_between_are_drawn_from_the_seed(trainer, toy):
     def drawn(seed):
         slimmable = SlimmableTraining([0.2, 0.4, 0.6, 0.8, 1.0], seed=seed)
-        return [slimmable._drawn(batch) for batch in range(40)]
+        return [slimmable._narrower_widths(batch) for batch in range(40)]
 
     assert drawn(0) == drawn(0) != drawn(1)
     assert {tuple(widths) for widths in drawn(0)} == {(0.2, between) for between in (0.4, 0.6, 0.8)}
-    assert SlimmableTraining([0.5, 1.0])._drawn(3) == [0.5]
+    assert SlimmableTraining([0.5, 1.0])._narrower_widths(3) == [0.5]
 
 
 def test_metrics_and_logs_are_those_of_the_largest_width(trainer, task, datamodule):

@@ -11,8 +11,9 @@ from terratorch_simpler.cli import main
 from terratorch_simpler.criteria import Bounds, Labelled, Sls, Statistics, build_criterion
 from terratorch_simpler.criteria.sls import MOST_ROWS, silhouettes
 from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
-from terratorch_simpler.lightning.selection import find_backbone, labelled_rows
-from tests import runs
+from terratorch_simpler.lightning.labelled import labelled_rows
+from terratorch_simpler.models.backbone import find_backbone
+from tests import cli_runner
 from tests.checkpoints import kept_in
 from tests.extras import needs_peft
 from tests.rasters import write
@@ -169,7 +170,7 @@ def places(tmp_path_factory):
 
 
 def settings(places, folder, **callback):
-    config = runs.config(places, folder, **callback)
+    config = cli_runner.config(places, folder, **callback)
     config["data"]["init_args"].update(num_classes=2, means=[1000.0] * 6, stds=[300.0] * 6)
     config["model"]["init_args"]["model_args"].update(
         num_classes=2,
@@ -190,7 +191,7 @@ def tuned(places, tmp_path_factory):
     config["trainer"]["callbacks"][0]["init_args"]["criterion"] = {
         "class_path": "terratorch_simpler.criteria.Fixed", "init_args": {"keep": 12},
     }  # fmt: skip
-    command = runs.Command(folder, config, "--trainer.max_epochs", "1")
+    command = cli_runner.Command(folder, config, "--trainer.max_epochs", "1")
     assert command.wait() == [0], command.output()[-3000:]
     config = settings(places, folder, criterion="sls")
     path = folder / "sls.yaml"
@@ -213,7 +214,7 @@ def test_a_plan_from_tuned_adapters_is_applied_to_a_new_run(tuned, places, tmp_p
     assert depth == 1 or scores[depth - 1] < 0.3 * scores[12]
     # Applied to the re-tuning: the index of the cut is all that is needed beside the adapters.
     again = settings(places, tmp_path, plan=str(tmp_path / "plan.json"))
-    command = runs.Command(tmp_path / "again", again, "--trainer.max_epochs", "1")
+    command = cli_runner.Command(tmp_path / "again", again, "--trainer.max_epochs", "1")
     assert command.wait() == [0], command.output()[-3000:]
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert kept_in(state) == plan.kept_blocks

@@ -13,7 +13,7 @@ from terratorch_simpler import SimplerCallback, SlimmingPlan
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
 from terratorch_simpler.models.checkpoint import FILES_IN_FOLDERS, read_pruned_state
 from terratorch_simpler.models.state import PrunedState
-from tests.runs import Command, config
+from tests.cli_runner import Command, config
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::terratorch_simpler.errors.UntrainedEncoderWarning", "ignore::terratorch_simpler.errors.FewTilesWarning"
@@ -24,7 +24,7 @@ def test_a_strategy_that_restores_after_wrapping_finds_the_model_cut(scenes, tmp
     """What FSDP and DeepSpeed do: wrap the model, make the optimizer, and only then read the checkpoint."""
     settings = config(scenes, tmp_path, max_depth=6)
     settings["trainer"]["strategy"] = {
-        "class_path": "tests.runs.RestoresLast",
+        "class_path": "tests.cli_runner.RestoresLast",
         "init_args": {"find_unused_parameters": True},
     }
     states = []
@@ -47,7 +47,7 @@ def test_a_strategy_that_restores_after_wrapping_finds_the_model_cut(scenes, tmp
 def test_blocks_are_cut_before_they_are_sharded(scenes, tmp_path):
     """PyTorch's fully_shard (FSDP2) on the CPU, in Lightning's strategy for it; FSDP itself needs a GPU."""
     settings = config(scenes, tmp_path)
-    settings["model"]["class_path"] = "tests.runs.ShardedTask"
+    settings["model"]["class_path"] = "tests.cli_runner.ShardedTask"
     settings["trainer"].update(
         strategy={
             "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
@@ -84,10 +84,10 @@ def test_shape_of_a_checkpoint_folder(tmp_path, trainer, task, datamodule, name)
 
 @pytest.mark.parametrize("content", [{}, {"callbacks": {}}, {"callbacks": {"x": 3}}, {"callbacks": [1]}])
 def test_checkpoint_folder_that_tells_no_shape_is_refused(tmp_path, content):
-    with pytest.raises(CheckpointError, match=r"Found nothing in .* that tells which blocks were kept"):
+    with pytest.raises(CheckpointError, match=r"Found no kept blocks in "):
         read_pruned_state(tmp_path, Reader())
     torch.save(content, tmp_path / "meta.pt")
-    with pytest.raises(CheckpointError, match=r"Found nothing in .* that tells which blocks were kept"):
+    with pytest.raises(CheckpointError, match=r"Found no kept blocks in "):
         read_pruned_state(tmp_path, Reader())
 
 
@@ -119,7 +119,7 @@ def test_averaged_weights(trainer, task, datamodule, tmp_path, average, options)
     run.fit(second, datamodule=data, ckpt_path=tmp_path / "averaged.ckpt")
     assert second.model.encoder.kept == kept
     assert run.current_epoch >= 2  # StochasticWeightAveraging adds one to bring batch norms up to date
-    with pytest.raises(ConfigurationError, match=rf"Found {average.__name__}, which has copied the uncut model"):
+    with pytest.raises(ConfigurationError, match=rf"Found {average.__name__}, which has copied the intact model"):
         trainer(average(**options), SimplerCallback()).fit(task(), datamodule=data)
 
 
@@ -158,8 +158,8 @@ from lightning.pytorch import Trainer
 from terratorch.datamodules import GenericNonGeoSegmentationDataModule
 from terratorch.tasks import SemanticSegmentationTask
 from terratorch_simpler import SimplerCallback
-from terratorch_simpler.lightning.selection import find_backbone
-from tests.runs import Fingerprint, config
+from terratorch_simpler.models.backbone import find_backbone
+from tests.cli_runner import Fingerprint, config
 
 scenes, folder = map(Path, sys.argv[1:])
 settings = config(scenes, folder)

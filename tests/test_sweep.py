@@ -17,12 +17,11 @@ import terratorch_simpler.demo as demo
 from terratorch_simpler import SlimmingPlan
 from terratorch_simpler.cli import main
 from terratorch_simpler.errors import ConfigurationError
+from terratorch_simpler.report.tradeoffs import sweep_figure
 from terratorch_simpler.sweep import COLUMNS, SweepSettings
-from terratorch_simpler.sweep.controls import build_controls
 from terratorch_simpler.sweep.cost import Cost, TensorBytes, _throughput, measure_costs
-from terratorch_simpler.sweep.figure import sweep_figure
-from terratorch_simpler.sweep.table import sweep_table
-from terratorch_simpler.sweep.variants import Variant, list_variants, slimmed
+from terratorch_simpler.sweep.rows import sweep_table
+from terratorch_simpler.sweep.variants import Variant, build_controls, build_variants, list_variants
 from tests.families import FAMILIES, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning")
@@ -73,7 +72,7 @@ def test_variants_share_the_weights_and_leave_the_intact_encoder_as_it_was(build
     intact = build()
     before = copy.deepcopy(intact.state_dict())
     variants = [Variant(tuple(range(3))), Variant((0, 5, 11)), Variant(tuple(range(12)))]
-    encoders = slimmed(intact, variants)
+    encoders = build_variants(intact, variants)
     own = {id(parameter) for parameter in intact.parameters()}
     assert all(id(parameter) in own for encoder in encoders for parameter in encoder.parameters())
     x = torch.randn(2, *SHAPE)
@@ -90,7 +89,7 @@ def test_variants_share_the_weights_and_leave_the_intact_encoder_as_it_was(build
 def test_narrower_variants_are_those_of_the_backbone_itself(build):
     intact = build()
     before = copy.deepcopy(intact.state_dict())
-    narrow, wide = slimmed(intact, [Variant(tuple(range(4)), 0.5), Variant(tuple(range(4)))])
+    narrow, wide = build_variants(intact, [Variant(tuple(range(4)), 0.5), Variant(tuple(range(4)))])
     reference = build()
     reference.set_width(0.5)
     reference.prune_depth(range(4))
@@ -131,7 +130,7 @@ def hooked_macs(encoder, x):
 def test_parameters_and_macs_are_those_of_the_encoder_that_was_really_cut(build):
     intact = build()
     variants = [Variant(tuple(range(depth))) for depth in (1, 5, 12)] + [Variant((0, 7))]
-    for variant, cost in zip(variants, costs_of(slimmed(intact, variants)), strict=True):
+    for variant, cost in zip(variants, costs_of(build_variants(intact, variants)), strict=True):
         cut = build()
         cut.prune_depth(variant.kept)
         assert cost.parameters == sum(parameter.numel() for parameter in cut.parameters())
@@ -148,7 +147,7 @@ def test_parameters_and_macs_are_those_of_the_encoder_that_was_really_cut(build)
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.key in ("terramind modalities", "prithvi time series")],
                          ids=lambda family: family.key)  # fmt: skip
 def test_modalities_and_time_series_are_measured(family):
-    encoders = slimmed(wrapped(family), [Variant((0,)), Variant((0, 1, 2))])
+    encoders = build_variants(wrapped(family), [Variant((0,)), Variant((0, 1, 2))])
     one, three = costs_of(encoders, repeats=1, shape=family.shape)
     assert one.parameters < three.parameters
     assert one.macs < three.macs
@@ -192,7 +191,7 @@ def test_peak_memory_counts_what_lives_at_the_same_time():
 
 
 def test_deeper_encoders_need_no_less_memory(build):
-    encoders = slimmed(build(), [Variant(tuple(range(depth))) for depth in (1, 6, 12)])
+    encoders = build_variants(build(), [Variant(tuple(range(depth))) for depth in (1, 6, 12)])
     memory = [cost.peak_memory_mib for cost in costs_of(encoders, repeats=1)]
     assert memory == sorted(memory)
     weights = [sum(t.nbytes for t in [*e.parameters(), *e.buffers()]) / 2**20 for e in encoders]
@@ -219,9 +218,9 @@ def test_controls_are_small_official_models_for_the_same_input(build, name, expe
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"widths": (1.0, 0.0)}, r"Found widths \[0\.0\], expected shares above 0 and up to 1"),
-    ({"widths": (1.5,)}, r"Found widths \[1\.5\]"),
-    ({"repeats": 0}, "Found repeats 0, expected at least 1"),
+    ({"widths": (1.0, 0.0)}, r"--widths takes shares above 0 and up to 1, but got \[0\.0\]"),
+    ({"widths": (1.5,)}, r"but got \[1\.5\]"),
+    ({"repeats": 0}, "--repeats has to be at least 1, but is 0"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ConfigurationError, match=message):
@@ -326,8 +325,8 @@ def test_the_table_has_a_line_for_every_row_and_no_empty_columns(swept):
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--widths", "2"], "Found widths [2.0]"),
-    (["--repeats", "0"], "Found repeats 0"),
+    (["--widths", "2"], "but got [2.0]"),
+    (["--repeats", "0"], "--repeats has to be at least 1"),
 ])  # fmt: skip
 def test_impossible_arguments_are_status_2(config, capsys, args, message):
     assert main(["sweep", "-c", str(config), *args]) == 2

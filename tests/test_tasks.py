@@ -479,7 +479,7 @@ WITHOUT_A_TEST = {
     "TerraTorchTask": "a base class",
     "ECCCTask": "needs granitewxc, and builds its model without a registry",
     "WxCDownscalingTask": "needs granitewxc",
-    "WxCTask": "its factory, WxCModelFactory, is refused: test_registry.py",
+    "WxCTask": "its factory, WxCModelFactory, is refused: test_source.py",
 }
 
 

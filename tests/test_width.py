@@ -37,9 +37,9 @@ from terratorch_simpler.models.checkpoint import read_pruned_state
 from terratorch_simpler.models.state import PrunedState
 from terratorch_simpler.report import plan_table
 from tests.checkpoints import as_buffers, bits, changed, said
+from tests.cli_runner import Command, config
 from tests.extras import needs_onnx, needs_peft
 from tests.families import FAMILIES, wrapped
-from tests.runs import Command, config
 from tests.test_peft import FAMILIES as LORA
 from tests.test_peft import backbone_of, image, lora, model, randomise_adapters
 

@@ -18,8 +18,10 @@ from terratorch_simpler.data import GeoTiffTiles
 from terratorch_simpler.demo import CONFIG, ENCODER
 from terratorch_simpler.demo.scenes import write_scenes
 from terratorch_simpler.distributed import Processes
-from terratorch_simpler.lightning.selection import SelectionConfig, find_backbone, select
+from terratorch_simpler.lightning.selection import select
+from terratorch_simpler.models.backbone import find_backbone
 from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.planning import SelectionConfig
 
 DEMO = yaml.safe_load(CONFIG.read_text())
 

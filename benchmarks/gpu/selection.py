@@ -21,11 +21,10 @@ from benchmarks.gpu.check import Finding, Settings, judged, skipped
 from benchmarks.gpu.models import large_task, plan_of, tiles, trained_task
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.data import Batch
-from terratorch_simpler.extraction import Measurement, measure
-from terratorch_simpler.lightning.selection import find_backbone, on_device
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.extraction import ExtractionConfig, Measurement, measure, on_device
+from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from terratorch_simpler.plan import SlimmingPlan
-from tests.memory import Tiles, land
+from tests.in_memory_tiles import Tiles, land
 
 TILE = 64
 """Pixels: what the demo's encoder was pretrained on, and four to a scene in a full run."""
@@ -239,7 +238,7 @@ def pass_over(backbone: SimplerBackbone, source: Tiles, device: torch.device) ->
     def forward(batch: Batch) -> object:
         return backbone(batch["image"].to(device))
 
-    return measure(forward, backbone, source, Simpler(), Bounds(), min_tiles=len(source), max_tiles=len(source))
+    return measure(forward, backbone, source, ExtractionConfig(Simpler(), min_tiles=len(source), max_tiles=len(source)))
 
 
 def _runs_out(_module: object, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -16,7 +16,7 @@ import yaml
 from benchmarks.gpu.check import Finding, Settings, judged, skipped
 from benchmarks.gpu.models import scenes
 from terratorch_simpler.models.checkpoint import read_pruned_state
-from tests import runs
+from tests import cli_runner
 
 LORA = {
     "method": "LORA",
@@ -33,7 +33,7 @@ PRUNED = {"criterion": "fixed", "drop_blocks": 7, "width": 0.5}
 KINDS = ("full", "sharded")
 """Of checkpoints of FSDP."""
 PLAIN = "from terratorch.__main__ import main; main()"
-ON_CPU = f"from tests import runs; runs.fsdp_on_cpu(0); {PLAIN}"
+ON_CPU = f"from tests import cli_runner; cli_runner.fsdp_on_cpu(0); {PLAIN}"
 
 
 def start(
@@ -70,11 +70,11 @@ def fit(settings: Settings) -> Iterator[Finding]:
             yield skipped("LoRA: peft is not installed")
             continue
         folder = settings.scratch / "fit" / name.replace(" ", "-")
-        config = runs.config(scenes(settings), folder, **case["callback"])
+        config = cli_runner.config(scenes(settings), folder, **case["callback"])
         config["trainer"] |= {"max_steps": 2, "max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": False}
-        trained = {"class_path": "tests.runs.Trained", "init_args": {"folder": str(folder)}}
+        trained = {"class_path": "tests.cli_runner.Trained", "init_args": {"folder": str(folder)}}
         config["trainer"]["callbacks"] = [config["trainer"]["callbacks"][0], trained]
-        config["model"]["init_args"]["model_args"] |= runs.WITHOUT_COORDINATES | case.get("model_args", {})
+        config["model"]["init_args"]["model_args"] |= cli_runner.WITHOUT_COORDINATES | case.get("model_args", {})
         started[name] = folder, start(settings, folder, config)
     for name, (folder, process) in started.items():
         failures = list(ended(process, folder, name))
@@ -82,7 +82,7 @@ def fit(settings: Settings) -> Iterator[Finding]:
 
 
 def moved(name: str, found: dict[str, Any]) -> Finding:
-    """Judge what :class:`tests.runs.Trained` has written."""
+    """Judge what :class:`tests.cli_runner.Trained` has written."""
     held = [tensor for group in found["groups"] for tensor in group["held"]]
     still = sorted(set(found["unchanged"]) & set(found["trainable"]))
     trainable = len(found["trainable"])
@@ -101,7 +101,7 @@ def fsdp(settings: Settings) -> Iterator[Finding]:
     """Two steps, a checkpoint, and two steps more from there, with full and with sharded checkpoints."""
     code = PLAIN if settings.cuda else ON_CPU
     folders = {kind: settings.scratch / "fsdp" / kind for kind in KINDS}
-    configs = {kind: runs.fsdp_config(scenes(settings), folder, kind, PRUNED) for kind, folder in folders.items()}
+    configs = {kind: cli_runner.fsdp_config(scenes(settings), folder, kind, PRUNED) for kind, folder in folders.items()}
     first: dict[str, Path] = {}
     for step in (2, 4):
         started = {}
@@ -116,9 +116,9 @@ def fsdp(settings: Settings) -> Iterator[Finding]:
             failures = list(ended(process, folder, f"{kind}, to step {step}"))
             yield from failures
             if step == 2 and not failures:
-                first[kind] = runs.newest(folders[kind])
+                first[kind] = cli_runner.newest(folders[kind])
             elif not failures:
-                yield resumed(kind, first[kind], runs.newest(folders[kind]))
+                yield resumed(kind, first[kind], cli_runner.newest(folders[kind]))
 
 
 def resumed(kind: str, first: Path, last: Path) -> Finding:

@@ -10,7 +10,7 @@ from terratorch.tasks import MultiLabelClassificationTask
 from torchmetrics.classification import MultilabelAveragePrecision
 
 from terratorch_simpler.files import atomic_write
-from terratorch_simpler.lightning.selection import find_backbone
+from terratorch_simpler.models.backbone import find_backbone
 
 
 class WriteScores(Callback):

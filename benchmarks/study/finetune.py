@@ -20,7 +20,7 @@ from benchmarks.study.runs import Run
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmableTraining
 from terratorch_simpler.criteria import Fixed
 from terratorch_simpler.errors import SimplerWarning
-from terratorch_simpler.lightning.selection import find_backbone
+from terratorch_simpler.models.backbone import find_backbone
 from terratorch_simpler.sweep.cost import added_memory
 
 LORA = {

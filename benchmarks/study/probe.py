@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, jaccard_score
 from benchmarks.study.data import Setup, labelled, read_split
 from terratorch_simpler.extraction.labelled import NO_LABEL, majority
 from terratorch_simpler.models.backbone import SimplerBackbone
-from terratorch_simpler.sweep.probe import Rows, linear_probe, told
+from terratorch_simpler.sweep.probing import ProbeSamples, fit_predict, linear_probe
 
 PATCH = (16, 16)
 BATCH = 32
@@ -38,14 +38,14 @@ def probe(
     """
     train = _rows(backbone, root, labelled(data, setup.labels, seed), study)
     test = _rows(backbone, root, read_split(data, "test"), study)
-    found, known = told(linear_probe(), train, test), test.labels.numpy()
+    found, known = fit_predict(linear_probe(), train, test), test.labels.numpy()
     return {
         "test_miou": float(jaccard_score(known, found, average="macro", labels=np.unique(known))),
         "test_accuracy": float(accuracy_score(known, found)),
     }
 
 
-def _rows(backbone: SimplerBackbone, root: Path, names: list[str], study: dict[str, Any]) -> Rows:
+def _rows(backbone: SimplerBackbone, root: Path, names: list[str], study: dict[str, Any]) -> ProbeSamples:
     """Features of all patches that have a class."""
     device = next(backbone.parameters()).device
     backbone.eval()
@@ -62,7 +62,7 @@ def _rows(backbone: SimplerBackbone, root: Path, names: list[str], study: dict[s
     label = torch.cat(labels)
     known = label != NO_LABEL
     image = torch.arange(len(names))[:, None].expand_as(label)
-    return Rows(torch.cat(features)[known], label[known], image[known])
+    return ProbeSamples(torch.cat(features)[known], label[known], image[known])
 
 
 def _read(path: Path) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 source configs/slurm/environment.sh
 
-# --kill-on-bad-exit: a process that dies ends the others at once instead of when they notice.
+# --kill-on-bad-exit: if one process dies, the others are killed at once.
 exec srun --kill-on-bad-exit=1 terratorch fit --config "$@" \
   --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
   --trainer.default_root_dir "runs/$SLURM_JOB_ID"

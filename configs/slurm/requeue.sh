@@ -1,5 +1,5 @@
 #!/bin/bash
-# A job that outlives its time limit: it is told two minutes before, saves, queues itself again, and goes on.
+# A job that outlives its time limit: it gets a signal two minutes before, saves, requeues itself, and resumes.
 #   sbatch configs/slurm/requeue.sh CONFIG [settings as terratorch fit takes them]
 #SBATCH --job-name=simpler
 #SBATCH --nodes=1
@@ -15,8 +15,8 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 source configs/slurm/environment.sh
 
-# The folder has to be the job's own: Lightning looks there for the checkpoint it saved (hpc_ckpt_*.ckpt), and takes any it
-# finds. The number of a job stays the same when it is queued again.
+# Every job needs its own folder: Lightning resumes from any hpc_ckpt_*.ckpt in it. The job id stays the same when the job is
+# requeued.
 exec srun terratorch fit --config "$@" \
   --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
   --trainer.default_root_dir "runs/$SLURM_JOB_ID"

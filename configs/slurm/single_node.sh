@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 source configs/slurm/environment.sh
 
-# A process for every GPU is started by srun; Lightning finds its place among them.
+# srun starts one process per GPU; Lightning detects its rank.
 exec srun terratorch fit --config "$@" \
   --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
   --trainer.default_root_dir "runs/$SLURM_JOB_ID"

@@ -1,6 +1,6 @@
 #!/bin/bash
-# A sweep over learning rates whose jobs share one plan: the first to ask streams the tiles, the others wait for it or, started
-# later, find the plan in plan_cache.
+# A sweep over learning rates whose jobs share one plan: the first streams the tiles; the others wait for it or, if started later,
+# load the plan from plan_cache.
 #   sbatch configs/slurm/sweep.sh CONFIG [settings as terratorch fit takes them]
 #SBATCH --job-name=simpler-sweep
 #SBATCH --array=0-3

@@ -1,4 +1,4 @@
-"""What every rule has in common: bounds, ties, bootstrap votes, and the table of names."""
+"""Base classes of criteria: bounds, ties, bootstrap, and the registry of names."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ class Bounds:
     min_depth: int | None = None
     max_depth: int | None = None
 
+    def at_least(self, depth: int) -> Bounds:
+        """The same bounds, with no depth below ``depth``."""
+        return Bounds(max(self.min_depth or 1, depth), self.max_depth) if depth > 1 else self
+
     def within(self, depths: range, num_blocks: int) -> list[int]:
         """Depths that respect the bounds.
 
         Args:
-            depths: Depths the rule can judge.
+            depths: Depths the criterion can score.
             num_blocks: Blocks of the intact encoder.
 
         Raises:
@@ -51,11 +55,11 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a rule decided.
+    """The choice of a criterion.
 
     Attributes:
         kept_blocks: Blocks to keep, 0-based, ascending.
-        scores: Score of every depth that was judged, or None if the rule does not score.
+        scores: Score of every candidate depth, or None if the criterion does not score.
     """
 
     kept_blocks: tuple[int, ...]
@@ -63,16 +67,16 @@ class Choice:
 
 
 class Criterion(ABC):
-    """A rule that turns the statistics of a pass into a choice of blocks to keep.
+    """Turns the statistics of a pass into a choice of blocks to keep.
 
-    A rule of one's own says which depths it can judge and how good each is; one that keeps other blocks than the first c
-    says as well which.
+    A custom criterion implements :meth:`depths` and :meth:`score`, and :meth:`kept` if it does not keep
+    the first c blocks.
 
     Attributes:
         name: Name in YAML and in plan.json.
         needs_similarity: False if no tile has to be streamed to decide.
         needs_labels: Whether the tiles must have labels.
-        drop_blocks: Number of blocks to drop; None if the rule finds the depth itself.
+        drop_blocks: Number of blocks to drop; None if the criterion chooses the depth itself.
     """
 
     name: ClassVar[str]
@@ -82,41 +86,41 @@ class Criterion(ABC):
 
     @property
     def args(self) -> dict[str, object]:
-        """Settings of the rule as they go to plan.json."""
+        """Settings of the criterion as written to plan.json."""
         return {}
 
     @abstractmethod
     def depths(self, num_blocks: int) -> range:
-        """Depths the rule can judge in an encoder of ``num_blocks`` blocks.
+        """Depths the criterion can score in an encoder of ``num_blocks`` blocks.
 
         Raises:
-            DepthError: If the encoder is too shallow for the rule.
+            DepthError: If the encoder is too shallow for the criterion.
         """
 
     @abstractmethod
-    def score(self, found: Statistics, depths: list[int]) -> Tensor:
+    def score(self, statistics: Statistics, depths: list[int]) -> Tensor:
         """Score of every depth, the larger the better.
 
         Args:
-            found: Statistics of the intact encoder; leading dimensions are draws of a bootstrap.
-            depths: C depths to judge.
+            statistics: Statistics of the intact encoder; leading dimensions are resamples of a bootstrap.
+            depths: C depths to score.
 
         Returns:
             Scores of shape (..., C).
         """
 
-    def kept(self, found: Statistics, depths: list[int]) -> Tensor:
-        """Which blocks to keep at every depth: the first ones, unless a rule says otherwise.
+    def kept(self, statistics: Statistics, depths: list[int]) -> Tensor:
+        """Which blocks to keep at every depth: the first ones, unless overridden.
 
         Args:
-            found: As for :meth:`score`.
+            statistics: As for :meth:`score`.
             depths: C depths.
 
         Returns:
             Bools of shape (..., C, L).
         """
-        first = torch.arange(found.num_blocks) < torch.tensor(depths)[:, None]
-        return first.expand(*found.hsic.shape[:-2], *first.shape)
+        first = torch.arange(statistics.num_blocks) < torch.tensor(depths)[:, None]
+        return first.expand(*statistics.hsic.shape[:-2], *first.shape)
 
     def allowed(self, num_blocks: int, bounds: Bounds) -> list[int]:
         """Depths that may be chosen: one if there is a budget.
@@ -141,7 +145,7 @@ class Criterion(ABC):
         return [depth]
 
     def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
-        """Ranges of blocks that may be dropped, to be repaired: what follows the first c, unless a rule says otherwise.
+        """Ranges of blocks that may be dropped, for linear recovery: all after the first c, unless overridden.
 
         Args:
             num_blocks: Blocks L of the intact encoder.
@@ -149,24 +153,66 @@ class Criterion(ABC):
         """
         return [(depth, num_blocks) for depth in self.allowed(num_blocks, bounds) if depth < num_blocks]
 
-    def choose(self, found: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:
+    def choose(self, statistics: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:
         """Pick the depth with the highest score; ties go to the smaller one.
 
         Args:
-            found: Statistics over all tiles; None only if the rule needs none.
+            statistics: Statistics over all tiles; None only if the criterion needs none.
             num_blocks: Blocks L of the intact encoder.
             bounds: Bounds on the kept depth.
 
         Raises:
             DepthError: If no depth can be chosen.
         """
-        assert found is not None  # a rule without statistics brings its own choose
+        assert statistics is not None  # a criterion without statistics overrides choose
         depths = bounds.within(self.depths(num_blocks), num_blocks)
-        scores = self.score(found, depths)
+        scores = self.score(statistics, depths)
         allowed = self.allowed(num_blocks, bounds)
         best = allowed[int(_first_best(torch.stack([scores[depths.index(depth)] for depth in allowed])))]
-        kept = self.kept(found, [best])[0].nonzero().flatten().tolist()
+        kept = self.kept(statistics, [best])[0].nonzero().flatten().tolist()
         return Choice(tuple(kept), dict(zip(depths, scores.tolist(), strict=True)))
+
+
+class BudgetCriterion(Criterion):
+    """Drop a given number of blocks at the least cost; the score of a depth is minus the cost of reaching it.
+
+    Args:
+        drop_blocks: Number of blocks to drop.
+
+    Raises:
+        ConfigurationError: If it is not at least 1.
+    """
+
+    drop_blocks: int
+
+    def __init__(self, drop_blocks: int) -> None:
+        if isinstance(drop_blocks, bool) or not isinstance(drop_blocks, int) or drop_blocks < 1:
+            msg = f"Found drop_blocks {drop_blocks!r} for criterion '{self.name}', expected a number from 1: change it."
+            raise ConfigurationError(msg)
+        self.drop_blocks = drop_blocks
+
+    @property
+    def args(self) -> dict[str, object]:  # noqa: D102
+        return {"drop_blocks": self.drop_blocks}
+
+    def depths(self, num_blocks: int) -> range:
+        """All depths below the full one.
+
+        Raises:
+            DepthError: If the budget leaves no block.
+        """
+        if not self.drop_blocks < num_blocks:
+            msg = (
+                f"Found drop_blocks {self.drop_blocks} for an encoder of {num_blocks} blocks, expected 1 to "
+                f"{num_blocks - 1}: change drop_blocks."
+            )
+            raise DepthError(msg)
+        return range(1, num_blocks)
+
+    def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
+        """All ranges of at most as many blocks as are dropped."""
+        self.allowed(num_blocks, bounds)
+        return [(i, i + n) for n in range(1, self.drop_blocks + 1) for i in range(num_blocks - n + 1)]
 
 
 def _first_best(scores: Tensor) -> Tensor:
@@ -176,25 +222,25 @@ def _first_best(scores: Tensor) -> Tensor:
 
 
 def bootstrap(criterion: Criterion, groups: GroupSums, bounds: Bounds, seed: int, resamples: int = 1000) -> dict[int, float]:
-    """How often each depth wins when the groups of tiles are drawn again with replacement.
+    """Votes: fraction of bootstrap resamples of the groups that each depth wins.
 
     Args:
-        criterion: The rule.
+        criterion: The criterion.
         groups: Sums of each group.
         bounds: Bounds on the kept depth.
-        seed: Seed of the draws.
-        resamples: Number of draws.
+        seed: Seed of the resamples.
+        resamples: Number of resamples.
 
     Returns:
-        Share of draws won by each depth that may be chosen. They sum to 1, except that a rule with a budget has only one:
-        there it is the share of draws in which the same blocks win as over all groups.
+        Fraction won by each depth that may be chosen. They sum to 1. A criterion with a budget has only one depth: its vote
+        is the fraction of resamples that choose the same blocks as all groups together.
     """
     depths = criterion.allowed(groups.hsic.shape[-1] - 1, bounds)
-    drawn = groups.resampled(resamples, seed)
+    resampled = groups.resampled(resamples, seed)
     if criterion.drop_blocks is not None:
-        same = (criterion.kept(drawn, depths) == criterion.kept(groups.total(), depths)).all(dim=-1)
+        same = (criterion.kept(resampled, depths) == criterion.kept(groups.total(), depths)).all(dim=-1)
         return {depths[0]: float(same.double().mean())}
-    winners = _first_best(criterion.score(drawn, depths))
+    winners = _first_best(criterion.score(resampled, depths))
     shares = torch.bincount(winners, minlength=len(depths)).double() / resamples
     return dict(zip(depths, shares.tolist(), strict=True))
 
@@ -203,32 +249,31 @@ _CRITERIA: dict[str, type[Criterion]] = {}
 
 
 def register(criterion: type[Criterion]) -> type[Criterion]:
-    """Make a rule known by its name.
+    """Register a criterion by its name.
 
     Raises:
-        ConfigurationError: If another rule has that name.
+        ConfigurationError: If another criterion has that name.
     """
-    known = _CRITERIA.setdefault(criterion.name, criterion)
-    if known is not criterion:
+    if _CRITERIA.setdefault(criterion.name, criterion) is not criterion:
         msg = f"Found two criteria named '{criterion.name}', expected a name of its own for each: rename one."
         raise ConfigurationError(msg)
     return criterion
 
 
 def known_criteria() -> dict[str, type[Criterion]]:
-    """All registered rules by name."""
+    """All registered criteria by name."""
     return dict(_CRITERIA)
 
 
 def build_criterion(criterion: str | Criterion, drop_blocks: int | None = None) -> Criterion:
-    """Turn a name into a rule; a rule is returned as it is.
+    """Build a criterion from its name; a criterion is returned as it is.
 
     Args:
-        criterion: Name of a registered rule, or a rule.
-        drop_blocks: Budget, for rules that take one.
+        criterion: Name of a registered criterion, or a criterion.
+        drop_blocks: Budget, for criteria that take one.
 
     Raises:
-        ConfigurationError: If the name is unknown, or a budget is missing, or given to a rule that takes none.
+        ConfigurationError: If the name is unknown, or a budget is missing, or given to a criterion that takes none.
     """
     if isinstance(criterion, Criterion):
         if drop_blocks is not None:
@@ -241,14 +286,14 @@ def build_criterion(criterion: str | Criterion, drop_blocks: int | None = None) 
     if criterion not in _CRITERIA:
         msg = f"Found criterion '{criterion}', expected one of {', '.join(sorted(_CRITERIA))}, or a class_path."
         raise ConfigurationError(msg)
-    rule = _CRITERIA[criterion]
-    budget = inspect.signature(rule).parameters.get("drop_blocks")
+    kind = _CRITERIA[criterion]
+    budget = inspect.signature(kind).parameters.get("drop_blocks")
     if drop_blocks is None:
         if budget is not None and budget.default is budget.empty:
             msg = f"Found criterion '{criterion}' without drop_blocks, expected how many blocks to drop: set drop_blocks."
             raise ConfigurationError(msg)
-        return rule()
+        return kind()
     if budget is None:
         msg = f"Found drop_blocks {drop_blocks} for criterion '{criterion}', which needs no budget: remove drop_blocks."
         raise ConfigurationError(msg)
-    return rule(drop_blocks=drop_blocks)  # type: ignore[call-arg]
+    return kind(drop_blocks=drop_blocks)  # type: ignore[call-arg]

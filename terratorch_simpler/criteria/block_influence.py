@@ -1,12 +1,11 @@
-"""Block influence: drop the blocks that turn the tokens least, wherever they are."""
+"""Block influence: drop the blocks that change the direction of tokens least, at any position."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from terratorch_simpler.criteria.base import TIE
-from terratorch_simpler.criteria.budget import BudgetCriterion
+from terratorch_simpler.criteria.base import TIE, BudgetCriterion
 from terratorch_simpler.criteria.statistics import Statistics
 
 
@@ -23,26 +22,26 @@ def block_influence(cosine: Tensor) -> Tensor:
 
 
 class BlockInfluence(BudgetCriterion):
-    """Drop the blocks of the lowest influence; what is kept may have gaps.
+    """Drop the blocks with the lowest influence; the kept blocks may have gaps.
 
     Of blocks with the same influence the later ones are dropped (ours).
     """
 
     name = "block_influence"
 
-    def score(self, found: Statistics, depths: list[int]) -> Tensor:
-        """Minus the sum of the influence of what is dropped."""
-        lowest = block_influence(found.cosine).sort(dim=-1).values.cumsum(dim=-1)
-        return -lowest[..., [found.num_blocks - depth - 1 for depth in depths]]
+    def score(self, statistics: Statistics, depths: list[int]) -> Tensor:
+        """Minus the summed influence of the dropped blocks."""
+        lowest = block_influence(statistics.cosine).sort(dim=-1).values.cumsum(dim=-1)
+        return -lowest[..., [statistics.num_blocks - depth - 1 for depth in depths]]
 
-    def kept(self, found: Statistics, depths: list[int]) -> Tensor:
-        """The blocks of the highest influence."""
-        left = block_influence(found.cosine).clone()
+    def kept(self, statistics: Statistics, depths: list[int]) -> Tensor:
+        """The blocks with the highest influence."""
+        left = block_influence(statistics.cosine).clone()
         rank = torch.zeros_like(left, dtype=torch.int64)  # how many blocks are dropped before each
-        for dropped_before in range(found.num_blocks):
+        for dropped_before in range(statistics.num_blocks):
             lowest = left <= left.amin(dim=-1, keepdim=True) + TIE
-            last = found.num_blocks - 1 - lowest.flip(-1).int().argmax(dim=-1, keepdim=True)
+            last = statistics.num_blocks - 1 - lowest.flip(-1).int().argmax(dim=-1, keepdim=True)
             rank.scatter_(-1, last, dropped_before)
             left.scatter_(-1, last, torch.inf)
-        dropped = found.num_blocks - torch.tensor(depths)
+        dropped = statistics.num_blocks - torch.tensor(depths)
         return rank[..., None, :] >= dropped[:, None]

@@ -1,4 +1,4 @@
-"""A depth or a list of blocks given by hand."""
+"""Fixed: keep a given depth or list of blocks."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from terratorch_simpler.indices import Span, resolve_keep, spans_between
 
 
 class Fixed(Criterion):
-    """Keep what the user says; nothing is measured.
+    """Keep the given blocks; nothing is measured.
 
     Args:
         keep: First n blocks, or a list of block numbers (0-based).
-        drop_blocks: Instead of ``keep``: how many of the last blocks to drop.
+        drop_blocks: Number of last blocks to drop, instead of ``keep``.
     """
 
     name = "fixed"
     needs_similarity = False
 
     def __init__(self, keep: int | list[int] | None = None, drop_blocks: int | None = None) -> None:
-        """Take one of the two."""
         if (keep is None) == (drop_blocks is None):
             msg = (
                 f"Found keep {keep} and drop_blocks {drop_blocks} for criterion 'fixed', expected exactly one of them: "
@@ -33,24 +32,23 @@ class Fixed(Criterion):
         self.drop_blocks = drop_blocks
 
     @property
-    def args(self) -> dict[str, object]:
-        """The depth or blocks that were given."""
+    def args(self) -> dict[str, object]:  # noqa: D102
         return {"keep": self.keep} if self.drop_blocks is None else {"drop_blocks": self.drop_blocks}
 
     def depths(self, num_blocks: int) -> range:
         """Any depth."""
         return range(1, num_blocks + 1)
 
-    def score(self, found: Statistics, depths: list[int]) -> Tensor:
-        """All depths alike: nothing is judged."""
-        return found.hsic.new_zeros(*found.hsic.shape[:-2], len(depths))
+    def score(self, statistics: Statistics, depths: list[int]) -> Tensor:
+        """Zero for every depth: they are not compared."""
+        return statistics.hsic.new_zeros(*statistics.hsic.shape[:-2], len(depths))
 
     def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
-        """Exactly what is dropped."""
+        """The dropped ranges."""
         return spans_between(self.choose(None, num_blocks, bounds).kept_blocks, num_blocks)
 
-    def choose(self, found: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:  # noqa: ARG002
-        """Return what was given, checked against the encoder.
+    def choose(self, statistics: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:  # noqa: ARG002
+        """Return the given blocks, checked against the encoder.
 
         Raises:
             DepthError: If a block does not exist, or the bounds forbid the depth.

@@ -1,4 +1,4 @@
-"""Knee: keep what pays for itself, with no budget (ours)."""
+"""Knee: keep blocks while similarity to later blocks grows faster than the fraction of blocks kept (ours)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from terratorch_simpler.errors import DepthError
 
 
 def knee_curve(similarity: Tensor) -> Tensor:
-    """How far the share of what is there already lies above the share of blocks spent, at every depth.
+    """Normalized similarity to later blocks minus the fraction of blocks kept, at every depth.
 
-    R_k is the mean of S[k, j] over the blocks j > k that would follow, R_L = 1. The score of depth k is
-    (R_k - R_1) / (1 - R_1) - k / L. Where all is there after the first block, R_1 = 1, the first term is 1 throughout.
+    R_k is the mean of S[k, j] over the later blocks j > k, R_L = 1. The score of depth k is
+    (R_k - R_1) / (1 - R_1) - k / L. If R_1 = 1, the first term is 1 at every depth.
 
     Args:
         similarity: Similarity of shape (..., L, L).
@@ -38,7 +38,7 @@ def knee_curve(similarity: Tensor) -> Tensor:
 
 
 class Knee(Criterion):
-    """Keep the first k blocks, where k maximises :func:`knee_curve`. A decision of this package, from no paper."""
+    """Keep the first k blocks, where k maximises :func:`knee_curve`. A criterion of this package, from no paper."""
 
     name = "knee"
 
@@ -49,10 +49,10 @@ class Knee(Criterion):
             DepthError: If there is only one block.
         """
         if num_blocks < 2:
-            msg = "Found an encoder of 1 block, expected at least 2 to choose a depth: there is nothing to cut."
+            msg = "Found an encoder of 1 block, expected at least 2 to choose a depth: there is nothing to prune."
             raise DepthError(msg)
         return range(1, num_blocks + 1)
 
-    def score(self, found: Statistics, depths: list[int]) -> Tensor:
+    def score(self, statistics: Statistics, depths: list[int]) -> Tensor:
         """Score of every depth."""
-        return knee_curve(found.similarity)[..., [depth - 1 for depth in depths]]
+        return knee_curve(statistics.similarity)[..., [depth - 1 for depth in depths]]

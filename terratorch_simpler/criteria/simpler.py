@@ -1,4 +1,4 @@
-"""SIMPLER: keep the blocks whose representations still move, cut where they have settled."""
+"""SIMPLER: keep the first blocks, up to the depth where representations settle."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def score_curve(similarity: Tensor, depths: list[int]) -> Tensor:
 class Simpler(Criterion):
     """Keep the first c blocks, where c maximises g(c) of :func:`score_curve`.
 
-    The papers give g; taking its maximum, the candidates 2 <= c <= L - 2 and the tie rule are decisions of this
+    The papers give g; taking its maximum, the candidates 2 <= c <= L - 2 and the handling of ties are decisions of this
     package. No labels, no gradients, no threshold.
     """
 
@@ -62,6 +62,6 @@ class Simpler(Criterion):
             raise DepthError(msg)
         return range(2, num_blocks - 1)
 
-    def score(self, found: Statistics, depths: list[int]) -> Tensor:
+    def score(self, statistics: Statistics, depths: list[int]) -> Tensor:
         """Score g(c) of every depth."""
-        return score_curve(found.similarity, depths)
+        return score_curve(statistics.similarity, depths)

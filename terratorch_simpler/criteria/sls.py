@@ -1,4 +1,4 @@
-"""SLS: keep the blocks up to where labelled features first form the clusters that they form in the end."""
+"""SLS: keep the first blocks, up to the depth where labelled features cluster almost as well as after the last block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesErro
 PERPLEXITY = 30
 """scikit-learn's default; t-SNE needs more rows than that."""
 MOST_ROWS = 2000
-"""Rows that are embedded: t-SNE takes seconds for so many, and longer than in proportion for more (ours)."""
+"""Maximum number of embedded rows: t-SNE takes seconds for this many, and superlinear time for more (ours)."""
 
 
 def silhouettes(features: Tensor, labels: Tensor) -> list[float]:
@@ -29,21 +29,21 @@ def silhouettes(features: Tensor, labels: Tensor) -> list[float]:
         features: Output of every block, (L, N, D).
         labels: Class of every row, (N,).
     """
-    found = []
+    scores = []
     for block in features.double().numpy():
         embedded: NDArray[np.float32] = TSNE(2, perplexity=PERPLEXITY, init="pca", random_state=0).fit_transform(block)
         low, high = embedded.min(axis=0), embedded.max(axis=0)
-        found.append(float(silhouette_score((embedded - low) / (high - low), labels.numpy())))
-    return found
+        scores.append(float(silhouette_score((embedded - low) / (high - low), labels.numpy())))
+    return scores
 
 
 class Sls(Criterion):
-    """Keep the first l blocks, where walking down from the last block every silhouette SC_l is at least alpha * SC_L.
+    """Keep the first l blocks, the smallest l such that all silhouettes SC_l to SC_L are at least alpha * SC_L.
 
-    Made for encoders that were tuned at full depth with adapters (arXiv 2407.14330): needs labels.
+    For encoders tuned at full depth with adapters (arXiv 2407.14330). Requires labels.
 
     Args:
-        alpha: Share of the last block's silhouette that a block must reach.
+        alpha: Fraction of the last block's silhouette that a block must reach.
 
     Raises:
         ConfigurationError: If ``alpha`` is not above 0 and at most 1.
@@ -53,29 +53,27 @@ class Sls(Criterion):
     needs_labels = True
 
     def __init__(self, alpha: float = 0.3) -> None:
-        """Take the share."""
         if not 0 < alpha <= 1:
             msg = f"Found alpha {alpha} for criterion 'sls', expected a share above 0 and up to 1: change alpha."
             raise ConfigurationError(msg)
         self.alpha = alpha
 
     @property
-    def args(self) -> dict[str, object]:
-        """The share."""
+    def args(self) -> dict[str, object]:  # noqa: D102
         return {"alpha": self.alpha}
 
     def depths(self, num_blocks: int) -> range:
         """Any depth."""
         return range(1, num_blocks + 1)
 
-    def score(self, found: Statistics, depths: list[int]) -> Tensor:
+    def score(self, statistics: Statistics, depths: list[int]) -> Tensor:
         """Silhouette SC_l of every depth l.
 
         Raises:
             LabelsError: If there are no labels, of one class only, or too few rows.
             DegenerateFeaturesError: If features are not finite, or the same in every row.
         """
-        rows = _some_rows(found.labelled)
+        rows = _some_rows(statistics.labelled)
         features = rows.features[[depth - 1 for depth in depths]]
         varies = (features != features[:, :1]).any(dim=(1, 2))
         usable = torch.isfinite(features).all(dim=(1, 2)) & varies
@@ -88,15 +86,15 @@ class Sls(Criterion):
             raise DegenerateFeaturesError(msg)
         return torch.tensor(silhouettes(features, rows.labels), dtype=torch.float64)
 
-    def choose(self, found: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:
-        """Walk down from the last block; a depth outside the bounds becomes the nearest one within (ours).
+    def choose(self, statistics: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:
+        """Walk down from the last block and clamp the depth to the bounds (ours).
 
         Raises:
             LabelsError: If labels are missing, or their classes form no clusters after the last block.
         """
-        assert found is not None  # labels were asked for
+        assert statistics is not None  # needs_labels is set
         allowed = bounds.within(self.depths(num_blocks), num_blocks)
-        scores = self.score(found, list(self.depths(num_blocks))).tolist()
+        scores = self.score(statistics, list(self.depths(num_blocks))).tolist()
         if scores[-1] <= 0:
             msg = (
                 f"Found a silhouette of {scores[-1]:.3f} after the last block, expected one above 0: the classes form no "
@@ -111,7 +109,7 @@ class Sls(Criterion):
 
 
 def _some_rows(labelled: Labelled | None) -> Labelled:
-    """At most so many rows as t-SNE takes, drawn from a seed.
+    """A seeded sample of at most ``MOST_ROWS`` rows.
 
     Raises:
         LabelsError: If there are no labels, of one class only, or too few rows.

@@ -1,4 +1,4 @@
-"""What a rule may look at: how alike the states of an encoder are, before and after every block."""
+"""Input of the criteria: similarity of the states of an encoder, before and after every block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from terratorch_simpler.functional.hsic import draw_groups, normalise_hsic
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features with labels, for rules that need them.
+    """Features with labels, for criteria that require them.
 
     Attributes:
         features: After every block, (L, N, D), float32.
@@ -27,15 +27,15 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Statistics:
-    """All pairs of the L + 1 states of a token compared: state 0 is the input of the first block, l the output of block l.
+    """Pairwise similarity of L + 1 states: state 0 is the input of the first block, state l the output of block l.
 
-    Leading dimensions are draws of a bootstrap; without any, they are over all tiles.
+    Leading dimensions are resamples of a bootstrap; without any, they are over all tiles.
 
     Attributes:
         hsic: HSIC numerators, (..., L + 1, L + 1), float64.
         cosine: Mean token cosine, (..., L + 1, L + 1).
         angle: Mean angular distance arccos(cosine) / pi, (..., L + 1, L + 1).
-        labelled: Features with labels; None unless the rule has asked for them.
+        labelled: Features with labels; None unless the criterion needs them.
     """
 
     hsic: Tensor
@@ -75,12 +75,12 @@ class Statistics:
 
 @dataclass(frozen=True)
 class GroupSums:
-    """What groups of tiles add to :class:`Statistics`.
+    """Sums per group of tiles, from which :class:`Statistics` are computed.
 
     Attributes:
         hsic: HSIC numerators of G groups, (G, L + 1, L + 1), float64.
         cosine: Token cosines, summed over the rows of each group, (G, L + 1, L + 1).
-        angle: Angular distances, likewise.
+        angle: Angular distances, summed over the rows of each group, (G, L + 1, L + 1).
         rows: Rows of each group, (G,).
     """
 
@@ -94,16 +94,16 @@ class GroupSums:
         return len(self.rows)
 
     def total(self) -> Statistics:
-        """Over all groups."""
+        """Statistics over all groups."""
         rows = self.rows.sum()
         return Statistics(self.hsic.sum(dim=0), self.cosine.sum(dim=0) / rows, self.angle.sum(dim=0) / rows)
 
     def resampled(self, resamples: int, seed: int) -> Statistics:
-        """Over groups drawn again with replacement, as often as ``resamples`` says."""
+        """Statistics of ``resamples`` bootstrap resamples of the groups, as leading dimension."""
         counts = draw_groups(len(self), resamples, seed)
         rows = (counts @ self.rows.double())[:, None, None]
 
-        def all_reduce(values: Tensor) -> Tensor:
+        def total(values: Tensor) -> Tensor:
             return torch.einsum("rg,gij->rij", counts, values)
 
-        return Statistics(all_reduce(self.hsic), all_reduce(self.cosine) / rows, all_reduce(self.angle) / rows)
+        return Statistics(total(self.hsic), total(self.cosine) / rows, total(self.angle) / rows)

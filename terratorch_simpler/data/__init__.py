@@ -1,7 +1,8 @@
-"""Where images come from: windows of GeoTIFF files, or the datamodule's training images. Neither knows the model."""
+"""Sources of tiles: windows of GeoTIFF files, or the images of a datamodule. Neither depends on the model."""
 
+from terratorch_simpler.data.batches import BatchTiles
 from terratorch_simpler.data.datamodule import DatamoduleTiles, Split
 from terratorch_simpler.data.geotiff import GeoTiffTiles
-from terratorch_simpler.data.source import Batch, Share, Skip, Skipped, TileSource
+from terratorch_simpler.data.source import Batch, Shard, Skip, SkipCounter, TileSource
 
-__all__ = ["Batch", "DatamoduleTiles", "GeoTiffTiles", "Share", "Skip", "Skipped", "Split", "TileSource"]
+__all__ = ["Batch", "BatchTiles", "DatamoduleTiles", "GeoTiffTiles", "Shard", "Skip", "SkipCounter", "Split", "TileSource"]

@@ -1,4 +1,4 @@
-"""When and where a tile was taken, in the numbers that encoders with time and location take."""
+"""Acquisition date and location of a tile, in the units that encoders with time and location take."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ DATE_TAGS = (
     (None, "DATE_ACQUIRED"),  # Landsat
     (None, "TIFFTAG_DATETIME"),
 )
-"""Where GeoTIFF files say when they were taken, the surest first; the last may be the time of writing."""
+"""Tags with the acquisition date, most reliable first; the last may be the time of writing."""
 
 
-def day_in_tags(src: DatasetReader) -> tuple[int, int] | None:
-    """Year, and day of the year from 0, or None if no tag tells."""
+def date_from_tags(src: DatasetReader) -> tuple[int, int] | None:
+    """Year, and day of the year from 0; None if no tag holds a date."""
     for namespace, name in DATE_TAGS:
-        written = re.match(r"\s*(\d{4})[-:/]?(\d{2})[-:/]?(\d{2})", src.tags(ns=namespace).get(name, ""))
-        if written:
+        match = re.match(r"\s*(\d{4})[-:/]?(\d{2})[-:/]?(\d{2})", src.tags(ns=namespace).get(name, ""))
+        if match:
             try:
-                day = date(*map(int, written.groups()))
+                day = date(*map(int, match.groups()))
             except ValueError:
                 continue
             return day.year, day.timetuple().tm_yday - 1
     return None
 
 
-def centre(src: DatasetReader, window: Window) -> tuple[float, float] | None:
-    """Latitude and longitude of a window's centre in degrees, or None for a file that does not know its place.
+def center(src: DatasetReader, window: Window) -> tuple[float, float] | None:
+    """Latitude and longitude of a window's center in degrees.
 
-    Nor does one whose CRS is none of the Earth's, or whose pixels lie beside it, as the corners of geostationary images.
+    None for a file without georeference, for a CRS that is none of the Earth's, and for pixels beside the Earth, as the
+    corners of geostationary images.
     """
     if src.crs is None or src.transform == Affine.identity():
         return None
     x, y = src.xy(window.row_off + window.height / 2, window.col_off + window.width / 2, offset="ul")
     try:
         (longitude,), (latitude,) = transform(src.crs, "EPSG:4326", [x], [y])
-    except Exception:  # errors of GDAL that are none of rasterio's
+    except Exception:  # GDAL raises errors that are none of rasterio's
         return None
     if not (abs(latitude) <= 90 and abs(longitude) <= 360):  # False for NaN
         return None

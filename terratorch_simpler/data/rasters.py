@@ -1,4 +1,4 @@
-"""Open raster files: how GDAL is set up, how many stay open, what their pixels are as float32, and which hold data."""
+"""Open raster files: GDAL settings, how many stay open, pixels as float32, and which of them hold data."""
 
 from __future__ import annotations
 
@@ -27,42 +27,47 @@ DRIVERS = [
     *("GTiff", *PICTURES, "HFA", "ENVI", "EHdr", "netCDF", "HDF5", "HDF5Image", "HDF4", "HDF4Image", "GRIB"),
     *("SENTINEL2", "NITF", "SRTMHGT"),
 ]
-"""Formats that hold pixels. Not those whose files name rasters or servers: only a .vrt is read as one. What is left of that
-kind: HDF5 and HFA may keep pixels in a further file of this machine, which is named inside of them."""
+"""Formats that hold pixels, not those whose files name other rasters or servers: only a .vrt is read as one. HDF5 and HFA
+may still name another local file with pixels."""
 
 TOLERANCE = 2 * float(np.finfo(np.float32).eps)
-"""GDAL takes a float of either size for the value that means no data if they differ by less than this share of their sum."""
+"""GDAL takes a float of either size for nodata if the two differ by less than this fraction of their sum."""
 
 ROUNDED = ("int64", "uint64")
-"""Types whose nodata rasterio tells as a float."""
+"""Types whose nodata rasterio returns as a float."""
 
 MAX_OPEN = 32
 """Files that stay open while nobody reads from them."""
 
 
 def gdal_settings(timeout: float) -> AbstractContextManager[object]:
-    """GDAL settings for the reads of one thread; what the user has set in the environment stays, but for one.
+    """GDAL settings for the reads of one thread; settings in the user's environment win, with one exception.
 
-    ``terratorch fit`` sets ``GDAL_DISABLE_READDIR_ON_OPEN=EMPTY_DIR``, under which files of this machine would lose what
-    lies beside them: masks, headers, locations.
+    ``terratorch fit`` sets ``GDAL_DISABLE_READDIR_ON_OPEN=EMPTY_DIR``, under which GDAL ignores the sidecar files of local
+    rasters: masks, headers, georeference.
     """
-    settings = _unless_set(
-        VRT_SHARED_SOURCE=0,  # else threads that read two virtual rasters share the files these name
-        GDAL_HTTP_TIMEOUT=min(math.ceil(timeout), 10**6),
-        GDAL_HTTP_MAX_RETRY=2,
-        GDAL_HTTP_RETRY_DELAY=0.5,  # of GDAL's own 30 s little would be left of the time one read may take
-    )
-    # Nothing is listed, which would be for every file in a folder that is opened, but what belongs to one is looked for.
-    scoped: AbstractContextManager[object] = rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE", **settings)
-    return scoped
+    defaults = {
+        "VRT_SHARED_SOURCE": 0,  # else threads that read two virtual rasters share the files these name
+        "GDAL_HTTP_TIMEOUT": min(math.ceil(timeout), 10**6),
+        "GDAL_HTTP_MAX_RETRY": 2,
+        "GDAL_HTTP_RETRY_DELAY": 0.5,  # GDAL's own 30 s would leave little of the timeout
+    }
+    settings = {name: value for name, value in defaults.items() if name not in os.environ}
+    # TRUE: sidecar files are opened by name, without listing the folder for every file in it.
+    env: AbstractContextManager[object] = rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE", **settings)
+    return env
 
 
-def _unless_set(**settings: object) -> dict[str, object]:
-    return {name: value for name, value in settings.items() if name not in os.environ}
+def ignore_missing_georeference() -> None:
+    """Ignore rasterio's NotGeoreferencedWarning: tiles need pixels, not locations.
+
+    TerraTorch's datasets set this filter too; ``catch_warnings`` would restore the filters of other threads.
+    """
+    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 
 class Header(NamedTuple):
-    """What a file says about itself; descriptions are None where they are damaged."""
+    """Size and bands of a file; descriptions are None where they are damaged."""
 
     width: int
     height: int
@@ -77,21 +82,13 @@ def _open(path: str, drivers: Sequence[str], **options: str) -> DatasetReader:
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN=listing):
             # As rasterio.open, which takes no list of drivers.
             return ensure_env_with_credentials(DatasetReader)(path, driver=drivers, sharing=False, **options)
-    _check_mask_file(f"{path}.msk")
-    # Absolute: GDAL takes file:a.tif and zip:a.tif for something else than files of such names.
-    return DatasetReader(os.path.abspath(path), driver=drivers, sharing=False, **options)
-
-
-def _check_mask_file(path: str) -> None:
-    """Refuse a mask beside a raster that is no TIFF, as GDAL writes them: it would be opened as whatever it is.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
+    mask = f"{path}.msk"
+    if os.path.isfile(mask):
+        with open(mask, "rb") as file:
             if file.read(4) not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-                raise ValueError(f"{path} is no TIFF")
+                raise ValueError(f"{mask} is no TIFF")  # GDAL would open it as whatever format it is
+    # Absolute: GDAL does not take file:a.tif and zip:a.tif for file names.
+    return DatasetReader(os.path.abspath(path), driver=drivers, sharing=False, **options)
 
 
 class Raster:
@@ -99,18 +96,19 @@ class Raster:
 
     Args:
         path: File to open.
-        located: Whether its CRS is wanted, which takes longer to read than all the rest of a small file.
+        georeferenced: Whether its CRS is needed, which takes longer to read than all the rest of a small file.
 
     Attributes:
-        header: What it says about itself.
+        src: The rasterio dataset.
+        header: Size and bands.
 
     Raises:
         Exception: Of any type, if it cannot be opened.
     """
 
-    def __init__(self, path: str, located: bool = True) -> None:
+    def __init__(self, path: str, georeferenced: bool = True) -> None:
         self.path = path
-        self.src = self._open(located)
+        self.src = self._open(georeferenced)
         try:
             self.header = self._read_header()
             self._flags = self.src.mask_flag_enums
@@ -120,42 +118,17 @@ class Raster:
             self.src.close()
             raise
 
-    def _open(self, located: bool) -> DatasetReader:
+    def _open(self, georeferenced: bool) -> DatasetReader:
         ending = os.path.splitext(self.path)[1].lower()
         if ending not in GEOTIFF_ENDINGS:
             return _open(self.path, ["VRT"] if ending == ".vrt" else DRIVERS)
         try:
-            # NONE would leave .aux.xml unread.
-            return _open(self.path, ["GTiff"], **({} if located else {"GEOREF_SOURCES": "PAM"}))
+            # With NONE, .aux.xml would not be read.
+            return _open(self.path, ["GTiff"], **({} if georeferenced else {"GEOREF_SOURCES": "PAM"}))
         except RasterioIOError:
             if is_remote(self.path):
                 raise
-            return _open(self.path, PICTURES)  # another format by that name
-
-    def read(
-        self, indexes: Sequence[int], window: Window, nodata: float | None, into: NDArray[np.float32]
-    ) -> NDArray[np.bool_] | None:
-        """Read the pixels of a window, and tell where they hold no data.
-
-        Args:
-            indexes: Bands to read, from 1.
-            window: Which pixels.
-            nodata: Value that means no data; None for the file's own. The file's masks and NaN count in any case.
-            into: Filled with the pixels, (..., h, w) for as many bands.
-
-        Returns:
-            True where a band lacks data (C, h, w), or None if nothing is lacking.
-        """
-        lacks = self._read_values(indexes, window, nodata, into)
-        for which, mask in self._masks(indexes, window, nodata):
-            if not mask.all():
-                lacks = np.zeros((len(indexes), *mask.shape), bool) if lacks is None else lacks
-                lacks[which] |= mask == 0
-        return lacks
-
-    def close(self) -> None:
-        """Close the file."""
-        self.src.close()
+            return _open(self.path, PICTURES)  # another format with this ending
 
     def _read_header(self) -> Header:
         src = self.src
@@ -166,66 +139,90 @@ class Raster:
             descriptions = None
         return Header(src.width, src.height, real, descriptions, src.count)
 
+    def close(self) -> None:
+        """Close the file."""
+        self.src.close()
+
+    def read(
+        self, indexes: Sequence[int], window: Window, nodata: float | None, out: NDArray[np.float32]
+    ) -> NDArray[np.bool_] | None:
+        """Read the pixels of a window and where they hold no data.
+
+        Args:
+            indexes: Bands to read, from 1.
+            window: Which pixels.
+            nodata: Nodata value; None for the file's own. The file's masks, NaN and infinities count in any case.
+            out: Filled with the pixels, (..., h, w) for as many bands.
+
+        Returns:
+            True where a band lacks data, (C, h, w), or None if nowhere.
+        """
+        nodata_mask = self._read_values(indexes, window, nodata, out)
+        for bands, mask in self._read_masks(indexes, window, nodata):
+            if not mask.all():
+                nodata_mask = np.zeros((len(indexes), *mask.shape), bool) if nodata_mask is None else nodata_mask
+                nodata_mask[bands] |= mask == 0
+        return nodata_mask
+
     def _read_values(
-        self, indexes: Sequence[int], window: Window, nodata: float | None, into: NDArray[np.float32]
+        self, indexes: Sequence[int], window: Window, nodata: float | None, out: NDArray[np.float32]
     ) -> NDArray[np.bool_] | None:
         types = {self.src.dtypes[index - 1] for index in indexes}
         if len(types) > 1:  # virtual rasters; rasterio reads one type at a time
-            bands = np.empty((len(indexes), 1, *into.shape[-2:]), np.float32)
-            each = [self._read_values([index], window, nodata, band) for index, band in zip(indexes, bands, strict=True)]
-            into[...] = bands.reshape(into.shape)
-            none = np.zeros(bands.shape[1:], bool)
-            return np.concatenate([none if lacks is None else lacks for lacks in each])
+            bands = np.empty((len(indexes), 1, *out.shape[-2:]), np.float32)
+            masks = [self._read_values([index], window, nodata, band) for index, band in zip(indexes, bands, strict=True)]
+            out[...] = bands.reshape(out.shape)
+            return np.concatenate([np.zeros(bands.shape[1:], bool) if mask is None else mask for mask in masks])
         # In the file's own type, then converted: faster than letting GDAL convert, and nodata is compared exactly.
         stored = self.src.read(indexes, window=window)
-        with np.errstate(over="ignore"):  # float64 files mark nodata by numbers that become infinite here
-            into[...] = stored.reshape(into.shape)
-        lacks = None
+        with np.errstate(over="ignore"):  # nodata values of float64 files become infinite here
+            out[...] = stored.reshape(out.shape)
+        nodata_mask = None
         if stored.dtype.kind == "f":
             finite = np.isfinite(stored)
-            if stored.dtype.itemsize > into.dtype.itemsize:
+            if stored.dtype.itemsize > out.dtype.itemsize:
                 finite &= np.abs(stored) <= np.finfo(np.float32).max
-            lacks = None if finite.all() else ~finite
+            nodata_mask = None if finite.all() else ~finite
         for band, index in enumerate(indexes):
             declared = nodata is None
             if declared and not self._compares_nodata(index):
                 continue
-            hit = is_nodata(stored[band], self.src.nodatavals[index - 1] if declared else nodata, declared)
-            if hit is not None and hit.any():
-                lacks = np.zeros(stored.shape, bool) if lacks is None else lacks
-                lacks[band] |= hit
-        return lacks
+            equal = is_nodata(stored[band], self.src.nodatavals[index - 1] if declared else nodata, declared)
+            if equal is not None and equal.any():
+                nodata_mask = np.zeros(stored.shape, bool) if nodata_mask is None else nodata_mask
+                nodata_mask[band] |= equal
+        return nodata_mask
 
     def _compares_nodata(self, index: int) -> bool:
-        """Whether a band lacks data where it has the file's own value: not where GDAL has a mask, or rasterio rounds it."""
+        """Whether the file's nodata value decides for a band: not where GDAL has a mask, or rasterio rounds the value."""
         flags = self._flags[index - 1]
         return MaskFlags.nodata in flags and MaskFlags.per_dataset not in flags and self.src.dtypes[index - 1] not in ROUNDED
 
-    def _masks(
+    def _read_masks(
         self, indexes: Sequence[int], window: Window, nodata: float | None
     ) -> Iterator[tuple[int | slice, NDArray[np.uint8]]]:
-        """Masks stored in the file or beside it, and which of the bands each is for; 0 where there is no data."""
+        """Masks stored in the file or beside it, with the bands each is for; 0 where there is no data."""
         flags = [self._flags[index - 1] for index in indexes]
-        for index, of in zip(indexes, flags, strict=True):
-            # An alpha band that is read is data: GDAL calls the fourth band of every 8-bit image one, near infrared too.
-            alpha = MaskFlags.alpha in of and not self._alpha.isdisjoint(indexes)
-            replaced = MaskFlags.nodata in of and nodata is not None
-            if MaskFlags.per_dataset in of and not alpha and not replaced:
+        for index, flag in zip(indexes, flags, strict=True):
+            # An alpha band that is read is data: GDAL calls the fourth band of every 8-bit image alpha, also near infrared.
+            alpha = MaskFlags.alpha in flag and not self._alpha.isdisjoint(indexes)
+            replaced = MaskFlags.nodata in flag and nodata is not None
+            if MaskFlags.per_dataset in flag and not alpha and not replaced:
                 yield slice(None), self.src.read_masks(index, window=window)
                 break
-        for band, (index, of) in enumerate(zip(indexes, flags, strict=True)):
-            rounded = nodata is None and MaskFlags.nodata in of and self.src.dtypes[index - 1] in ROUNDED
-            if not of or rounded:  # the band has a mask of its own
+        for band, (index, flag) in enumerate(zip(indexes, flags, strict=True)):
+            rounded = nodata is None and MaskFlags.nodata in flag and self.src.dtypes[index - 1] in ROUNDED
+            if not flag or rounded:  # no flag: the band has a mask of its own
                 yield band, self.src.read_masks(index, window=window)
 
 
 def is_nodata(stored: NDArray[Any], value: float | None, declared: bool) -> NDArray[np.bool_] | None:
-    """Where stored values are the one that means no data, compared as GDAL does.
+    """Where stored values are the nodata value, compared as GDAL compares them.
 
     Args:
         stored: Pixels of a band, in the file's type.
-        value: The value; for None, NaN and infinities, which are no data in any file, the answer is None.
-        declared: Whether the file says so. GDAL drops the fraction of what a file of integers declares.
+        value: The nodata value; None, NaN and infinities give None, since the latter are nodata in any file.
+        declared: Whether the file declares it. GDAL drops the fraction of a value declared by a file of integers.
 
     Returns:
         True where there is no data, or None if nowhere.
@@ -240,7 +237,7 @@ def is_nodata(stored: NDArray[Any], value: float | None, declared: bool) -> NDAr
         if exact == 0:
             return np.asarray(stored == exact)
         ends = sorted((exact * (1 - 4 * TOLERANCE), exact * (1 + 4 * TOLERANCE)))
-        if not np.isfinite(2 * exact):  # so is the sum, for GDAL as well, of which any difference is less
+        if not np.isfinite(2 * exact):  # the sum overflows in GDAL as well, so that any difference is less
             ends = sorted((exact * 0, exact * np.inf))
         near = np.asarray((stored >= ends[0]) & (stored <= ends[1]))
         if near.any():
@@ -250,21 +247,21 @@ def is_nodata(stored: NDArray[Any], value: float | None, declared: bool) -> NDAr
     return near
 
 
-class OpenFiles:
-    """Keeps the files used last open, for the next of their windows.
+class RasterCache:
+    """Keeps the most recently used files open.
 
     Args:
-        located: Whether the CRS of the files is wanted.
+        georeferenced: Whether the CRS of the files is needed.
     """
 
-    def __init__(self, located: bool = True) -> None:
-        self._located = located
+    def __init__(self, georeferenced: bool = True) -> None:
+        self._georeferenced = georeferenced
         self._idle: OrderedDict[int, Raster] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
 
     def close(self) -> None:
-        """Close all files but those that a read which never ends still holds."""
+        """Close all files but those that a read which never ends still uses."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, OrderedDict()
@@ -272,24 +269,14 @@ class OpenFiles:
             raster.close()
 
     @contextmanager
-    def borrow(self, path: str) -> Iterator[Raster]:
-        """Lend a file to one thread; after an error it is closed."""
-        raster = self._take(path) or Raster(path, self._located)
+    def open(self, path: str) -> Iterator[Raster]:
+        """An open file for one thread; it stays open afterwards unless an error is raised."""
+        raster = self._pop(path) or Raster(path, self._georeferenced)
         try:
             yield raster
         except BaseException:
             raster.close()
             raise
-        self._give_back(raster)
-
-    def _take(self, path: str) -> Raster | None:
-        with self._lock:
-            for key in reversed(self._idle):
-                if self._idle[key].path == path:
-                    return self._idle.pop(key)
-        return None
-
-    def _give_back(self, raster: Raster) -> None:
         surplus = [raster]
         with self._lock:
             if not self._closed:
@@ -298,10 +285,9 @@ class OpenFiles:
         for old in surplus:
             old.close()
 
-
-def accept_files_without_georeference() -> None:
-    """Pixels are wanted, not places: a file without georeference is as good as any.
-
-    TerraTorch's datasets set this filter too; ``catch_warnings`` would restore the filters of other threads.
-    """
-    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+    def _pop(self, path: str) -> Raster | None:
+        with self._lock:
+            for key in reversed(self._idle):
+                if self._idle[key].path == path:
+                    return self._idle.pop(key)
+        return None

@@ -1,198 +1,224 @@
-"""Reads one window after the other: pixels, gaps, time and place, or the reason why it cannot be used."""
+"""Reads windows: pixels, nodata masks, time and location, normalized and padded, or the reason why one is skipped."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rasterio.windows import Window
 
-from terratorch_simpler.data.buffers import Slot
-from terratorch_simpler.data.failures import FileChangedError, unusable
+from terratorch_simpler.data.failures import FileChangedError, skip_for
 from terratorch_simpler.data.index import TileWindow
-from terratorch_simpler.data.metadata import centre, day_in_tags
-from terratorch_simpler.data.pixels import Statistics, mirror, normalize
-from terratorch_simpler.data.rasters import Header, OpenFiles
-from terratorch_simpler.data.source import Unusable
+from terratorch_simpler.data.metadata import center, date_from_tags
+from terratorch_simpler.data.prefetch import Slot
+from terratorch_simpler.data.rasters import Header, RasterCache
+from terratorch_simpler.data.source import Skip
 
 Day = tuple[int, int]
 """Year, and day of the year from 0."""
 
 
-class Job(NamedTuple):
-    """A window to read: its place in the stream, and where its pixels go."""
+class TileRequest(NamedTuple):
+    """A window to read, its position in the stream, and where its pixels go."""
 
     position: int
-    place: TileWindow
+    window: TileWindow
     slot: Slot
 
     def __str__(self) -> str:
-        return self.place.paths[0]
+        return self.window.paths[0]
 
 
 class Tile(NamedTuple):
     """A window that was read; valid (H, W) is None where all pixels hold data."""
 
     position: int
-    place: TileWindow
+    window: TileWindow
     slot: Slot
     valid: NDArray[np.bool_] | None
     days: list[Day]
     location: tuple[float, float] | None
 
 
-class Scaling(NamedTuple):
-    """What stored values are multiplied with, and so on; "file" stands for what the file says."""
+@dataclass
+class WindowReader:
+    """Reads windows from files that stay open, in any thread.
 
+    Attributes:
+        headers: Headers of the files when they were indexed.
+        bands: Bands to read of every file, from 1.
+        days: Days known from file names, others come from tags; None if time and location are not wanted.
+        num_frames: Time steps, each a file of its own or stacked in the bands.
+        nodata: Nodata value; None for the file's own.
+        max_nodata_fraction: Fraction of pixels that may lack data.
+        scale: Factor on the stored values; "file" for the one stored in the file.
+        offset: Added after ``scale``; "file" likewise.
+        means: Band means of the scaled values, if they are to be normalized.
+        stds: Band standard deviations, likewise.
+        timeout: Seconds after which a failed read counts as timed out.
+    """
+
+    headers: Mapping[str, Header]
+    bands: Mapping[str, Sequence[int]]
+    days: Mapping[str, Day] | None
+    num_frames: int
+    nodata: float | None
+    max_nodata_fraction: float
     scale: float | str
     offset: float | str
     means: Sequence[float] | None
     stds: Sequence[float] | None
+    timeout: float
 
-
-class WindowReader:
-    """Reads windows from files that stay open, in any thread.
-
-    Args:
-        headers: What the files were found to be.
-        bands: Bands to read of every file, from 1.
-        num_frames: Time steps, each a file of the place or stacked in its bands.
-        nodata: Value that means no data; None for the file's own.
-        max_nodata_fraction: Share of pixels that may lack data.
-        scaling: What is done to the values.
-        days: Days of the files whose names tell them, if time and place are wanted; the other files' tags tell.
-        timeout: Seconds after which a failed read is called timed out.
-    """
-
-    def __init__(
-        self,
-        headers: Mapping[str, Header],
-        bands: Mapping[str, Sequence[int]],
-        num_frames: int,
-        nodata: float | None,
-        max_nodata_fraction: float,
-        scaling: Scaling,
-        days: Mapping[str, Day] | None,
-        timeout: float,
-    ) -> None:
-        self._headers = headers
-        self._bands = bands
-        self._num_frames = num_frames
-        self._nodata = nodata
-        self._max_nodata_fraction = max_nodata_fraction
-        self._scaling = scaling
-        # Values that are only converted to float32 were checked for that.
-        self._may_overflow = scaling != Scaling(1.0, 0.0, None, None)
-        self._days = days
-        self._timeout = timeout
-        self._files = OpenFiles(located=days is not None)
+    def __post_init__(self) -> None:
+        # Values that are only converted to float32 are checked for overflow while reading.
+        self._may_overflow = (self.scale, self.offset, self.means) != (1, 0, None)
+        self._files = RasterCache(georeferenced=self.days is not None)
         self._hung: set[str] = set()
 
     def __enter__(self) -> WindowReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the files."""
+    def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def give_up(self, job: Job) -> None:
-        """Leave alone the files of a window whose read does not end, and the memory it may still write to."""
-        self._hung.update(job.place.paths)
-        job.slot.buffer.tainted = True
+    def give_up(self, request: TileRequest) -> Skip:
+        """Skip a window whose read does not end, and from now on its files and the memory it may still write to."""
+        self._hung.update(request.window.paths)
+        request.slot.buffer.tainted = True
+        return Skip(request.position, "timed out", str(request), bad=True)
 
-    def read(self, job: Job) -> Tile | Unusable:
-        """Read one window into its slot.
-
-        Args:
-            job: Window and slot, (C, H, W) or (C, T, H, W).
-
-        Returns:
-            The tile, or why there is none.
-        """
-        place, pixels = job.place, job.slot.pixels
-        whole = pixels.swapaxes(0, 1) if self._num_frames > 1 else pixels[None]  # (T, C, H, W)
-        image = whole[..., : place.height, : place.width]
+    def read(self, request: TileRequest) -> Tile | Skip:
+        """Read a window into its slot, (C, H, W) or (C, T, H, W)."""
+        position, window, slot = request
+        pixels = slot.pixels
+        padded = pixels.swapaxes(0, 1) if self.num_frames > 1 else pixels[None]  # (T, C, H, W)
+        image = padded[..., : window.height, : window.width]
         started, path = time.monotonic(), ""
-        reads: list[_Read] = []
+        frames: list[_Frame] = []
         try:
-            for path, frames in zip(place.paths, np.split(image, len(place.paths)), strict=True):
+            for path, out in zip(window.paths, np.split(image, len(window.paths)), strict=True):
                 if path in self._hung:
-                    return Unusable(path, "timed out", True)
-                reads.append(self._read_file(path, place, frames))
+                    return Skip(position, "timed out", path, bad=True)
+                frames.append(self._read_file(path, window, out))
         except Exception as error:  # whatever a file can cause
-            late = time.monotonic() - started >= self._timeout
-            return Unusable(path, "timed out", True) if late else unusable(path, error, opened=True)
-        days = [read.day for read in reads if read.day is not None]
-        location = next((read.location for read in reads if read.location is not None), None)
-        if self._days is not None and (len(days) < len(reads) or location is None):
-            return Unusable(path, "no date" if len(days) < len(reads) else "no location", True)
-        lacks = _gaps(image.shape, reads)
+            if time.monotonic() - started >= self.timeout:
+                return Skip(position, "timed out", path, bad=True)
+            return skip_for(path, error, opened=True, position=position)
+        days = [frame.day for frame in frames if frame.day is not None]
+        location = next((frame.location for frame in frames if frame.location is not None), None)
+        if self.days is not None and (len(days) < len(frames) or location is None):
+            return Skip(position, "no date" if len(days) < len(frames) else "no location", path, bad=True)
+        nodata_mask = _join_masks(image.shape, frames)
         valid: NDArray[np.bool_] | None = None
-        if lacks is not None:
-            valid = np.logical_not(lacks.any(axis=(0, 1)))
-            # Also where max_nodata_fraction is 1: of nothing there is no mean.
-            if not valid.any() or np.logical_not(valid).mean() > self._max_nodata_fraction:
-                return Unusable(path, "nodata", False)
-        self._normalize(image, lacks, reads)
+        if nodata_mask is not None:
+            valid = np.logical_not(nodata_mask.any(axis=(0, 1)))
+            # Also where max_nodata_fraction is 1: the mean of no pixels is undefined.
+            if not valid.any() or np.logical_not(valid).mean() > self.max_nodata_fraction:
+                return Skip(position, "nodata", path, bad=False)
+        self._normalize(image, nodata_mask, frames)
         if self._may_overflow and not (np.isfinite(image.min()) and np.isfinite(image.max())):
-            return Unusable(path, "not finite", True)
-        if image.shape != whole.shape:
-            mirror(whole, place.height, place.width)
-            known = np.zeros(whole.shape[2:], bool)
-            known[: place.height, : place.width] = True if valid is None else valid
+            return Skip(position, "not finite", path, bad=True)
+        if image.shape != padded.shape:
+            added = np.subtract(padded.shape, image.shape).tolist()
+            padded[...] = np.pad(image, [(0, count) for count in added], mode="reflect")
+            known = np.zeros(padded.shape[2:], bool)
+            known[: window.height, : window.width] = True if valid is None else valid
             valid = known
-        return Tile(job.position, place, job.slot, valid, days, location)
+        return Tile(position, window, slot, valid, days, location)
 
-    def _read_file(self, path: str, place: TileWindow, frames: NDArray[np.float32]) -> _Read:
-        window = Window(place.column, place.row, place.width, place.height)
-        indexes = self._bands[path]
-        with self._files.borrow(path) as raster:
-            if raster.header != self._headers[path]:
+    def _read_file(self, path: str, window: TileWindow, out: NDArray[np.float32]) -> _Frame:
+        pixels = Window(window.column, window.row, window.width, window.height)
+        indexes = self.bands[path]
+        with self._files.open(path) as raster:
+            if raster.header != self.headers[path]:
                 raise FileChangedError
-            gaps = raster.read(indexes, window, self._nodata, frames)
+            nodata_mask = raster.read(indexes, pixels, self.nodata, out)
             scales = [raster.src.scales[index - 1] for index in indexes]
             offsets = [raster.src.offsets[index - 1] for index in indexes]
-            if self._days is None:
-                return _Read(gaps, scales, offsets, None, None)
-            return _Read(gaps, scales, offsets, self._days.get(path) or day_in_tags(raster.src), centre(raster.src, window))
+            if self.days is None:
+                return _Frame(nodata_mask, scales, offsets, None, None)
+            day = self.days.get(path) or date_from_tags(raster.src)
+            return _Frame(nodata_mask, scales, offsets, day, center(raster.src, pixels))
 
-    def _normalize(self, image: NDArray[np.float32], lacks: NDArray[np.bool_] | None, reads: Sequence[_Read]) -> None:
-        scale, offset, means, stds = self._scaling
+    def _normalize(
+        self, image: NDArray[np.float32], nodata_mask: NDArray[np.bool_] | None, frames: Sequence[_Frame]
+    ) -> None:
         by_band = (*image.shape[:2], 1, 1)
-        by_step = (-1, image.shape[1], 1, 1)  # statistics of one time step serve every step
+        by_step = (-1, image.shape[1], 1, 1)  # statistics of one time step apply to every step
+        scale, offset = self.scale, self.offset
         normalize(
             image,
-            lacks,
-            _array([value for read in reads for value in read.scales], by_band) if isinstance(scale, str) else scale,
-            _array([value for read in reads for value in read.offsets], by_band) if isinstance(offset, str) else offset,
-            None if means is None or stds is None else Statistics(_array(means, by_step), _array(stds, by_step)),
+            nodata_mask,
+            _float32([value for frame in frames for value in frame.scales], by_band) if isinstance(scale, str) else scale,
+            _float32([value for frame in frames for value in frame.offsets], by_band) if isinstance(offset, str) else offset,
+            None if self.means is None else _float32(self.means, by_step),
+            None if self.stds is None else _float32(self.stds, by_step),
         )
 
 
-class _Read(NamedTuple):
-    """What one file told."""
+class _Frame(NamedTuple):
+    """What one file gives to a tile beside pixels."""
 
-    gaps: NDArray[np.bool_] | None
+    nodata_mask: NDArray[np.bool_] | None
     scales: list[float]
     offsets: list[float]
     day: Day | None
     location: tuple[float, float] | None
 
 
-def _gaps(shape: tuple[int, ...], reads: Sequence[_Read]) -> NDArray[np.bool_] | None:
-    """Where bands lack data (T, C, H, W), or None if nowhere."""
-    if all(read.gaps is None for read in reads):
+def _join_masks(shape: tuple[int, ...], frames: Sequence[_Frame]) -> NDArray[np.bool_] | None:
+    if all(frame.nodata_mask is None for frame in frames):
         return None
-    per_file = (shape[0] // len(reads), *shape[1:])
-    return np.concatenate([np.zeros(per_file, bool) if r.gaps is None else r.gaps.reshape(per_file) for r in reads])
+    per_file = (shape[0] // len(frames), *shape[1:])
+    masks = (frame.nodata_mask for frame in frames)
+    return np.concatenate([np.zeros(per_file, bool) if mask is None else mask.reshape(per_file) for mask in masks])
 
 
-def _array(values: Sequence[float], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # files may say anything; what becomes infinite is counted
+def _float32(values: Sequence[float], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # files may store anything; what becomes infinite is skipped
         return np.array(values).astype(np.float32).reshape(shape)
+
+
+def normalize(
+    image: NDArray[np.float32],
+    nodata_mask: NDArray[np.bool_] | None,
+    scale: NDArray[np.float32] | float,
+    offset: NDArray[np.float32] | float,
+    means: NDArray[np.float32] | None,
+    stds: NDArray[np.float32] | None,
+) -> None:
+    """Scale, normalize and fill nodata in place.
+
+    Nodata is filled with the mean of the band, or that of the band in this tile where no other is known, so that it neither
+    stands out nor spreads through attention.
+
+    Args:
+        image: Stored values (T, C, H, W), changed in place.
+        nodata_mask: True where a band has no data (T, C, H, W); None if nowhere. No band may lack data everywhere.
+        scale: Factor on the stored values, one or (T, C, 1, 1).
+        offset: Added after ``scale``.
+        means: Means of the scaled values, (T, C, 1, 1) or (1, C, 1, 1); None to leave them as they are.
+        stds: Standard deviations, likewise; given if ``means`` are.
+    """
+    with np.errstate(all="ignore"):  # nodata may be any value until it is filled
+        if np.any(np.not_equal(scale, 1)):
+            image *= scale
+        if np.any(offset):
+            image += offset
+        if means is not None and stds is not None:
+            image -= means
+            image /= stds
+    if nodata_mask is None:
+        return
+    if means is not None:
+        image[nodata_mask] = 0
+        return
+    for frame, mask in zip(image, nodata_mask, strict=True):
+        for band, missing in zip(frame, mask, strict=True):
+            if missing.any():
+                band[missing] = band[~missing].mean(dtype=np.float64)  # float32 sums of large values overflow

@@ -1,4 +1,4 @@
-"""The whole path on generated scenes, offline, on a CPU: plan, fit, test, predict, with TerraTorch's own commands."""
+"""The demo: select, fit, test and predict on generated scenes with TerraTorch's own commands, offline, on a CPU."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def run(folder: Path, official_weights: bool = False) -> None:
     """Generate scenes, then run ``terratorch fit``, ``test`` and ``predict`` on them.
 
     Args:
-        folder: Where everything goes; scenes that are there already are used again.
-        official_weights: Take Prithvi-EO-2.0-tiny-TL from the Hugging Face Hub instead of the encoder that ships here.
+        folder: Output folder; existing scenes in it are reused.
+        official_weights: Use Prithvi-EO-2.0-tiny-TL from the Hugging Face Hub instead of the encoder in this package.
 
     Raises:
         DemoError: If one of the commands fails.
@@ -45,7 +45,7 @@ def run(folder: Path, official_weights: bool = False) -> None:
     checkpoint = next((logs / "checkpoints").glob("*_state_dict.ckpt"))
     _terratorch(folder, "test", "--config", config, "--ckpt_path", checkpoint, "--trainer.logger", "false")
     predictions = folder / "predictions"
-    # TerraTorch's deployment file asks for 16-mixed, bfloat16 on a CPU, where PyTorch's convolution can be wrong (README).
+    # TerraTorch's deployment file sets 16-mixed, bfloat16 on a CPU, where PyTorch's convolution can be wrong (README).
     deploy = ("--config", logs / "config_deploy.yaml", "--ckpt_path", checkpoint, "--trainer.precision", "32-true")
     _terratorch(folder, "predict", *deploy, "--predict_output_dir", predictions)
     report = f"""
@@ -58,15 +58,15 @@ The predictions: {predictions}, {len(list(predictions.glob("*.tif")))} GeoTIFF f
 
 
 def write_config(folder: Path, scenes: Path, encoder: Path | None) -> Path:
-    """Fill the paths into the demo's config.
+    """Write the demo's config with its paths filled in.
 
     Args:
-        folder: Where the config goes; logs go there too.
+        folder: Folder of the config and the logs.
         scenes: Folder of scenes.
         encoder: Pretrained weights, or None for those of the Hub.
 
     Returns:
-        Path of the config, which ``terratorch fit`` takes as it is.
+        Path of the config for ``terratorch fit``.
     """
     config = yaml.safe_load(CONFIG.read_text())
     data, model = config["data"]["init_args"], config["model"]["init_args"]["model_args"]
@@ -83,7 +83,7 @@ def write_config(folder: Path, scenes: Path, encoder: Path | None) -> Path:
 
 
 def _terratorch(folder: Path, *args: str | Path) -> None:
-    """Run a TerraTorch command in ``folder``, where it leaves a copy of its config if it has no log folder."""
+    """Run a TerraTorch command in ``folder``, where it saves a copy of its config if it has no log folder."""
     command = [sys.executable, "-m", "terratorch", *map(str, args)]
     print("\n$ terratorch", *command[3:], flush=True)
     done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONWARNINGS": "ignore"}, check=False)

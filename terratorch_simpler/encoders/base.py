@@ -41,15 +41,15 @@ Layout = list["int | PatchGrid"]
 
 
 class TerraTorchArguments(NamedTuple):
-    """How TerraTorch itself builds a cut encoder."""
+    """Arguments with which TerraTorch itself builds a pruned encoder."""
 
     arguments: dict[str, Any]  # for TerraTorch's encoder of the same name
     features: int  # how many features that one returns
-    places: list[int]  # where among them each feature of the cut encoder is
+    places: list[int]  # where among them each feature of the pruned encoder is
 
 
 class EncoderSpec(ABC):
-    """Where one family of encoders keeps what is measured and cut. Adapters hold no state of an encoder.
+    """Where one family of encoders keeps its blocks, and how to prune them. Specs hold no state of an encoder.
 
     Attributes:
         family: Name for messages.
@@ -98,7 +98,7 @@ class EncoderSpec(ABC):
 
     @abstractmethod
     def input_shape(self, encoder: nn.Module) -> InputShape | None:
-        """Shape of one native input, or None if the encoder does not tell."""
+        """Shape of one native input, or None if unknown."""
 
     def feature_blocks(self, encoder: nn.Module, out_indices: Sequence[int] | int | None) -> Sequence[int]:
         """Blocks whose features TerraTorch's encoder returns, in its order, when it is built with ``out_indices``.
@@ -124,7 +124,7 @@ class EncoderSpec(ABC):
 
         Args:
             encoder: The encoder, prepared.
-            positions: Positions of the held blocks that answer each feature.
+            positions: Positions of the kept blocks that each feature is taken from.
             args: Positional arguments of the encoder.
             kwargs: Keyword arguments of the encoder.
 
@@ -148,8 +148,8 @@ class EncoderSpec(ABC):
         """How TerraTorch itself can build the encoder as it stands.
 
         Args:
-            encoder: The encoder, prepared and cut.
-            positions: Positions of the held blocks that answer each feature.
+            encoder: The encoder, prepared and pruned.
+            positions: Positions of the kept blocks that each feature is taken from.
 
         Returns:
             The settings; None if TerraTorch has none for the depth of this family.
@@ -157,30 +157,32 @@ class EncoderSpec(ABC):
         del encoder, positions
         return None
 
-    def register_block_hooks(self, encoder: nn.Module, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
+    def register_block_hooks(self, encoder: nn.Module, observe: Callable[[Tensor], None]) -> list[RemovableHandle]:
         """Tell what enters the first block, and the raw output of every block, before any final norm.
 
         Args:
             encoder: The encoder.
-            seen: Called with tokens (B, N, D), each time the encoder runs: once before the first block, then once for every
-                block, in order.
+            observe: Called with tokens (B, N, D), each time the encoder runs: once before the first block, then once
+                for every block, in order.
 
         Returns:
             Handles that end it.
         """
 
-        def after_block(_block: nn.Module, _args: object, output: Tensor) -> None:
-            seen(output)
+        def after_block(_block: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            observe(
+                output if isinstance(output, Tensor) else output[0]
+            )  # blocks of older transformers: with attention weights
 
         blocks = list(self.blocks(encoder))
-        return [hook_input(blocks[0], seen), *(block.register_forward_hook(after_block) for block in blocks)]
+        return [hook_input(blocks[0], observe), *(block.register_forward_hook(after_block) for block in blocks)]
 
     def insert_after_block(self, encoder: nn.Module, position: int, token_map: LinearRecovery) -> RemovableHandle:
         """Map the tokens after a block, each time the encoder runs.
 
         Args:
             encoder: The encoder.
-            position: Position of a held block; -1 for what enters the first one.
+            position: Position of a kept block; -1 for what enters the first one.
             token_map: The map.
 
         Returns:
@@ -207,11 +209,11 @@ class EncoderSpec(ABC):
         return [self.prefix_tokens(encoder), PatchGrid(image_size(inputs), self.patch_size(encoder))]
 
 
-def hook_input(part: nn.Module, seen: Callable[[Tensor], None]) -> RemovableHandle:
+def hook_input(part: nn.Module, observe: Callable[[Tensor], None]) -> RemovableHandle:
     """Tell the first argument of a module each time it runs."""
 
     def before(_part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        seen(args[0] if args else next(iter(kwargs.values())))
+        observe(args[0] if args else next(iter(kwargs.values())))
 
     return part.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -224,10 +226,10 @@ def image_size(images: Tensor) -> tuple[int, int, int]:
 
 def take(items: Iterable[nn.Module], positions: Sequence[int]) -> list[nn.Module]:
     """Items at the given positions; a repeated one is copied, so that no two share weights."""
-    held = list(items)
+    originals = list(items)
     taken: list[nn.Module] = []
     for number, position in enumerate(positions):
-        item = held[position]
+        item = originals[position]
         taken.append(copy.deepcopy(item) if position in positions[:number] else item)
     return taken
 
@@ -277,15 +279,19 @@ def families() -> tuple[str, ...]:
     return tuple(spec.family for spec in _SPECS)
 
 
+def known_spec(encoder: nn.Module) -> EncoderSpec | None:
+    """Spec of an encoder's family; None if no family matches."""
+    return next((spec for spec in _SPECS if spec.matches(encoder)), None)
+
+
 def spec_of(encoder: nn.Module) -> EncoderSpec:
     """Adapter of an encoder's family.
 
     Raises:
         UnsupportedEncoderError: If no family matches.
     """
-    for spec in _SPECS:
-        if spec.matches(encoder):
-            return spec
+    if (spec := known_spec(encoder)) is not None:
+        return spec
     msg = (
         f"Found an encoder of class {type(encoder).__name__}, expected one of the families {', '.join(families())}: say "
         "where its blocks are with backbone_block_path, or use its plain name without 'simpler_'."

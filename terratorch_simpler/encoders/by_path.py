@@ -19,13 +19,14 @@ class BlockPathSpec(EncoderSpec):
 
     Args:
         path: Path of the blocks from the encoder, as in ``encoder.get_submodule``.
+        argument: What the user calls the path, for messages.
     """
 
     family = "described by its block path"
 
-    def __init__(self, path: str) -> None:
-        """Remember the path."""
+    def __init__(self, path: str, argument: str = "backbone_block_path") -> None:
         self._path = path
+        self._argument = argument
 
     def matches(self, encoder: Any) -> bool:
         """Whether there are equal blocks at the path.
@@ -33,16 +34,8 @@ class BlockPathSpec(EncoderSpec):
         Raises:
             UnsupportedEncoderError: If there are none, or they differ, or the features do not fit.
         """
+        self._check_blocks(encoder)
         blocks = self.blocks(encoder)
-        shapes = [[(name, tuple(value.shape)) for name, value in block.state_dict().items()] for block in blocks]
-        odd = [i for i, shape in enumerate(shapes) if shape != shapes[0]]
-        if odd or len(blocks) < 2:
-            found = f"block {odd[0]} of other weights than block 0" if odd else f"{len(blocks)} block"
-            msg = (
-                f"Found {found} at backbone_block_path '{self._path}', expected at least two equal blocks: name the list "
-                "of transformer blocks."
-            )
-            raise UnsupportedEncoderError(msg)
         features = len(_channels(encoder))
         if features not in (1, len(blocks)):
             msg = (
@@ -51,6 +44,18 @@ class BlockPathSpec(EncoderSpec):
             )
             raise UnsupportedEncoderError(msg)
         return True
+
+    def _check_blocks(self, encoder: Any) -> None:
+        blocks = self.blocks(encoder)
+        shapes = [[(name, tuple(value.shape)) for name, value in block.state_dict().items()] for block in blocks]
+        odd = [i for i, shape in enumerate(shapes) if shape != shapes[0]]
+        if odd or len(blocks) < 2:
+            found = f"block {odd[0]} of other weights than block 0" if odd else f"{len(blocks)} block"
+            msg = (
+                f"Found {found} at {self._argument} '{self._path}', expected at least two equal blocks: name the list "
+                "of transformer blocks."
+            )
+            raise UnsupportedEncoderError(msg)
 
     def blocks(self, encoder: Any) -> nn.ModuleList | nn.Sequential:
         """The blocks at the path."""
@@ -67,7 +72,7 @@ class BlockPathSpec(EncoderSpec):
             if isinstance(part, nn.ModuleList | nn.Sequential) and len(part) > 2
         ]
         msg = (
-            f"Found {found} at backbone_block_path '{self._path}' of {type(encoder).__name__}, expected its list of blocks: "
+            f"Found {found} at {self._argument} '{self._path}' of {type(encoder).__name__}, expected its list of blocks: "
             f"name one such as {', '.join(stacks[:5]) or 'blocks'}."
         )
         raise UnsupportedEncoderError(msg)
@@ -103,8 +108,8 @@ class BlockPathSpec(EncoderSpec):
         kwargs: Mapping[str, Any],
     ) -> list[Any]:
         """Features of the encoder, which must follow its present number of blocks."""
-        found = encoder(*args, **kwargs)
-        features = list(found) if isinstance(found, list | tuple) else [found]
+        output = encoder(*args, **kwargs)
+        features = list(output) if isinstance(output, list | tuple) else [output]
         held = len(self.blocks(encoder))
         if len(features) == 1 and set(positions) == {held - 1}:
             return features * len(positions)

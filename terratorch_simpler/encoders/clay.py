@@ -66,14 +66,14 @@ class ClaySpec(EncoderSpec):
         """Skip VPT."""
         return prompts_off(encoder.clay_encoder.transformer)
 
-    def register_block_hooks(self, encoder: Any, seen: Callable[[Tensor], None]) -> list[RemovableHandle]:
+    def register_block_hooks(self, encoder: Any, observe: Callable[[Tensor], None]) -> list[RemovableHandle]:
         """A block is no module that is called: its output is that of its feed-forward part plus the residual."""
 
         def after_feed_forward(_part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen(output + args[0])
+            observe(output + args[0])
 
         layers: Any = self.blocks(encoder)
-        return [hook_input(layers[0][0], seen), *(part.register_forward_hook(after_feed_forward) for _, part in layers)]
+        return [hook_input(layers[0][0], observe), *(part.register_forward_hook(after_feed_forward) for _, part in layers)]
 
     def insert_after_block(self, encoder: Any, position: int, token_map: LinearRecovery) -> RemovableHandle:
         """As for hooks: the feed-forward part of a block answers for it, the stack for what enters the first one."""

@@ -85,7 +85,7 @@ class PrithviSpec(EncoderSpec):
 class PrithviViTAdapterSpec(PrithviSpec):
     """Prithvi with ``vit_adapter: true``: four feature maps, each after one of four ranges of blocks.
 
-    The ranges are laid anew over the kept blocks, with ends where an index of the intact encoder is answered.
+    The ranges are laid anew over the kept blocks, with ends where an index of the intact encoder is taken from.
     """
 
     family = "Prithvi with ViT-Adapter"
@@ -97,7 +97,7 @@ class PrithviViTAdapterSpec(PrithviSpec):
         return _with_vit_adapter(encoder)
 
     def return_all_features(self, encoder: Any) -> None:
-        """Remember the ranges of the intact encoder: those of a cut one cannot be grown back."""
+        """Remember the ranges of the intact encoder: those of a pruned one cannot be grown back."""
         encoder.intact_ends = [indexes[-1] for indexes in encoder.interaction_indexes]
 
     def feature_blocks(self, encoder: Any, out_indices: Sequence[int] | int | None) -> Sequence[int]:

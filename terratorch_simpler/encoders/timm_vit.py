@@ -1,4 +1,4 @@
-"""Vision transformers of timm: through TerraTorch's timm source, and those of torchgeo, which are timm's."""
+"""Vision transformers of timm: as they are, through TerraTorch's timm source, and those of torchgeo, which are timm's."""
 
 from __future__ import annotations
 
@@ -144,3 +144,33 @@ class TorchGeoViTSpec(_VisionTransformerSpec):
         """Blocks, and what TerraTorch's wrapper says of them."""
         super().select_blocks(encoder, positions)
         encoder.out_channels = self.out_channels(encoder)
+
+
+class TimmModelSpec(_VisionTransformerSpec):
+    """What ``timm.create_model`` returns for a vision transformer: ViT, DeiT, BEiT, EVA, DINOv3 and their relatives."""
+
+    family = "timm model"
+
+    def matches(self, encoder: Any) -> bool:
+        """Models of timm with one list of blocks on tokens; hierarchical ones have no ``num_prefix_tokens``."""
+        of_timm = any(base.__module__.startswith("timm.models.") for base in type(encoder).__mro__)
+        return of_timm and all(hasattr(encoder, name) for name in ("blocks", "num_prefix_tokens", "feature_info"))
+
+    def model(self, encoder: Any) -> Any:
+        """The model itself."""
+        return encoder
+
+    def input_shape(self, encoder: Any) -> None:  # noqa: ARG002
+        """Not needed: the model itself says which images it takes."""
+        return
+
+    def return_all_features(self, encoder: Any) -> None:
+        """Nothing: it returns what it did before."""
+
+    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
+        """Blocks, ``feature_info``, and the rotary frequencies that some EVA models learn for every block."""
+        super().select_blocks(encoder, positions)
+        if getattr(encoder, "rope_mixed", False):
+            rope = encoder.rope
+            rope.freqs = nn.Parameter(rope.freqs.detach()[:, list(positions)], rope.freqs.requires_grad)
+            rope.depth = len(positions)

@@ -1,7 +1,13 @@
 """A slimmed model without this package: a plain TerraTorch config and checkpoint, ONNX, or a PyTorch program."""
 
 from terratorch_simpler.export.graph import GRAPH_FORMATS, export_graph
-from terratorch_simpler.export.plain import CHECKPOINT_FILE, CONFIG_FILE, check_expressible, export_plain
+from terratorch_simpler.export.plain import (
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    check_export_option,
+    check_expressible,
+    export_plain,
+)
 from terratorch_simpler.export.trained import Trained, load_trained
 
 __all__ = [
@@ -9,6 +15,7 @@ __all__ = [
     "CONFIG_FILE",
     "GRAPH_FORMATS",
     "Trained",
+    "check_export_option",
     "check_expressible",
     "export_graph",
     "export_plain",

@@ -40,7 +40,7 @@ def answer(task: torch.nn.Module, images: object) -> list[torch.Tensor]:
     """What it answers, in the same random state each time; of a detector every box, however low its score."""
     for part in task.modules():
         if hasattr(part, "score_thresh"):
-            part.score_thresh = 0.0
+            part.score_thresh = 0.0  # type: ignore[assignment]
     torch.manual_seed(0)
     with torch.no_grad():
         return tensors(task(images))

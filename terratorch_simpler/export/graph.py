@@ -32,7 +32,7 @@ class _Answer(nn.Module):
 
     def forward(self, *images: Tensor) -> Tensor:
         inputs: Any = dict(zip(self._names, images, strict=True)) if self._names else images[0]
-        return self.model(inputs).output  # type: ignore[no-any-return]
+        return self.model(inputs).output  # type: ignore[no-any-return, operator]
 
 
 def export_graph(trained: Trained, format_: str, folder: str | Path, size: int | None = None) -> tuple[Path, float]:

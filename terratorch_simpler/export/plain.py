@@ -16,7 +16,7 @@ import yaml
 from terratorch.models.necks import NeckSequential
 from torch import Tensor, nn
 
-from terratorch_simpler.errors import ExportError
+from terratorch_simpler.errors import ConfigurationError, ExportError
 from terratorch_simpler.export.comparison import difference
 from terratorch_simpler.export.trained import PREFIX, Trained, unwrap
 from terratorch_simpler.files import atomic_write
@@ -57,6 +57,35 @@ def check_expressible(backbone: SimplerBackbone) -> None:
             "installed where the model runs, or export it as onnx or pt2."
         )
         raise ExportError(msg)
+
+
+def check_export_option(backbone: SimplerBackbone, width: float, *, has_checkpoints: bool) -> None:
+    """Refuse ``export: true`` of a fit whose model cannot be exported as plain TerraTorch.
+
+    Args:
+        backbone: The encoder, before or after pruning.
+        width: The width it gets.
+        has_checkpoints: Whether the fit writes checkpoints.
+
+    Raises:
+        ConfigurationError: If the model is slimmed in width, its family has no setting for the depth, or there are no
+            checkpoints.
+    """
+    if width != 1:
+        msg = (
+            "Found export: true with a width below 1.0, expected 1.0, since TerraTorch has no setting for the width of "
+            "attention heads: remove export, and use terratorch-simpler export --formats onnx or pt2 afterwards."
+        )
+        raise ConfigurationError(msg)
+    if backbone.terratorch_kwargs() is None:
+        msg = (
+            f"Found export: true for '{backbone.name}', expected an encoder whose depth TerraTorch can set, which "
+            f"{backbone.family} is not: remove export, and use terratorch-simpler export --formats onnx or pt2 afterwards."
+        )
+        raise ConfigurationError(msg)
+    if not has_checkpoints:
+        msg = "Found export: true without checkpoints, expected some to export the best: set enable_checkpointing: true."
+        raise ConfigurationError(msg)
 
 
 def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path, float]:

@@ -157,8 +157,9 @@ def load_trained(
     class_path = f"{task_class.__module__}.{task_class.__name__}"
     # Lightning's command line looks there for the class.
     how = {"_class_path": class_path, **{key: value for key, value in saved.items() if key.startswith("_")}}
-    rest = {key: content[key] for key in ("epoch", "global_step", "pytorch-lightning_version") if key in content}
-    trained = Trained(class_path, task, hparams, {**rest, "hyper_parameters": how})
+    others: dict[str, Any] = {"hyper_parameters": how}
+    others |= {key: content[key] for key in ("epoch", "global_step", "pytorch-lightning_version") if key in content}
+    trained = Trained(class_path, task, hparams, others)
     return _fold_adapters(trained) if any(hasattr(part, "merge_and_unload") for part in task.modules()) else trained
 
 
@@ -246,7 +247,7 @@ def _merge_adapters(task: nn.Module) -> None:
     # PEFT nests a tuner that has the method as well inside the model that wraps it.
     outermost = [(name, part) for name, part in wrappers if not any(name.startswith(f"{other}.") for other, _ in wrappers)]
     for name, part in outermost:
-        _replace(task, name, part.merge_and_unload())  # type: ignore[operator]
+        _replace(task, name, part.merge_and_unload())
     for name, part in list(task.named_modules()):
         if isinstance(part, QKVSep):
             _replace(task, name, _joined(part))

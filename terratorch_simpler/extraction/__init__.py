@@ -1,25 +1,29 @@
-"""Runs an intact encoder over tiles and gathers the statistics of its blocks. No mathematics."""
+"""Feature extraction: streams tiles through an intact encoder and accumulates the statistics of its blocks."""
 
 from terratorch_simpler.extraction.auto_batch import AutoBatch
+from terratorch_simpler.extraction.collector import ExtractionConfig
 from terratorch_simpler.extraction.cost import count_macs, macs_by_block
-from terratorch_simpler.extraction.evaluating import as_pretrained, evaluating, random_state_kept
-from terratorch_simpler.extraction.hooks import FeatureExtractor
+from terratorch_simpler.extraction.evaluating import as_pretrained, evaluating, on_device, random_state_kept
+from terratorch_simpler.extraction.hooks import FeatureExtractor, Readout
 from terratorch_simpler.extraction.inputs import check_input, explain
-from terratorch_simpler.extraction.labelled import IMAGES, LabelledRows, Readout, check_labels, collect_labelled
+from terratorch_simpler.extraction.labelled import IMAGES, LabelledRows, check_labels, collect_labelled
 from terratorch_simpler.extraction.loop import Measurement, measure
 from terratorch_simpler.extraction.partial_result import PartialResult
-from terratorch_simpler.extraction.recovery_sums import RecoverySums
-from terratorch_simpler.extraction.token_sampling import Tokens
+from terratorch_simpler.extraction.progress import progress_bar
+from terratorch_simpler.extraction.recovery import RecoveryStatistics
+from terratorch_simpler.extraction.token_sampling import Tokens, TokenSampler
 
 __all__ = [
     "IMAGES",
     "AutoBatch",
+    "ExtractionConfig",
     "FeatureExtractor",
     "LabelledRows",
     "Measurement",
     "PartialResult",
     "Readout",
-    "RecoverySums",
+    "RecoveryStatistics",
+    "TokenSampler",
     "Tokens",
     "as_pretrained",
     "check_input",
@@ -30,5 +34,7 @@ __all__ = [
     "explain",
     "macs_by_block",
     "measure",
+    "on_device",
+    "progress_bar",
     "random_state_kept",
 ]

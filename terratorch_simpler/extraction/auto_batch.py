@@ -1,48 +1,46 @@
-"""Going on when the memory of the device runs out: with fewer tiles at once, or on the CPU."""
+"""When the memory of the device runs out: continue with fewer tiles at once, or on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
 from terratorch_simpler.data import Batch
 from terratorch_simpler.errors import OutOfMemoryError
+from terratorch_simpler.extraction.token_sampling import TokenSample
 
-Rows = TypeVar("Rows", covariant=True)
+Features = tuple[Tensor, TokenSample]
 
 
-class Runs(Protocol[Rows]):
-    """Draws rows of a batch while it passes through the model."""
+class Extractor(Protocol):
+    """Anything like :class:`~terratorch_simpler.extraction.FeatureExtractor`."""
 
-    def run(self, forward: Callable[[Batch], object], batch: Batch) -> Rows:
+    def run(self, forward: Callable[[Batch], object], batch: Batch) -> Features:
         """Send a batch through the model."""
 
 
-class AutoBatch(Generic[Rows]):
-    """Sends batches through the model, in parts once they were too large; rows do not depend on the parts.
+class AutoBatch:
+    """Sends batches through the model, in smaller parts once one did not fit; features do not depend on the parts.
 
     Args:
-        extractor: Draws the rows.
+        extractor: Extracts features.
         forward: Sends one batch through the model.
 
     Attributes:
         limit: Most tiles that are sent at once, since memory ran out with more; None if it never did.
     """
 
-    def __init__(self, extractor: Runs[Rows], forward: Callable[[Batch], object]) -> None:
-        """Nothing is limited yet."""
+    def __init__(self, extractor: Extractor, forward: Callable[[Batch], object]) -> None:
         self.limit: int | None = None
         self._extractor = extractor
         self._forward = forward
 
-    def parts(self, batch: Batch) -> Iterator[Rows]:
-        """Send a batch.
-
-        Yields:
-            What was drawn from each part of it, in order.
+    def parts(self, batch: Batch) -> Iterator[Features]:
+        """Yield the features of each part of a batch, in order.
 
         Raises:
             OutOfMemoryError: If memory runs out with a single tile.
@@ -50,53 +48,55 @@ class AutoBatch(Generic[Rows]):
         size, start = len(batch["index"]), 0
         while start < size:
             end = min(size, start + (self.limit or size))
-            drawn = self._try(batch if end - start == size else _part(batch, start, end, size))
-            if drawn is not None:
-                yield drawn
+            features = self._try(batch if end - start == size else _slice(batch, start, end, size))
+            if features is not None:
+                yield features
                 start = end
             elif end - start == 1:
                 msg = (
-                    "Found too little memory for a single tile, expected room for the intact encoder and one tile: use a "
-                    "smaller tile_size, a lower precision, or a device with more memory."
+                    "Not enough memory for the intact encoder and a single tile: use a smaller tile_size, a lower "
+                    "precision, or a device with more memory."
                 )
                 raise OutOfMemoryError(msg)
             else:
                 self.limit = (end - start) // 2
 
-    def _try(self, part: Batch) -> Rows | None:
+    def _try(self, part: Batch) -> Features | None:
         try:
             return self._extractor.run(self._forward, part)
-        except torch.OutOfMemoryError:
-            pass  # the traceback holds what was allocated until here
+        except RuntimeError as err:
+            if not _is_out_of_memory(err):
+                raise
+        # Only here is the traceback gone, which holds what was allocated until then.
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         return None
 
 
-def comparing_device(device: torch.device) -> torch.device:
-    """Where rows of a model on a device are compared: the sums are float64, which Apple's GPUs have not."""
+def float64_device(device: torch.device) -> torch.device:
+    """Where the rows of a model on ``device`` are compared: sums are float64, which Apple's GPUs do not support."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def on_spare_memory(compute: Callable[[torch.device], None], device: torch.device) -> None:
-    """Compute on a device, or on the CPU if the device has no memory left.
-
-    Args:
-        compute: Told where; may be called twice.
-        device: Where to try first.
-    """
+def with_cpu_fallback(compute: Callable[[torch.device], None], device: torch.device) -> None:
+    """Compute on a device, or again on the CPU if the device has no memory left."""
     try:
         return compute(device)
-    except torch.OutOfMemoryError:
-        pass
+    except RuntimeError as err:
+        if not _is_out_of_memory(err):
+            raise
     return compute(torch.device("cpu"))
 
 
-def _part(values: dict[str, Any], start: int, end: int, size: int) -> dict[str, Any]:
-    def cut(value: Any) -> Any:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)  # the latter knows messages of CUDA only
+
+
+def _slice(values: dict[str, Any], start: int, end: int, size: int) -> dict[str, Any]:
+    def one(value: Any) -> Any:
         if isinstance(value, dict):  # modalities
-            return _part(value, start, end, size)
+            return _slice(value, start, end, size)
         sized = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
         return value[start:end] if sized and len(value) == size else value
 
-    return {key: cut(value) for key, value in values.items()}
+    return {key: one(value) for key, value in values.items()}

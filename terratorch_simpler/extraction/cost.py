@@ -1,4 +1,4 @@
-"""What an encoder computes for one tile."""
+"""Multiply-accumulate operations of an encoder for one tile."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.extraction.evaluating import evaluating, no_requires_grad
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.models.plain import Encoder
 
 
-def count_macs(backbone: SimplerBackbone, input_shape: InputShape) -> int:
+def count_macs(backbone: Encoder, input_shape: InputShape) -> int:
     """Multiply-accumulate operations of the encoder for one tile, counted by PyTorch's own FLOP counter.
 
     Args:
@@ -24,20 +24,21 @@ def count_macs(backbone: SimplerBackbone, input_shape: InputShape) -> int:
     return int(_count(backbone, input_shape).get_total_flops()) // 2  # a multiply and an add are one MAC
 
 
-def _count(backbone: SimplerBackbone, input_shape: InputShape) -> FlopCounterMode:
+def _count(backbone: Encoder, input_shape: InputShape) -> FlopCounterMode:
     # Fused attention kernels are not counted on every device; the plain one is made of products that are.
+    counter = FlopCounterMode(display=False)
     with (
         evaluating(backbone),
         no_requires_grad(backbone),
         sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
+        counter,
     ):
         backbone(_empty_tile(backbone, input_shape))
     return counter
 
 
-def macs_by_block(backbone: SimplerBackbone, input_shape: InputShape) -> tuple[int, list[int]]:
-    """Those of the encoder as it stands, and of each of its blocks.
+def macs_by_block(backbone: Encoder, input_shape: InputShape) -> tuple[int, list[int]]:
+    """MACs of the encoder as it stands, and of each of its blocks.
 
     Args:
         backbone: The encoder.
@@ -57,8 +58,7 @@ def macs_by_block(backbone: SimplerBackbone, input_shape: InputShape) -> tuple[i
     return int(counter.get_total_flops()) // 2, blocks
 
 
-def _empty_tile(backbone: SimplerBackbone, input_shape: InputShape) -> Tensor | dict[str, Tensor]:
-    """A batch of one."""
+def _empty_tile(backbone: Encoder, input_shape: InputShape) -> Tensor | dict[str, Tensor]:
     parameter = next(backbone.parameters())
     if isinstance(input_shape, Mapping):
         return {

@@ -1,4 +1,4 @@
-"""A module lent for a while: evaluation mode, no gradients, as it was pretrained, and then as it was before."""
+"""Run a module in eval mode without gradients and adapters, then restore its state and that of random generators."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 from torch import nn
+from torchmetrics import Metric
 
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.models.plain import Encoder
 
 
 def _generators() -> list[torch.Generator]:
-    """Those that PyTorch draws from by itself: of the CPU, and of every accelerator that is in use."""
-    found = [torch.default_generator]
+    """PyTorch's default generators: of the CPU, and of every accelerator that is in use."""
+    generators = [torch.default_generator]
     for backend in (torch.cuda, torch.xpu):
         if backend.is_initialized():  # else there is none yet, and it will start from the user's seed
-            found += backend.default_generators
+            generators += backend.default_generators
     if torch.backends.mps.is_available():
-        found.append(torch.mps._get_default_mps_generator())
-    return found
+        generators.append(torch.mps._get_default_mps_generator())
+    return generators
 
 
 @contextmanager
 def random_state_kept(seed: int | None = None) -> Iterator[None]:
-    """Leave every random generator as it was found: Python's, NumPy's, and PyTorch's on the CPU and on accelerators.
+    """Restore every random generator at exit: Python's, NumPy's, and PyTorch's on the CPU and on accelerators.
 
-    ``torch.manual_seed`` is not for this: it seeds all accelerators, and those that are not in use yet once they are, long
-    after the block has ended.
+    Lightning's ``isolate_rng`` and ``torch.manual_seed`` do not fit: the one leaves out XPU and MPS, the other seeds
+    accelerators that are not in use yet as soon as they are, long after the block has ended.
 
     Args:
-        seed: Where Python and PyTorch start from inside the block; None to go on as they are.
+        seed: Seed of Python and PyTorch inside the block; None to leave them as they are.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     states = [(generator, generator.get_state()) for generator in _generators()]
@@ -51,7 +52,7 @@ def random_state_kept(seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Borrow a module: evaluation mode without gradients; modes and random state come back, whatever happens.
+    """Run a module in eval mode without gradients, then restore its modes and the random state, whatever happens.
 
     Some encoders draw random numbers even then (TerraMind's Thinking-in-Modalities samples tokens): from ``seed``. Move the
     module to its device before, so that the generator of that device is in use.
@@ -67,14 +68,14 @@ def evaluating(module: nn.Module, seed: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def as_pretrained(encoder: nn.Module, backbone: SimplerBackbone) -> Iterator[None]:
-    """Without the adapters (LoRA) and prompts that will be tuned: what they start from need not be neutral."""
+def as_pretrained(encoder: nn.Module, backbone: Encoder) -> Iterator[None]:
+    """Disable adapters (LoRA) and prompts that will be tuned: their initial values need not be neutral."""
     trainable = [(parameter, parameter.requires_grad) for parameter in encoder.parameters()]
     try:
         with ExitStack() as off:
             for part in encoder.modules():
                 if hasattr(part, "disable_adapter"):
-                    off.enter_context(part.disable_adapter())
+                    off.enter_context(part.disable_adapter())  # type: ignore[operator]
                     break  # PEFT's outermost module answers for all
             off.enter_context(backbone.without_prompts())
             yield
@@ -85,7 +86,7 @@ def as_pretrained(encoder: nn.Module, backbone: SimplerBackbone) -> Iterator[Non
 
 @contextmanager
 def no_requires_grad(module: nn.Module) -> Iterator[None]:
-    """The FLOP counter hooks the gradients of whatever has one, and stumbles over prompts where there are none."""
+    """Needed by the FLOP counter, which hooks gradients and fails on prompts that have none."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
         for parameter in trainable:
@@ -94,3 +95,29 @@ def no_requires_grad(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a module to a device for a while; Lightning moves it there only after setup.
+
+    Afterwards all parameters and buffers are the same objects as before, each on the device where it was.
+    """
+    originals = [
+        (tensors, name, tensor, tensor.device)
+        for part in module.modules()
+        for tensors in (part._parameters, part._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    metrics = [(part, part.device) for part in module.modules() if isinstance(part, Metric)]  # states are no buffers
+    try:
+        nn.Module.to(module, device)  # LightningModule.to would change its device property
+        yield
+    finally:
+        for tensors, name, tensor, own in originals:
+            tensors[name] = tensor  # type: ignore[assignment]
+            if tensor.device != own:
+                tensor.data = tensor.data.to(own)
+        for metric, own in metrics:
+            metric.to(own)

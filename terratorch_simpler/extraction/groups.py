@@ -1,4 +1,4 @@
-"""Which tiles are pooled into which group. Known alike in every process, whoever holds the tiles."""
+"""Which tiles form which group: the same on every rank, whichever rank has their features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ END = math.inf
 
 
 class TileRef(NamedTuple):
-    """A tile whose rows some process holds."""
+    """A usable tile: its position in the stream, the rank that has its features, and how many rows they are."""
 
     position: int
     rank: int
@@ -30,7 +30,7 @@ class Group(NamedTuple):
     Attributes:
         number: Its number in stream order.
         tiles: Its tiles.
-        rank: Process that compares them: it holds most of them already.
+        rank: Rank that compares them: it has most of them already.
         end: Position after its last tile.
     """
 
@@ -40,68 +40,69 @@ class Group(NamedTuple):
     end: int
 
 
-class Groups:
-    """Pools the usable tiles of a stream into groups of 64 in stream order.
+class GroupPlanner:
+    """Forms groups of 64 usable tiles in stream order.
 
-    Tiles come from several processes, each with a share of the stream. A tile has its place only once every process has
-    got beyond it; a group is handed out only when enough tiles of the next one have come, since a last group of fewer than
-    ``MIN_LAST_GROUP_TILES`` joins the one before it. So groups are the same however many processes there are.
+    Tiles come from several ranks, each with a share of the stream. The order of a tile is known only once every rank has
+    passed its position; a group is complete only once enough tiles of the next one have come, since a last group of fewer
+    than ``MIN_LAST_GROUP_TILES`` joins the one before it. So groups do not depend on the number of ranks.
 
     Args:
-        max_tiles: Tiles after which the stream ends.
-        taken: Tiles in groups of an earlier part of the pass.
-        number: Groups there were in it.
+        max_tiles: Tiles after which the pass ends.
+        num_tiles: Tiles in groups of a resumed pass.
+        num_groups: Groups of a resumed pass.
 
     Attributes:
-        taken: Tiles that have their place.
-        count: Groups that were handed out.
-        ended: Whether every process has reached the end of the stream.
+        num_tiles: Tiles whose order is known.
+        num_groups: Groups that are complete.
+        exhausted: Whether every rank has reached the end of the stream.
     """
 
-    def __init__(self, max_tiles: int, taken: int = 0, number: int = 0) -> None:
-        self.taken = taken
-        self.count = number
-        self.ended = False
+    def __init__(self, max_tiles: int, num_tiles: int = 0, num_groups: int = 0) -> None:
+        self.num_tiles = num_tiles
+        self.num_groups = num_groups
+        self.exhausted = False
         self._max_tiles = max_tiles
-        self._early: list[TileRef] = []
-        self._waiting: list[TileRef] = []
+        self._unordered: list[TileRef] = []
+        self._ungrouped: list[TileRef] = []
 
     @property
-    def over(self) -> bool:
-        """Whether no more tiles are wanted."""
-        return self.ended or self.taken >= self._max_tiles
+    def done(self) -> bool:
+        """Whether no more tiles are needed."""
+        return self.exhausted or self.num_tiles >= self._max_tiles
 
-    def take(self, tiles: Sequence[TileRef], reached: float) -> None:
-        """Take tiles of any process.
+    def add(self, tiles: Sequence[TileRef], position: float) -> None:
+        """Add tiles of any rank.
 
         Args:
             tiles: New tiles, in any order.
-            reached: Position that every process has reached; ``END`` when nothing more will come.
+            position: Position that every rank has reached; ``END`` when nothing more will come.
         """
         for tile in tiles:
-            insort(self._early, tile)
-        placed = [tile for tile in self._early if tile.position < reached][: self._max_tiles - self.taken]
-        self._early = self._early[len(placed) :]
-        self._waiting += placed
-        self.taken += len(placed)
-        self.ended = reached == END
+            insort(self._unordered, tile)
+        ordered = [tile for tile in self._unordered if tile.position < position][: self._max_tiles - self.num_tiles]
+        self._unordered = self._unordered[len(ordered) :]
+        self._ungrouped += ordered
+        self.num_tiles += len(ordered)
+        self.exhausted = position == END
 
     def complete(self) -> Iterator[Group]:
-        """Hand out the groups that are complete, once; the last one when the stream is over."""
-        while len(self._waiting) >= TILES_PER_GROUP + MIN_LAST_GROUP_TILES:
-            yield self._hand_out(TILES_PER_GROUP)
-        if self.over and self._waiting:
-            yield self._hand_out(len(self._waiting))
+        """Yield the groups that are complete, once each; the last one when the stream is done."""
+        while len(self._ungrouped) >= TILES_PER_GROUP + MIN_LAST_GROUP_TILES:
+            yield self._next_group(TILES_PER_GROUP)
+        if self.done and self._ungrouped:
+            yield self._next_group(len(self._ungrouped))
 
-    def _hand_out(self, size: int) -> Group:
-        tiles, self._waiting = self._waiting[:size], self._waiting[size:]
-        held = Counter(tile.rank for tile in tiles)
-        group = Group(self.count, tiles, min(held, key=lambda rank: (-held[rank], rank)), tiles[-1].position + 1)
-        self.count += 1
+    def _next_group(self, size: int) -> Group:
+        tiles, self._ungrouped = self._ungrouped[:size], self._ungrouped[size:]
+        tiles_of = Counter(tile.rank for tile in tiles)
+        rank = min(tiles_of, key=lambda rank: (-tiles_of[rank], rank))
+        group = Group(self.num_groups, tiles, rank, tiles[-1].position + 1)
+        self.num_groups += 1
         return group
 
 
-def halves(tiles: int) -> list[int]:
-    """Sizes of the small groups that the tiles of one group make up, by the same rule as for the groups themselves."""
+def half_group_sizes(tiles: int) -> list[int]:
+    """Sizes of the half groups of a group; a second half that would be too small joins the first one."""
     half = TILES_PER_GROUP // 2
     return [half, tiles - half] if tiles >= half + MIN_LAST_GROUP_TILES else [tiles]

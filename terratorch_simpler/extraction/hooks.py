@@ -1,8 +1,7 @@
-"""Reads rows off what enters the first block and every block's raw output while a batch passes through the model."""
+"""Features of every block of an encoder, read by hooks while a batch passes through the model."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Self
@@ -13,34 +12,59 @@ from torch import Tensor, nn
 from terratorch_simpler.data import Batch
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.extraction.inputs import check_input, explain
-from terratorch_simpler.extraction.token_sampling import Tokens, TokenSample, sample_tokens, token_masks
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.extraction.token_sampling import TokenSample, TokenSampler
+from terratorch_simpler.models.plain import Encoder
+
+Readout = Callable[[int, Tensor], Tensor]
+"""Number of a kept block, from 0, and its raw output (B, N, D); returns its features (B, N, D')."""
 
 
 class _EncoderDone(Exception):
-    """Ends a forward pass once the encoder has answered: the decoder is of no interest."""
+    """Ends a forward pass after the encoder: the decoder is not needed."""
 
 
-class EncoderPass(ABC):
-    """Looks on while a batch passes through the encoder, and ends the pass there.
+class FeatureExtractor:
+    """Extracts sampled tokens of the input of the first block, and of the raw output of every block.
 
-    Hooks fire before any final norm, for whatever wraps the encoder (TemporalWrapper, PEFT, the task's padding).
+    Hooks fire before any final norm, whatever wraps the encoder (TemporalWrapper, PEFT, the task's padding). Used as a
+    context manager; the hooks are removed at its end.
 
     Args:
         backbone: The encoder.
         stop_after: Module after which the rest of the model need not run.
+        sampler: Chooses the tokens of each tile, once per batch.
+        readout: What is taken for the features of a block; by default its raw output.
+        include_input: Whether to extract the input of the first block too.
+
+    Attributes:
+        input_shape: Shape of one input of the encoder, without the batch; of each modality by name.
     """
 
-    def __init__(self, backbone: SimplerBackbone, stop_after: nn.Module) -> None:
+    def __init__(
+        self,
+        backbone: Encoder,
+        stop_after: nn.Module,
+        sampler: TokenSampler,
+        *,
+        readout: Readout | None = None,
+        include_input: bool = True,
+    ) -> None:
         self.backbone = backbone
-        self.inputs: Tensor | Mapping[str, Any] | None = None  # of the encoder; None before a batch has reached it
         self.input_shape: InputShape = ()
         self._stop_after = stop_after
+        self._sampler = sampler
+        self._readout = readout
+        self._include_input = include_input
         self._hooks = ExitStack()
+        self._inputs: Tensor | Mapping[str, Any] | None = None  # of the encoder; None before a batch has reached it
+        self._batch: Batch = {}
+        self._state = 0
+        self._rows: list[Tensor] = []
+        self._sample: TokenSample | None = None
 
     def __enter__(self) -> Self:
-        handles = [self.backbone.register_forward_pre_hook(self._before, with_kwargs=True)]
-        handles += self.backbone.register_block_hooks(self.see)
+        handles = [self.backbone.register_forward_pre_hook(self._before_encoder, with_kwargs=True)]
+        handles += self.backbone.register_block_hooks(self.collect)
         handles += [self._stop_after.register_forward_hook(self._after_encoder)]
         for handle in handles:
             self._hooks.callback(handle.remove)
@@ -49,28 +73,42 @@ class EncoderPass(ABC):
     def __exit__(self, *exc: object) -> None:
         self._hooks.close()
 
-    @abstractmethod
-    def see(self, tokens: Tensor) -> None:
-        """Take what enters the first block, and then the raw output of every block, (B, N, D)."""
-
-    def send(self, forward: Callable[[Batch], object], batch: Batch) -> None:
+    def run(self, forward: Callable[[Batch], object], batch: Batch) -> tuple[Tensor, TokenSample]:
         """Send a batch through the model.
 
+        Returns:
+            Rows before the first block and after every block, (L + 1, R, D), or after every block only, (L, R, D); and
+            which tokens of which tile they are.
+
         Raises:
-            TilesError: If the tiles have not the modalities or bands of the encoder when they reach it.
+            TilesError: If the tiles do not have the modalities or bands of the encoder when they reach it.
         """
-        self.inputs = None
+        self._batch, self._inputs, self._state, self._rows, self._sample = batch, None, 0, [], None
         try:
             forward(batch)
         except _EncoderDone:
             pass
         except Exception as err:
-            if self.inputs is None:
+            if self._inputs is None:
                 explain(err, self.backbone, batch["image"])
             raise
+        assert self._sample is not None
+        return torch.stack(self._rows), self._sample
 
-    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.inputs = inputs = args[0] if args else next(iter(kwargs.values()))
+    def collect(self, tokens: Tensor) -> None:
+        """Hook of the blocks: the input of the first one, then the raw output of each, (B, N, D)."""
+        block, self._state = self._state - 1, self._state + 1
+        if block < 0 and not self._include_input:
+            return
+        if self._sample is None:  # only the tokens themselves show how many there are
+            assert self._inputs is not None
+            layout = self.backbone.layout(self._inputs, tokens.shape[-2])
+            self._sample = self._sampler.sample(self._batch, tokens.shape[0], layout, tokens.device)
+        output = tokens if self._readout is None or block < 0 else self._readout(block, tokens)
+        self._rows.append(self._sample.gather(output))
+
+    def _before_encoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._inputs = inputs = args[0] if args else next(iter(kwargs.values()))
         check_input(self.backbone, inputs)
         if isinstance(inputs, Mapping):
             images = {name: part for name, part in inputs.items() if isinstance(part, Tensor) and part.ndim >= 4}
@@ -80,44 +118,3 @@ class EncoderPass(ABC):
 
     def _after_encoder(self, _module: nn.Module, _args: object, _output: object) -> None:
         raise _EncoderDone
-
-
-class FeatureExtractor(EncoderPass):
-    """Draws rows from what enters the first block, and from the raw output of every block, while a batch passes."""
-
-    def __init__(
-        self, backbone: SimplerBackbone, stop_after: nn.Module, tokens: Tokens, seed: int, with_special: bool = False
-    ) -> None:
-        super().__init__(backbone, stop_after)
-        self.special = 0  # of the rows of a tile, how many show no patch: the last ones
-        self._with_special = with_special
-        self._tokens = tokens
-        self._seed = seed
-        self._rows: list[Tensor] = []
-        self._drawn: TokenSample | None = None
-        self._batch: Batch = {}
-
-    def run(self, forward: Callable[[Batch], object], batch: Batch) -> tuple[Tensor, list[int]]:
-        """Send a batch through the model.
-
-        Returns:
-            Rows before the first block and after every block, (L + 1, R, D), and how many of the R rows came from each tile.
-
-        Raises:
-            TilesError: If the tiles have not the modalities or bands of the encoder.
-        """
-        self._batch, self._rows, self._drawn = batch, [], None
-        self.send(forward, batch)
-        assert self._drawn is not None
-        return torch.stack(self._rows), self._drawn.counts
-
-    def see(self, tokens: Tensor) -> None:
-        """Draw the rows."""
-        if self._drawn is None:  # only tokens tell how many there are
-            assert self.inputs is not None
-            layout = self.backbone.layout(self.inputs, tokens.shape[-2])
-            valid, special = token_masks(self._batch["valid"], tokens.shape[0], layout)
-            numbers = self._batch["index"]
-            self._drawn = sample_tokens(valid, special, numbers, self._tokens, self._seed, tokens.device, self._with_special)
-            self.special = self._drawn.special
-        self._rows.append(self._drawn.gather(tokens))

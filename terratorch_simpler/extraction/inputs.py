@@ -1,4 +1,4 @@
-"""Whether the tiles are what the encoder takes."""
+"""Whether the tiles have the modalities and bands of the encoder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from terratorch_simpler.errors import SimplerError, SimplerWarning, TilesError
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.models.plain import Encoder
 
 
-def check_input(backbone: SimplerBackbone, image: Tensor | Mapping[str, Any]) -> None:
+def check_input(backbone: Encoder, image: Tensor | Mapping[str, Any]) -> None:
     """Refuse an input whose modalities or bands are not those of the encoder.
 
     Args:
@@ -46,10 +46,10 @@ def check_input(backbone: SimplerBackbone, image: Tensor | Mapping[str, Any]) ->
         _check_bands(backbone.name, image, expected[0])
 
 
-def explain(error: Exception, backbone: SimplerBackbone, image: Tensor | Mapping[str, Any]) -> None:
-    """Say it in words of bands if something before the encoder, normalisation or a layer, fails on tiles of other bands.
+def explain(error: Exception, backbone: Encoder, image: Tensor | Mapping[str, Any]) -> None:
+    """Explain an error before the encoder, in normalisation or a layer, by the bands of the tiles if these are wrong.
 
-    Tiles are not refused before that: a layer may turn their bands into those of the encoder.
+    Tiles are not refused earlier: a layer before the encoder may turn their bands into the expected ones.
 
     Args:
         error: What was raised before the encoder was reached.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
@@ -13,23 +14,20 @@ from terratorch_simpler.data import Batch
 from terratorch_simpler.encoders import Layout, PatchGrid
 from terratorch_simpler.errors import LabelsError
 from terratorch_simpler.extraction.auto_batch import AutoBatch
-from terratorch_simpler.extraction.hooks import EncoderPass
-from terratorch_simpler.extraction.token_sampling import TokenSample, sample_tokens, token_masks
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.extraction.hooks import FeatureExtractor, Readout
+from terratorch_simpler.extraction.token_sampling import Tokens, TokenSample, TokenSampler, token_masks
+from terratorch_simpler.models.plain import Encoder
 
 IMAGES = 512
-"""Most images that are looked at; 16 patches of each (ours)."""
+"""Most images that are read; 16 patches of each (ours)."""
 NO_LABEL = -1
-
-Readout = Callable[[int, Tensor], Tensor]
-"""Number of a held block, from 0, and its raw output (B, N, D); gives what is taken for its features (B, N, D')."""
 
 
 class LabelledRows(NamedTuple):
     """Rows with labels.
 
     Attributes:
-        features: After every held block, (L, N, D), float32, on the CPU.
+        features: After every kept block, (L, N, D), float32, on the CPU.
         labels: Class of every row, (N,), int64.
         images: Number of the image every row is of, (N,), int64.
     """
@@ -70,7 +68,7 @@ def read_targets(batch: Batch, ignore_index: int | None) -> Tensor:
 
 
 def check_labels(batches: Iterable[Batch], ignore_index: int | None, what: str) -> None:
-    """Raise unless there are labels of two classes at least; the model is not needed for that.
+    """Raise unless there are labels of at least two classes; the model is not needed for that.
 
     Args:
         batches: Batches of a source with labels.
@@ -80,22 +78,22 @@ def check_labels(batches: Iterable[Batch], ignore_index: int | None, what: str) 
     Raises:
         LabelsError: If there are not.
     """
-    seen: set[int] = set()
+    classes: set[int] = set()
     for batch in batches:
-        seen |= set(read_targets(batch, ignore_index).unique().tolist()) - {NO_LABEL}
-        if len(seen) > 1:
+        classes |= set(read_targets(batch, ignore_index).unique().tolist()) - {NO_LABEL}
+        if len(classes) > 1:
             return
-    raise _one_class(seen, what)
+    raise _one_class(classes, what)
 
 
-def _one_class(seen: set[int], what: str) -> LabelsError:
-    found = f"only class {next(iter(seen))}" if seen else "no class at all"
+def _one_class(classes: set[int], what: str) -> LabelsError:
+    found = f"only class {next(iter(classes))}" if classes else "no class at all"
     return LabelsError(f"Found {found} in the labels of the {what}, expected two classes at least: check labels and masks.")
 
 
 def collect_labelled(
     forward: Callable[[Batch], object],
-    backbone: SimplerBackbone,
+    backbone: Encoder,
     batches: Iterable[Batch],
     stop_after: nn.Module,
     *,
@@ -106,7 +104,7 @@ def collect_labelled(
     limit: int = IMAGES,
     seed: int = 0,
 ) -> LabelledRows:
-    """Send labelled images through the encoder and draw rows after every block it holds.
+    """Send labelled images through the encoder and sample rows after every block it keeps.
 
     Labels by pixel: at most 16 patches of every image, each with the most frequent class among its pixels; a patch of
     which half the pixels or more have no label is left out. Labels by image: one row, the mean of its patch tokens.
@@ -121,90 +119,57 @@ def collect_labelled(
         readout: What is taken for the features of a block; by default its raw output.
         class_token: With labels by image, take the class token instead, if the encoder has one.
         limit: Images with labels after which to stop.
-        seed: Seed of the drawn patches.
+        seed: Seed of the sampled patches.
 
     Raises:
         LabelsError: If there are no classes, or only one.
     """
+    sampler = _LabelledTokenSampler(seed=seed, ignore_index=ignore_index, class_token=class_token)
     parts: list[LabelledRows] = []
-    images = 0
+    num_images = 0
     with (
         torch.compiler.set_stance("force_eager"),
-        _LabelledFeatureExtractor(backbone, stop_after, ignore_index, readout, class_token, seed) as extractor,
+        FeatureExtractor(backbone, stop_after, sampler, readout=readout, include_input=False) as extractor,
     ):
-        auto_batch = AutoBatch(extractor, forward)
-        for rows in chain.from_iterable(map(auto_batch.parts, batches)):
-            keep = rows.images.unique(sorted=False)[: limit - images]
-            images += len(keep)
-            kept = torch.isin(rows.images, keep)
-            parts.append(LabelledRows(rows.features[:, kept], rows.labels[kept], rows.images[kept]))
-            if images >= limit:
+        for features, sample in chain.from_iterable(map(AutoBatch(extractor, forward).parts, batches)):
+            assert sample.labels is not None
+            assert sample.numbers is not None
+            images = torch.tensor(sample.numbers).repeat_interleave(torch.tensor(sample.counts))
+            wanted = images.unique(sorted=False)[: limit - num_images]
+            num_images += len(wanted)
+            keep = torch.isin(images, wanted)
+            parts.append(LabelledRows(features.float().cpu()[:, keep], sample.labels[keep], images[keep]))
+            if num_images >= limit:
                 break
     if not parts:
         raise _one_class(set(), what)
-    found = LabelledRows(*(torch.cat(each, dim=dim) for each, dim in zip(zip(*parts, strict=True), (1, 0, 0), strict=True)))
-    if len(seen := set(found.labels.unique().tolist())) < 2:
-        raise _one_class(seen, what)
-    return found
+    rows = LabelledRows(*(torch.cat(each, dim=dim) for each, dim in zip(zip(*parts, strict=True), (1, 0, 0), strict=True)))
+    if len(classes := set(rows.labels.unique().tolist())) < 2:
+        raise _one_class(classes, what)
+    return rows
 
 
-class _LabelledFeatureExtractor(EncoderPass):
-    """Draws rows with labels from the output of every block while a batch passes."""
+@dataclass(frozen=True)
+class _LabelledTokenSampler(TokenSampler):
+    """Samples among tokens with a label."""
 
-    def __init__(
-        self,
-        backbone: SimplerBackbone,
-        stop_after: nn.Module,
-        ignore_index: int | None,
-        readout: Readout | None,
-        class_token: bool,
-        seed: int,
-    ) -> None:
-        super().__init__(backbone, stop_after)
-        self._ignore_index = ignore_index
-        self._readout = readout
-        self._class_token = class_token
-        self._seed = seed
-        self._batch: Batch = {}
-        self._targets = torch.empty(0)
-        self._rows: list[Tensor] = []
-        self._drawn: TokenSample | None = None
-        self._labels = torch.empty(0)
-        self._state = 0
+    ignore_index: int | None = None
+    class_token: bool = False
 
-    def run(self, forward: Callable[[Batch], object], batch: Batch) -> LabelledRows:
-        """Send a batch through the model; its images count as in the data."""
-        self._targets = read_targets(batch, self._ignore_index)
-        self._batch, self._rows, self._drawn, self._state = batch, [], None, 0
-        self.send(forward, batch)
-        assert self._drawn is not None
-        counts = torch.tensor(self._drawn.counts)
-        images = torch.tensor(batch["index"]).repeat_interleave(counts)
-        return LabelledRows(torch.stack(self._rows), self._labels, images)
-
-    def see(self, tokens: Tensor) -> None:
-        """Draw the rows."""
-        block, self._state = self._state - 1, self._state + 1
-        if block < 0:
-            return  # what enters the first block
-        if self._drawn is None:  # only an output tells how many tokens there are
-            self._drawn, self._labels = self._draw(tokens)
-        output = tokens if self._readout is None else self._readout(block, tokens)
-        self._rows.append(self._drawn.gather(output).float().cpu())
-
-    def _draw(self, tokens: Tensor) -> tuple[TokenSample, Tensor]:
-        assert self.inputs is not None
-        layout = self.backbone.layout(self.inputs, tokens.shape[-2])
-        valid, special = token_masks(self._batch["valid"], tokens.shape[0], layout)
-        numbers = self._batch["index"]
-        if self._targets.ndim == 1:
-            usable = valid & (self._targets != NO_LABEL)[:, None, None]
-            token = "cls" if self._class_token and bool(special[0]) else "mean"
-            drawn = sample_tokens(usable, special, numbers, token, self._seed, tokens.device)
-            return drawn, self._targets.repeat_interleave(torch.tensor(drawn.counts))
-        labels = patch_labels(self._targets, valid.shape[1], layout)
-        drawn = sample_tokens(valid & (labels != NO_LABEL), special, numbers, "patch", self._seed, tokens.device)
-        return drawn, labels.flatten()[drawn.index.cpu()]
+    def sample(self, batch: Batch, images: int, layout: Layout, device: torch.device) -> TokenSample:
+        targets = read_targets(batch, self.ignore_index)
+        valid, special = token_masks(batch["valid"], images, layout)
+        numbers = batch["index"]
+        if targets.ndim == 1:
+            valid = valid & (targets != NO_LABEL)[:, None, None]
+            token: Tokens = "cls" if self.class_token and bool(special[0]) else "mean"
+            sample = TokenSampler(token, self.seed)._draw(valid, special, numbers, device)
+            labels = targets.repeat_interleave(torch.tensor(sample.counts))
+        else:
+            of_tokens = patch_labels(targets, valid.shape[1], layout)
+            sample = self._draw(valid & (of_tokens != NO_LABEL), special, numbers, device)
+            labels = of_tokens.flatten()[sample.rows.cpu()]
+        return sample._replace(labels=labels, numbers=numbers)
 
 
 def patch_labels(masks: Tensor, images: int, layout: Layout) -> Tensor:

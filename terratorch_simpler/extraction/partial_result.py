@@ -1,4 +1,4 @@
-"""What is kept of a pass that was ended, so that the next one goes on where its last group ended."""
+"""The partial result of an interrupted pass, from which the next one resumes after its last group."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from terratorch_simpler.files import atomic_write, load_tensors
 FORMAT = "terratorch-simpler/unfinished"
 VERSION = 1
 SECONDS_BETWEEN = 60.0
-"""How often a pass is kept while it runs."""
+"""How often a running pass is saved."""
 
 
 class PartialResult:
-    """A file that holds the sums of a pass over tiles, and where in the stream it was.
+    """A file with the sums of a pass over tiles, and its position in the stream.
 
     Args:
-        path: The file; its name should say of what encoder, tiles and settings it is, since the sums do not.
+        path: The file; its name should identify encoder, tiles and settings, since the sums do not.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._state: dict[str, Any] | None = None
-        self._kept_at = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def load(self, like: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was kept, or None; a damaged file is as good as none.
+        """Read the file; None if there is none, or with a warning if it is damaged.
 
         Args:
-            like: What such a state looks like.
+            like: A state of the same types, keys and shapes.
         """
         if not self.path.exists():
             return None
         try:
             content = load_tensors(self.path)
-            if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION) or not _alike(content, like):
+            if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION) or not _same_structure(content, like):
                 raise ValueError("other content")
         except Exception as err:  # a damaged file raises anything
             self.warn_corrupt(type(err).__name__)
@@ -51,34 +51,36 @@ class PartialResult:
         return content  # type: ignore[no-any-return]
 
     def warn_corrupt(self, what: str) -> None:
-        """Say that the file is of no use."""
-        msg = f"Found {self.path} damaged ({what}), expected an unfinished pass over tiles to go on with: it starts anew."
+        """Warn that the file cannot be resumed from."""
+        msg = f"The partial result {self.path} is damaged ({what}) and is ignored; the pass over the tiles starts again."
         warnings.warn(msg, SimplerWarning, stacklevel=2)
 
     def update(self, state: dict[str, Any]) -> None:
-        """Remember the pass as it stands, and write it if that was not done for a while."""
+        """Set the state, and write it if that was not done for a minute."""
         self._state = state
-        if time.monotonic() - self._kept_at >= SECONDS_BETWEEN:
+        if time.monotonic() - self._saved_at >= SECONDS_BETWEEN:
             self.save()
 
     def save(self) -> None:
-        """Write what was remembered."""
+        """Write the latest state."""
         if self._state is not None:
             with atomic_write(self.path) as part:
                 torch.save({"format": FORMAT, "version": VERSION, **self._state}, part)
-            self._kept_at = time.monotonic()
+            self._saved_at = time.monotonic()
 
     def remove(self) -> None:
-        """Forget the pass: it is finished."""
+        """Delete the file: the pass is complete."""
         self._state = None
         with suppress(OSError):
             self.path.unlink()
 
 
-def _alike(found: object, like: object) -> bool:
+def _same_structure(value: object, like: object) -> bool:
     """Whether types, keys and shapes agree; what is empty or None in ``like`` may be anything plain."""
     if isinstance(like, Tensor):
-        return isinstance(found, Tensor) and (found.shape, found.dtype) == (like.shape, like.dtype)
+        return isinstance(value, Tensor) and (value.shape, value.dtype) == (like.shape, like.dtype)
     if isinstance(like, Mapping) and like:
-        return isinstance(found, Mapping) and found.keys() == like.keys() and all(_alike(found[k], like[k]) for k in like)
-    return like is None or type(found) is type(like)
+        if not isinstance(value, Mapping) or value.keys() != like.keys():
+            return False
+        return all(_same_structure(value[key], like[key]) for key in like)
+    return like is None or type(value) is type(like)

@@ -1,13 +1,15 @@
-"""Which tokens show data, and which of them are compared."""
+"""Which tokens show data, and which of them are sampled."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from terratorch_simpler.data import Batch
 from terratorch_simpler.encoders import Layout, PatchGrid
 from terratorch_simpler.errors import TilesError
 from terratorch_simpler.functional.hsic import full_float32
@@ -18,26 +20,28 @@ ROWS_PER_TILE = 16
 
 
 class TokenSample(NamedTuple):
-    """Which rows of a block's output are compared, for the tiles of a batch."""
+    """Which rows of a block's output are sampled, for the tiles of a batch."""
 
-    index: Tensor  # (R,) into the tokens of all tiles, laid out one tile after the other
+    rows: Tensor  # (R,) into the tokens of all tiles, laid out one tile after the other
     weights: Tensor | None  # (B, tokens) for the mean over patch tokens
     counts: list[int]  # rows of each tile
     special: int = 0  # how many of them, the last ones, are class and register tokens
+    labels: Tensor | None = None  # (R,) class of each row, if the sampler knows any
+    numbers: list[int] | None = None  # of the tiles, if there are labels
 
     def gather(self, output: Tensor) -> Tensor:
         """Rows (R, D) of a block's output (B * T, N, D), where T > 1 if frames pass as separate images."""
         tiles, width = len(self.counts), output.shape[-1]
         if self.weights is None:
-            return output.reshape(-1, width).index_select(0, self.index)
+            return output.reshape(-1, width).index_select(0, self.rows)
         per_tile = output.reshape(tiles, -1, width)
         with full_float32(), torch.autocast(output.device.type, enabled=False):  # a mean is a matrix product here
             means = torch.einsum("bn,bnd->bd", self.weights, per_tile.to(self.weights.dtype))
-        return means.index_select(0, self.index)
+        return means.index_select(0, self.rows)
 
 
 def token_masks(valid: Tensor, images: int, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Which tokens show at least one valid pixel, and which show none by their nature.
+    """Which tokens show at least one valid pixel, and which are no patches (class and register tokens).
 
     Args:
         valid: Valid pixels of the tiles, (B, H, W) or (B, T, H, W).
@@ -90,50 +94,61 @@ def _valid_patches(valid: Tensor, images: int, grid: PatchGrid) -> Tensor:
     return nn.functional.max_pool3d(per_image, grid.patch).gt(0).reshape(tiles, images, -1)
 
 
-def sample_tokens(
-    valid: Tensor,
-    special: Tensor,
-    numbers: list[int],
-    tokens: Tokens,
-    seed: int,
-    device: torch.device,
-    with_special: bool = False,
-) -> TokenSample:
-    """Draw rows for every tile from a seed of its own.
+@dataclass(frozen=True)
+class TokenSampler:
+    """Samples at most 16 rows per tile, from a seed of the tile's own: they depend neither on batches nor on ranks.
 
     Args:
-        valid: Valid patch tokens, (B, images of a tile, N).
-        special: Tokens that show no patch, (N,); the first is the class token.
-        numbers: Each tile's own number.
-        tokens: Which rows to draw.
+        tokens: Which rows: patch tokens, the class token, the mean of the patch tokens, or all tokens.
         seed: Seed of the pass.
-        device: Where the rows will be taken.
         with_special: Whether to add, to every tile that has rows, the class and register tokens before its patches.
     """
-    if tokens == "cls" and not special[0]:
-        msg = "Found tokens 'cls' for an encoder without a class token, expected 'patch', 'mean' or 'all': change tokens."
-        raise TilesError(msg)
-    usable = valid.any(dim=(1, 2))
-    on_its_way = device.type == "cuda"  # others may read the memory after it has been freed here
-    if tokens == "mean":
-        weights = valid.flatten(1).float()
-        weights = (weights / weights.sum(dim=1, keepdim=True).clamp(min=1)).to(device, non_blocking=on_its_way)
-        index = usable.nonzero().flatten()
-        return TokenSample(index.to(device, non_blocking=on_its_way), weights, usable.int().tolist())
-    if tokens == "patch":
-        candidates = valid
-    else:
-        only_class = torch.arange(len(special)) == 0
-        candidates = usable[:, None, None] & (only_class if tokens == "cls" else special)
-        candidates = candidates.expand_as(valid) | (valid & (tokens == "all"))
-    per_tile = candidates.flatten(1).numpy()
-    before_patches = special.cumprod(dim=0).bool() & with_special
-    extra = np.flatnonzero(before_patches.expand(valid.shape[1:]).flatten().numpy())
-    chosen = []
-    for tile, (number, row) in enumerate(zip(numbers, per_tile, strict=True)):
-        allowed = np.flatnonzero(row)
-        picked = np.random.default_rng([seed, number]).permutation(allowed)[:ROWS_PER_TILE]
-        added = extra if len(picked) else extra[:0]
-        chosen.append(np.concatenate([np.sort(picked), added]) + tile * per_tile.shape[1])
-    index = torch.from_numpy(np.concatenate(chosen))
-    return TokenSample(index.to(device, non_blocking=on_its_way), None, [len(rows) for rows in chosen], len(extra))
+
+    tokens: Tokens = "patch"
+    seed: int = 0
+    with_special: bool = False
+
+    def sample(self, batch: Batch, images: int, layout: Layout, device: torch.device) -> TokenSample:
+        """Sample the tiles of a batch.
+
+        Args:
+            batch: The batch: ``valid`` pixels and the number (``index``) of each tile.
+            images: Images that the encoder sees at once: B, or B * T if frames have become images.
+            layout: What the tokens of an image stand for.
+            device: Device of the tokens.
+
+        Raises:
+            TilesError: If the class token is asked for and there is none.
+        """
+        valid, special = token_masks(batch["valid"], images, layout)
+        return self._draw(valid, special, batch["index"], device)
+
+    def _draw(self, valid: Tensor, special: Tensor, numbers: list[int], device: torch.device) -> TokenSample:
+        """Draw from masks as :func:`token_masks` returns them; ``special[0]`` is the class token."""
+        if self.tokens == "cls" and not special[0]:
+            msg = "This encoder has no class token: set tokens to 'patch', 'mean' or 'all' instead of 'cls'."
+            raise TilesError(msg)
+        usable = valid.any(dim=(1, 2))
+        non_blocking = device.type == "cuda"  # elsewhere memory may be read after it has been freed here
+        if self.tokens == "mean":
+            weights = valid.flatten(1).float()
+            weights = (weights / weights.sum(dim=1, keepdim=True).clamp(min=1)).to(device, non_blocking=non_blocking)
+            index = usable.nonzero().flatten()
+            return TokenSample(index.to(device, non_blocking=non_blocking), weights, usable.int().tolist())
+        if self.tokens == "patch":
+            candidates = valid
+        else:
+            class_token = torch.arange(len(special)) == 0
+            candidates = usable[:, None, None] & (class_token if self.tokens == "cls" else special)
+            candidates = candidates.expand_as(valid) | (valid & (self.tokens == "all"))
+        per_tile = candidates.flatten(1).numpy()
+        before_patches = special.cumprod(dim=0).bool() & self.with_special
+        extra = np.flatnonzero(before_patches.expand(valid.shape[1:]).flatten().numpy())
+        chosen = []
+        for tile, (number, row) in enumerate(zip(numbers, per_tile, strict=True)):
+            allowed = np.flatnonzero(row)
+            picked = np.random.default_rng([self.seed, number]).permutation(allowed)[:ROWS_PER_TILE]
+            added = extra if len(picked) else extra[:0]
+            chosen.append(np.concatenate([np.sort(picked), added]) + tile * per_tile.shape[1])
+        index = torch.from_numpy(np.concatenate(chosen)).to(device, non_blocking=non_blocking)
+        return TokenSample(index, None, [len(rows) for rows in chosen], len(extra))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 ROWS_AT_ONCE = 256
-"""The rows are held in float64 for this: 25 states of width 1024 are 52 MB."""
+"""Rows converted to float64 at once: 25 states of width 1024 are 52 MB."""
 
 
 def angle_sums(features: Tensor) -> tuple[Tensor, Tensor]:

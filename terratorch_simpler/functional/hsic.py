@@ -1,4 +1,4 @@
-r"""How alike the blocks of an encoder are: streamed linear CKA with the unbiased HSIC estimator.
+r"""Similarity of the blocks of an encoder: streamed linear CKA with the unbiased HSIC estimator.
 
 Rows are tokens. Rows of many tiles are pooled into groups, each group is one HSIC batch, and the block-by-block
 numerators of all groups add up, so memory does not grow with the number of tiles and shares of the data can be summed:
@@ -8,7 +8,7 @@ numerators of all groups add up, so memory does not grow with the number of tile
 
 Sources: HSIC_1 is the unbiased estimator of Song et al. 2012 (JMLR 13, "Feature Selection via Dependence
 Maximization", theorem 2); summing it over minibatches before taking the ratio is minibatch CKA, Nguyen et al. 2021
-(arXiv 2010.15327, section 3). How tokens are drawn and grouped is a decision of this package (docs/method.md).
+(arXiv 2010.15327, section 3). How tokens are sampled and grouped is a decision of this package (docs/method.md).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONSTANT_RATIO = 1e-12
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Keep matrix products in full float32; all settings come back, whichever of PyTorch's two kinds they were made with.
+    """Compute matrix products in full float32, then restore all settings, of either of PyTorch's two interfaces.
 
     Importing TerraTorch allows TF32 on GPUs and bfloat16 on some CPUs, whose short mantissa shows in the third digit.
     """
@@ -39,7 +39,7 @@ def full_float32() -> Iterator[None]:
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
-    # PyTorch refuses to tell the older setting beside others of the newer ones than it would have made itself.
+    # PyTorch refuses to report the older setting beside newer ones that it would not have set itself.
     legacy = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -51,7 +51,7 @@ def full_float32() -> Iterator[None]:
 
 
 def _matmul_backends() -> list[Any]:
-    """What has a precision of its own; none before PyTorch 2.9."""
+    """Backends with a precision of their own; none before PyTorch 2.9."""
     backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     return [backend for backend in backends if hasattr(backend, "fp32_precision")]
 
@@ -84,7 +84,7 @@ def hsic_matrix(features: Tensor) -> Tensor:
     """
     m = features.shape[1]
     if m < MIN_ROWS:
-        msg = f"Found {m} rows of tokens, expected at least {MIN_ROWS}: give more tiles or a larger tile_size."
+        msg = f"Only {m} rows of tokens; HSIC needs at least {MIN_ROWS}: give more tiles or a larger tile_size."
         raise DegenerateFeaturesError(msg)
     with full_float32(), torch.autocast(features.device.type, enabled=False):
         x = _centred(features)
@@ -146,7 +146,7 @@ def linear_cka(features: Tensor) -> Tensor:
 
 
 def draw_groups(groups: int, resamples: int, seed: int) -> Tensor:
-    """Bootstrap over groups: draw as many as there are, with replacement.
+    """Bootstrap over groups: resample as many as there are, with replacement.
 
     Args:
         groups: Number of groups G.
@@ -162,7 +162,7 @@ def draw_groups(groups: int, resamples: int, seed: int) -> Tensor:
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What tells features that cannot be compared.
+    """Statistics that reveal features which cannot be compared.
 
     Args:
         features: Block outputs of shape (L, m, D).
@@ -195,7 +195,6 @@ def check_features(not_finite: Tensor, mean_square: Tensor, variance: Tensor) ->
 
 
 def _degenerate(blocks: Tensor, what: str) -> DegenerateFeaturesError:
-    """Build the error that names the blocks marked True in ``blocks`` (L,), 0-based."""
     names = ", ".join(str(i) for i in blocks.nonzero().flatten().tolist())
     return DegenerateFeaturesError(
         f"Found {what} after encoder block {names} (0-based), expected finite features that vary: check the pretrained "

@@ -1,4 +1,4 @@
-"""A linear map in the place of dropped blocks, from sums over tokens in closed form.
+"""Least squares from streamed normal equations: the linear map that replaces dropped blocks, in closed form.
 
 With X the tokens that enter a range of blocks and Y those that leave it in the intact model, the map is W = I + Delta where
 (X'X + lambda I) Delta = X'(Y - X), lambda = 1e-6 (arXiv 2609.36842, section 5 and appendix E). X'X and X'Y are D x D and add
@@ -21,16 +21,15 @@ RIDGE = 1e-6
 
 
 class NormalEquations:
-    """Sums over tokens for the maps of some spans, in float64, apart for tokens to fit on and tokens to judge on.
+    """Normal equations of the maps of some spans, in float64, for tokens to fit on and, apart, tokens to evaluate on.
 
     Args:
         spans: The spans.
     """
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        """Nothing is added yet."""
         self.spans = tuple(spans)
-        self.tokens = torch.zeros(2, dtype=torch.int64)  # to fit on, to judge on
+        self.tokens = torch.zeros(2, dtype=torch.int64)  # to fit on, to evaluate on
         self._states = sorted({state for span in spans for state in span})
         self._sums: dict[str, Tensor] = {}
 
@@ -38,19 +37,19 @@ class NormalEquations:
         """Memory that the sums take for tokens of width D, whatever their number."""
         return sum(value.nbytes for value in self._empty(width, torch.device("meta")).values())
 
-    def add(self, states: Tensor, fit: Sequence[int], judge: Sequence[int]) -> None:
+    def add(self, states: Tensor, fit: Sequence[int], evaluate: Sequence[int]) -> None:
         """Add tokens, on their device, or on the CPU if that has no memory left.
 
         Args:
             states: Tokens in every state, (L + 1, m, D).
             fit: Numbers of those to fit on.
-            judge: Numbers of those to judge on; any others are left out.
+            evaluate: Numbers of those to evaluate on; any others are left out.
         """
-        added = 0  # sums that hold these tokens already: none is added to twice
+        added = 0  # steps done: none is repeated after running out of memory
 
         def add_rest(device: torch.device) -> None:
             nonlocal added
-            for add in islice(self._additions(states, (fit, judge), device), added, None):
+            for add in islice(self._additions(states, (fit, evaluate), device), added, None):
                 add()
                 added += 1
 
@@ -77,12 +76,12 @@ class NormalEquations:
                 yield partial(cross[place].addmm_, wide[before].mT, wide[after])
             yield partial(self.tokens[half].add_, len(numbers))
 
-    def merge(self, all_reduce: Callable[[Tensor], None], width: int) -> None:
-        """Add the sums of other processes.
+    def all_reduce(self, all_reduce: Callable[[Tensor], None], width: int) -> None:
+        """Sum over all ranks.
 
         Args:
-            all_reduce: Adds up a tensor on the CPU over all processes, in place.
-            width: Width D of a token, for a process that has added none.
+            all_reduce: Sums a tensor on the CPU over all ranks, in place.
+            width: Width D of a token, for a rank that has added none.
         """
         self._sums = self._sums or self._empty(width, torch.device("cpu"))
         self._sums = {name: value.cpu() for name, value in self._sums.items()}
@@ -100,7 +99,7 @@ class NormalEquations:
         return _solve(gram.sum(dim=0), cross.sum(dim=0))
 
     def explained(self, span: Span) -> float:
-        """Share of the variance of what leaves the span that a map fitted on other tiles explains on the held-out ones.
+        """Explained variance (R2) of the output of the span on held-out tiles, by a map fitted on the other tiles.
 
         1 - |Y - X W|^2 / |Y - mean(Y)|^2; negative if the map is worse than the mean.
 
@@ -112,9 +111,9 @@ class NormalEquations:
         after = self._states.index(span[1])
         square, total = self._sums["gram"][1, after].trace(), self._sums["total"][1, after]
         weight = _solve(gram[0], cross[0])
-        missed = square - 2 * (weight * cross[1]).sum() + (weight * (gram[1] @ weight)).sum()
+        residual = square - 2 * (weight * cross[1]).sum() + (weight * (gram[1] @ weight)).sum()
         variance = square - total.square().sum() / self.tokens[1]
-        return float(1 - missed / variance)
+        return float(1 - residual / variance)
 
     def covariance(self, state: int) -> Tensor:
         """Covariance of all tokens in a state that some span begins or ends with, (D, D), float64."""
@@ -123,16 +122,16 @@ class NormalEquations:
         return self._sums["gram"][:, place].sum(dim=0) / tokens - mean[:, None] * mean
 
     @property
-    def enough(self) -> bool:
-        """Whether there are as many tokens to fit on as a token is wide, and any to judge on."""
+    def sufficient(self) -> bool:
+        """Whether there are as many tokens to fit on as a token is wide, and any to evaluate on."""
         return bool(self._sums) and int(self.tokens[0]) >= self._sums["total"].shape[-1] and int(self.tokens[1]) > 1
 
     def check(self) -> None:
         """Raise unless there are enough tokens."""
-        if not self.enough:
+        if not self.sufficient:
             width = self._sums["total"].shape[-1] if self._sums else "as many as a token is wide"
             msg = (
-                f"Found {int(self.tokens[0])} tokens to fit a linear map on, expected at least {width}: stream more tiles "
+                f"Only {int(self.tokens[0])} tokens to fit a linear map on; at least {width} are needed: stream more tiles "
                 "(min_tiles), or set recovery: none."
             )
             raise RecoveryError(msg)

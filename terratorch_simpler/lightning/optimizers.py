@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from terratorch_simpler.errors import CheckpointError
+from terratorch_simpler.lightning.internals import cli_arguments_of_optimizers
 
 
 @contextmanager
 def updated_optimizers(module: nn.Module) -> Iterator[list[ParameterChange]]:
-    """Keep the optimizers that a module has already in step with its parameters, which the block changes.
+    """Update the existing optimizers of a module after its parameters have changed in the with block.
 
-    Schedulers refer to the optimizer and go on working: groups stay, and so do their lists of parameters.
+    Schedulers stay valid: the optimizer, its groups and their lists of parameters are changed in place.
 
     Args:
         module: The task.
@@ -59,16 +59,16 @@ class ParameterChange:
         self._sizes_before = [len(group["params"]) for group in optimizer.param_groups]
         # For every parameter that a group holds now, its place in the group before.
         self._places_before: list[list[int | None]] = [[] for _ in optimizer.param_groups]
-        held: list[list[tuple[str, nn.Parameter]]] = [[] for _ in optimizer.param_groups]
+        updated: list[list[tuple[str, nn.Parameter]]] = [[] for _ in optimizer.param_groups]
         last = next((places[id(parameter)][0] for parameter in before if id(parameter) in places), None)
         for name, parameter in module.named_parameters():
             number, place = places.get(id(parameter), (last, None))
             if number is None or (place is None and id(parameter) in known):
                 continue
-            held[number].append((name, parameter))
+            updated[number].append((name, parameter))
             self._places_before[number].append(place)
             last = number
-        for group, now in zip(optimizer.param_groups, held, strict=True):
+        for group, now in zip(optimizer.param_groups, updated, strict=True):
             group["params"][:] = [parameter for _, parameter in now]  # in place: L-BFGS keeps the list itself
             if "param_names" in group:
                 group["param_names"] = [name for name, _ in now]
@@ -92,25 +92,22 @@ class ParameterChange:
                 "wrote it, or start a new fit from its weights with backbone_ckpt_path."
             )
             raise CheckpointError(msg)
-        found: dict[int, Any] = {}
+        converted: dict[int, Any] = {}
         count = 0
         for group, places in zip(state["param_groups"], self._places_before, strict=True):
             old = list(group["params"])
             group["params"] = list(range(count, count + len(places)))
             for index, place in zip(group["params"], places, strict=True):
                 if place is not None and old[place] in state["state"]:
-                    found[index] = state["state"][old[place]]
+                    converted[index] = state["state"][old[place]]
             count += len(places)
-        state["state"] = found
+        state["state"] = converted
 
 
 def optimizers_of(module: nn.Module) -> list[Optimizer]:
-    """Optimizers that a module holds before it is asked for them: those of the command line, and its own attributes."""
-    configure = vars(module).get("configure_optimizers")
-    function = getattr(configure, "__func__", configure)
-    bound = [*function.args, *function.keywords.values()] if isinstance(function, partial) else []
-    found = {id(optimizer): optimizer for optimizer in _optimizers_in([*vars(module).values(), *bound])}
-    return list(found.values())
+    """Optimizers that exist before ``configure_optimizers`` is called: those of the command line, and the module's own."""
+    values = [*vars(module).values(), *cli_arguments_of_optimizers(module)]
+    return list({id(optimizer): optimizer for optimizer in _optimizers_in(values)}.values())
 
 
 def _optimizers_in(values: Iterable[Any]) -> Iterator[Optimizer]:
@@ -124,6 +121,6 @@ def _optimizers_in(values: Iterable[Any]) -> Iterator[Optimizer]:
 
 
 def dropped_parameters(optimizers: Iterable[Optimizer], module: nn.Module) -> int:
-    """How many tensors of some optimizers are none of a module's parameters."""
-    held = {id(parameter) for parameter in module.parameters()}
-    return sum(id(value) not in held for one in optimizers for group in one.param_groups for value in group["params"])
+    """Number of tensors in optimizers that are not parameters of a module."""
+    parameters = {id(parameter) for parameter in module.parameters()}
+    return sum(id(value) not in parameters for one in optimizers for group in one.param_groups for value in group["params"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -10,11 +9,12 @@ import threading
 from types import FrameType
 from typing import Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-log = logging.getLogger(__name__)
+from terratorch_simpler.lightning.internals import cluster_environment
+from terratorch_simpler.logger import log
 
 
 class Stopped(SIGTERMException):
@@ -26,42 +26,42 @@ class StoppedForRequeue(Stopped):
 
 
 class StopSignals:
-    """Turns signals into exceptions, so that what was begun is kept or cleaned up, until Lightning takes over.
+    """Turns signals into exceptions until Lightning takes over, so that partial results are saved and files cleaned up.
 
     SIGTERM ends the run. Under SLURM with Lightning's automatic requeueing, its signal (SIGUSR1 by default) ends the run as
-    well, and the job is queued again without a checkpoint: nothing is trained yet. Handlers of the user are left alone.
+    well, and the job is requeued without a checkpoint, since nothing is trained yet. Handlers of the user are left alone.
 
     Args:
-        trainer: Tells the cluster it runs on.
+        trainer: Knows the cluster it runs on.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        """Nothing is handled yet."""
-        self._before: dict[signal.Signals, Any] = {}
+        """Choose the signals; none is handled yet."""
+        self._handlers_before: dict[signal.Signals, Any] = {}
         self._stopping = False
-        wanted: dict[signal.Signals, type[Stopped]] = {signal.SIGTERM: Stopped}
-        cluster = getattr(getattr(trainer, "_accelerator_connector", None), "cluster_environment", None)
+        exceptions: dict[signal.Signals, type[Stopped]] = {signal.SIGTERM: Stopped}
+        cluster = cluster_environment(trainer)
         if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue:
-            wanted[signal.Signals(cluster.requeue_signal or signal.SIGUSR1)] = StoppedForRequeue
-        self._wanted = wanted
+            exceptions[signal.Signals(cluster.requeue_signal or signal.SIGUSR1)] = StoppedForRequeue
+        self._exceptions = exceptions
 
     def catch(self) -> None:
-        """Begin."""
+        """Install the handlers, in the main thread only."""
         if threading.current_thread() is not threading.main_thread():
-            return  # Python allows it nowhere else
-        for number in self._wanted:
+            return  # Python installs handlers nowhere else
+        for number in self._exceptions:
             if signal.getsignal(number) == signal.SIG_DFL:
-                self._before[number] = signal.signal(number, self._stop)
+                self._handlers_before[number] = signal.signal(number, self._stop)
 
     def release(self) -> None:
-        """Give the signals back to whom they belonged."""
-        while self._before:
-            signal.signal(*self._before.popitem())
+        """Restore the handlers from before."""
+        while self._handlers_before:
+            signal.signal(*self._handlers_before.popitem())
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        if not self._stopping:  # a second one, while what was begun is kept, changes nothing
+        if not self._stopping:  # a second signal must not interrupt the saving
             self._stopping = True
-            raise self._wanted[signal.Signals(number)](128 + number)
+            raise self._exceptions[signal.Signals(number)](128 + number)
 
 
 def requeue_job() -> None:

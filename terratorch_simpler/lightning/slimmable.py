@@ -1,4 +1,4 @@
-"""SlimmableTraining: fine-tunes one encoder at several widths at once, which then works at each of them."""
+"""SlimmableTraining: fine-tunes one encoder at several widths at once, so that it can be used at each of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from terratorch_simpler.encoders import Narrowing
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.indices import resolve_width
 from terratorch_simpler.lightning.callback import backbones_of, refuse_copies
-from terratorch_simpler.lightning.selection import find_backbone
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 
 Step = Callable[..., STEP_OUTPUT]
 
@@ -27,18 +26,18 @@ Step = Callable[..., STEP_OUTPUT]
 class SlimmableTraining(Callback):
     """Trains one encoder at several widths with any task of TerraTorch.
 
-    Every training step runs its batch at the largest width, the smallest and one in between that is drawn at random, and
-    adds the three losses (sandwich rule, arXiv 1903.05134). Narrower passes use slices of the same weights. What is logged,
-    and the task's own metrics, are those of the largest width; validation logs its loss at each of the others as well, e.g.
+    Every training step runs its batch at the largest width, the smallest and a random one in between, and adds the three
+    losses (the sandwich rule of arXiv 1903.05134). Narrower passes use slices of the same weights. What is logged, and the
+    task's own metrics, are those of the largest width; validation logs its loss at each of the others as well, e.g.
     ``val/loss_width_0.5``. Checkpoints say at which widths they were trained, so that each of these can be loaded
     (``backbone_width``) or exported (``--width``).
 
     Args:
         widths: Shares of the units of every attention head and MLP, in (0, 1]; the largest is that of the encoder.
-        seed: Same seed: same widths drawn, in all processes.
+        seed: Seed of the random widths, which are the same in all processes.
 
     Raises:
-        ConfigurationError: If there are fewer than two widths, one is repeated, or one is none.
+        ConfigurationError: If there are fewer than two widths, one is repeated, or one is not in (0, 1].
     """
 
     def __init__(self, widths: Sequence[float] = (0.25, 0.5, 1.0), seed: int = 0) -> None:
@@ -51,7 +50,7 @@ class SlimmableTraining(Callback):
         self._narrow: dict[float, Narrowing] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have checkpoints say at which widths their weights were trained."""
+        """Record in checkpoints at which widths their weights are trained."""
         if stage != "fit":
             return
         backbone = find_backbone(pl_module)
@@ -66,27 +65,27 @@ class SlimmableTraining(Callback):
         backbone.mark_trained_widths(self.widths)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the task's steps run at several widths; by now the encoder is cut and on its device."""
+        """Wrap the task's steps to run at several widths; by now the encoder is pruned and on its device."""
         backbone = find_backbone(pl_module)
         self._check_width(backbone)
-        # A checkpoint that was resumed from may have said otherwise, to an averaged copy as well.
+        # A resumed checkpoint may have recorded other widths, in an averaged copy as well.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for one in [backbone, *(copy for callback in callbacks for copy in backbones_of(callback))]:
-            one.mark_trained_widths(self.widths)
+        for each in [backbone, *(copy for callback in callbacks for copy in backbones_of(callback))]:
+            each.mark_trained_widths(self.widths)
         self._narrow = {width: backbone.at_width(width) for width in self.widths[:-1]}
         training, validation = pl_module.training_step, pl_module.validation_step
-        pl_module.training_step = self._several(trainer, pl_module, training)  # type: ignore[method-assign]
-        pl_module.validation_step = self._each(pl_module, validation)  # type: ignore[method-assign]
+        pl_module.training_step = self._sandwich_step(trainer, pl_module, training)  # type: ignore[method-assign]
+        pl_module.validation_step = self._step_at_all_widths(pl_module, validation)  # type: ignore[method-assign]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Give the task its steps back."""
-        self._release(pl_module)
+        """Restore the task's own steps."""
+        self._restore_steps(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Give the task its steps back."""
-        self._release(pl_module)
+        """Restore the task's own steps."""
+        self._restore_steps(pl_module)
 
-    def _release(self, pl_module: LightningModule) -> None:
+    def _restore_steps(self, pl_module: LightningModule) -> None:
         for name in ("training_step", "validation_step"):
             vars(pl_module).pop(name, None)
         self._narrow = {}
@@ -99,67 +98,63 @@ class SlimmableTraining(Callback):
             )
             raise ConfigurationError(msg)
 
-    def _several(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> Step:
-        """A training step at the largest width, the smallest and one in between; the losses are added."""
-
+    def _sandwich_step(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> Step:
         @functools.wraps(step)
-        def steps(batch: Any, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        def run(batch: Any, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
             result = step(batch, *args, **kwargs)
-            for width in self._drawn(trainer.fit_loop.total_batch_idx):
-                with self._narrow[width].lent(), _unseen(pl_module):
-                    result = _added(result, step(_copied(batch), *args, **kwargs))
+            for width in self._narrower_widths(trainer.fit_loop.total_batch_idx):
+                with self._narrow[width].lent(), _without_logging(pl_module):
+                    result = _add_loss(result, step(_shallow_copy(batch), *args, **kwargs))
             return result
 
-        return steps
+        return run
 
-    def _each(self, pl_module: LightningModule, step: Step) -> Step:
-        """A validation step at all widths."""
-
+    def _step_at_all_widths(self, pl_module: LightningModule, step: Step) -> Step:
         @functools.wraps(step)
-        def steps(batch: Any, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-            apart = _copied(batch)
+        def run(batch: Any, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+            original = _shallow_copy(batch)
             result = step(batch, *args, **kwargs)
             for width, narrow in self._narrow.items():
-                with narrow.lent(), _unseen(pl_module, f"_width_{width:g}"):
-                    step(_copied(apart), *args, **kwargs)
+                with narrow.lent(), _without_logging(pl_module, f"_width_{width:g}"):
+                    step(_shallow_copy(original), *args, **kwargs)
             return result
 
-        return steps
+        return run
 
-    def _drawn(self, batch: int) -> list[float]:
-        """Narrower widths of a training batch: the smallest, and another if there are any."""
+    def _narrower_widths(self, batch: int) -> list[float]:
+        """Widths below the largest to train a batch at: the smallest, and a random one in between if there is any."""
         between = self.widths[1:-1]
-        drawn = [random.Random(f"{self.seed} {batch}").choice(between)] if between else []
-        return [self.widths[0], *drawn]
+        sampled = [random.Random(f"{self.seed} {batch}").choice(between)] if between else []
+        return [self.widths[0], *sampled]
 
 
 @contextmanager
-def _unseen(pl_module: LightningModule, ending: str = "") -> Iterator[None]:
-    """Let a step leave metrics, plots and logs alone; of the latter only losses pass, under names with an ending."""
+def _without_logging(pl_module: LightningModule, suffix: str = "") -> Iterator[None]:
+    """Run a step without metrics, plots and logs; with a suffix, its losses are logged under names that end in it."""
     log = pl_module.log
 
-    def only_losses(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if ending and name.endswith("loss"):
-            log(f"{name}{ending}", value, *args, **kwargs)
+    def log_losses(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if suffix and name.endswith("loss"):
+            log(f"{name}{suffix}", value, *args, **kwargs)
 
-    def all_of(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+    def log_losses_of(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         for name, value in values.items():
-            only_losses(name, value, *args, **kwargs)
+            log_losses(name, value, *args, **kwargs)
 
-    with ExitStack() as hidden:
-        hidden.enter_context(_instead(pl_module, "log", only_losses))
-        hidden.enter_context(_instead(pl_module, "log_dict", all_of))
+    with ExitStack() as patches:
+        patches.enter_context(_replaced_attribute(pl_module, "log", log_losses))
+        patches.enter_context(_replaced_attribute(pl_module, "log_dict", log_losses_of))
         if hasattr(pl_module, "plot_sample"):
-            hidden.enter_context(_instead(pl_module, "plot_sample", _nothing))
+            patches.enter_context(_replaced_attribute(pl_module, "plot_sample", _do_nothing))
         for part in pl_module.modules():
             if isinstance(part, Metric | MetricCollection):
                 for name in ("update", "forward"):
-                    hidden.enter_context(_instead(part, name, _nothing))
+                    patches.enter_context(_replaced_attribute(part, name, _do_nothing))
         yield
 
 
 @contextmanager
-def _instead(part: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def _replaced_attribute(part: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
     before = vars(part).get(name)
     setattr(part, name, function)
     try:
@@ -171,17 +166,17 @@ def _instead(part: nn.Module, name: str, function: Callable[..., Any]) -> Iterat
             setattr(part, name, before)
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
+def _do_nothing(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-def _copied(batch: Any) -> Any:
-    """A batch whose keys a step may change."""
+def _shallow_copy(batch: Any) -> Any:
+    """A batch whose keys a step may change without effect on the next step."""
     return dict(batch) if isinstance(batch, dict) else batch
 
 
-def _added(result: STEP_OUTPUT, other: STEP_OUTPUT) -> STEP_OUTPUT:
-    """A step's answer with the loss of another added: a tensor, or a mapping with a loss; None skips a batch."""
+def _add_loss(result: STEP_OUTPUT, other: STEP_OUTPUT) -> STEP_OUTPUT:
+    """The result of a step (a loss, or a mapping with one) with the loss of another added; None skips a batch."""
     if result is None or other is None:
         return result
     loss = other if isinstance(other, Tensor) else other["loss"]

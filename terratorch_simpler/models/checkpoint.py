@@ -1,4 +1,4 @@
-"""Reading checkpoints, never more of them than tensors and plain values, and the shape that they say they have."""
+"""Reading checkpoints, tensors and plain values only, and whether they fit a backbone."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from terratorch_simpler.errors import CheckpointError
 from terratorch_simpler.files import load_tensors
 from terratorch_simpler.models.state import DEPTH_KEY, KEPT_KEY, PrunedState, state_in, state_of_callback
+
+if TYPE_CHECKING:
+    from terratorch_simpler.models.backbone import SimplerBackbone
 
 FILES_IN_FOLDERS = (
     "meta.pt",  # FSDP with sharded state
     "checkpoint/mp_rank_00_model_states.pt",  # DeepSpeed
     "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt",  # DeepSpeed, stage 3
 )
-"""Where strategies that write folders keep what is not a sharded tensor."""
+"""Files of strategies that write folders with everything but the sharded tensors."""
 
 CHECKED_BYTES = 2**20
-"""Records of a file up to this size are compared with their checksums even if the weights stay on the disk."""
+"""Records up to this size are compared with their checksums even if the weights stay on the disk."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -47,10 +51,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_pruned_state(path: str | os.PathLike[str], checkpoint_io: CheckpointIO, weights_only: bool = True) -> PrunedState:
-    """Shape of the encoder that a run resumes with, before the strategy restores it.
+    """Pruned state of the encoder that a run resumes with, before the strategy restores it.
 
-    FSDP and DeepSpeed wrap the model before they read the weights, so it has to be pruned by then. Of a local file no
-    weights are read: they stay on the disk, whatever their size.
+    FSDP and DeepSpeed wrap the model before they read the weights, so it has to be pruned by then. The weights of a local
+    file stay on the disk, whatever their size.
 
     Args:
         path: A file, or the folder that FSDP or DeepSpeed has written.
@@ -67,7 +71,7 @@ def read_pruned_state(path: str | os.PathLike[str], checkpoint_io: CheckpointIO,
         if local.exists():
             content = load_mapped(local, weights_only)
         else:
-            content = checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            content = checkpoint_io.load_checkpoint(os.fspath(path), weights_only=weights_only)
     except Exception as err:  # a damaged file raises anything
         raise _unreadable(path, err) from err
     return state_in(_weights(content, path), str(path))
@@ -79,13 +83,14 @@ def load_mapped(path: str | os.PathLike[str], weights_only: bool = True) -> Any:
     Raises:
         Exception: Of any kind, if the file is damaged or holds what is not allowed.
     """
-    if not zipfile.is_zipfile(path):  # PyTorch before 1.6
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.CRC and entry.file_size <= CHECKED_BYTES:
-                archive.read(entry)
-    return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    with open(path, "rb") as file:
+        mapped = zipfile.is_zipfile(file)  # PyTorch before 1.6 wrote other files
+        if mapped:
+            with zipfile.ZipFile(file) as archive:
+                for entry in archive.infolist():
+                    if entry.CRC and entry.file_size <= CHECKED_BYTES:
+                        archive.read(entry)
+    return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mapped)
 
 
 def load_weights(task: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
@@ -112,36 +117,100 @@ def load_weights(task: nn.Module, weights: Mapping[str, Tensor], source: object)
 
 
 def load_at_full_depth(task: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load the weights of a fit in which nothing was cut, such as one that tuned adapters, to choose a cut after it.
+    """Load the weights of a fit of the intact encoder, such as one that tuned adapters, to prune it afterwards.
 
     Args:
         task: The same task, with its intact encoder.
         path: A checkpoint file.
 
     Raises:
-        CheckpointError: If it is damaged, of another model, or of one that was cut.
+        CheckpointError: If it is damaged, of another model, or of a pruned one.
     """
     weights = _weights(read_checkpoint(path), path)
-    shape = state_in(weights, str(path))
-    if shape != PrunedState(tuple(range(shape.total)), shape.total):
+    state = state_in(weights, str(path))
+    if state != PrunedState(tuple(range(state.total)), state.total):
         msg = (
-            f"Found a checkpoint of {len(shape.kept)} of {shape.total} blocks and width {shape.width:g} at {path}, expected "
+            f"Found a checkpoint of {len(state.kept)} of {state.total} blocks and width {state.width:g} at {path}, expected "
             "one in which nothing was cut: give that of the fit at full depth."
         )
         raise CheckpointError(msg)
     load_weights(task, weights, path)
 
 
+def refuse_plain_weights(backbone: SimplerBackbone, weights: Mapping[str, Any], prefix: str) -> None:
+    """Refuse the weights of the same encoder without a SimplerBackbone: none of them would be loaded.
+
+    Raises:
+        CheckpointError: If most of them are named as in the encoder itself.
+    """
+    names = [name for name, _ in backbone.encoder.named_parameters()]
+    plain = sum(f"{prefix}{name}" in weights for name in names)
+    own = sum(f"{prefix}encoder.{name}" in weights for name in names)
+    if plain > max(own, len(names) // 2):
+        msg = (
+            f"The checkpoint holds '{backbone.name}' without 'simpler_' ({plain} weights at '{prefix}'), expected one "
+            "written with it: give the file as backbone_ckpt_path, or load it into the attribute encoder of the backbone."
+        )
+        raise CheckpointError(msg)
+
+
+def check_weights(backbone: SimplerBackbone, weights: Mapping[str, Tensor], prefix: str, state: PrunedState) -> None:
+    """Check that weights fit a backbone in the pruned state they claim, before it is changed.
+
+    Args:
+        backbone: The backbone, in any pruned state.
+        weights: Those of a model.
+        prefix: Name of the backbone in it, with a dot at the end.
+        state: The pruned state that the weights claim.
+
+    Raises:
+        CheckpointError: If they are of another encoder, or lack blocks or recovery maps.
+    """
+    inside = f"{prefix}encoder."
+    if not any(isinstance(part, FullyShardedDataParallel) for part in backbone.modules()):  # has shards of its weights only
+        slimmed = {} if state.width == backbone.width else backbone.at_width(state.width).shapes()
+        for key, value in backbone.encoder.state_dict(keep_vars=True).items():
+            other, shape = weights.get(inside + key), slimmed.get(id(value), value.shape)
+            if other is not None and other.shape != shape:
+                msg = (
+                    f"Found '{inside}{key}' of shape {tuple(other.shape)} in the checkpoint, expected {tuple(shape)} of "
+                    f"'{backbone.name}': give the configuration the checkpoint was trained with."
+                )
+                raise CheckpointError(msg)
+    if (state.kept, state.width) != (backbone.kept, backbone.width):
+        stack = next(name for name, part in backbone.encoder.named_modules() if part is backbone.blocks)
+        blocks = f"{inside}{stack}."
+        positions = {key.removeprefix(blocks).partition(".")[0] for key in weights if key.startswith(blocks)}
+        if missing := [block for position, block in enumerate(state.kept) if str(position) not in positions]:
+            msg = (
+                f"The checkpoint says that '{backbone.name}' keeps the blocks {list(state.kept)} and holds no weights of "
+                f"{missing}, expected those of all: it is damaged, take an earlier one."
+            )
+            raise CheckpointError(msg)
+    for before, width, _ in state.repaired:
+        weight = weights.get(f"{prefix}recovery.{before}.patch.weight")
+        if weight is None or weight.shape != (width, width):
+            msg = (
+                f"Found no map of {width} x {width} for '{prefix}recovery.{before}' in the checkpoint, expected one, since "
+                "it says it was repaired: the checkpoint is damaged, take an earlier one."
+            )
+            raise CheckpointError(msg)
+
+
 def _state_in_folder(folder: Path) -> PrunedState:
     for name in FILES_IN_FOLDERS:
         if (folder / name).is_file():
-            callbacks = read_checkpoint(folder / name).get("callbacks")
+            try:
+                content = load_mapped(folder / name)
+            except Exception as err:  # a damaged file raises anything
+                raise _unreadable(folder / name, err) from err
+            callbacks = content.get("callbacks") if isinstance(content, Mapping) else None
             states = callbacks.values() if isinstance(callbacks, Mapping) else ()
             for state in states:
                 if isinstance(state, Mapping) and {KEPT_KEY, DEPTH_KEY} <= state.keys():
                     return state_of_callback(state, str(folder))
     msg = (
-        f"Found nothing in {folder} that tells which blocks were kept, expected a folder that FSDP or DeepSpeed has written "
+        f"Found no kept blocks in {folder}, expected a folder that FSDP or DeepSpeed has written "
         "in a run with SimplerCallback: give a checkpoint file."
     )
     raise CheckpointError(msg)

@@ -1,8 +1,7 @@
 """What is left of a pruned encoder, as checkpoints carry it.
 
-It travels as the backbone's extra state, a tensor that holds JSON: averaging of weights and buffers leaves it alone,
-``weights_only=True`` loads it, and whatever expects tensors in a ``state_dict`` finds one. Earlier checkpoints hold integer
-buffers instead.
+It is the backbone's extra state, a tensor that holds JSON: averaging of weights and buffers leaves it alone,
+``weights_only=True`` loads it, and a ``state_dict`` consists of tensors only. Earlier checkpoints hold integer buffers.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ REPAIRED_KEY = "repaired"
 STATE_KEYS = (KEPT_KEY, DEPTH_KEY, WIDTHS_KEY, REPAIRED_KEY)
 """Keys of the JSON, and names of the buffers of earlier checkpoints; the last two are there only if needed."""
 MOST_WIDTHS = 100
-"""At which one encoder is trained; nobody waits for as many."""
+"""Largest number of widths that one encoder is trained at."""
 MOST_BYTES = 2**20
-"""Of the JSON; more is none of ours."""
+"""Largest size of the JSON."""
 
 
 class PrunedState(NamedTuple):
-    """What is left of an encoder, as a checkpoint says it.
+    """What is left of a pruned encoder.
 
     Attributes:
         kept: Kept blocks, numbered as in the intact encoder.
         total: Blocks of the intact encoder.
         width: Kept share of the units of every attention head and MLP.
         trained_widths: Widths at which the same weights were trained; empty after ordinary training.
-        repaired: Maps in the place of dropped ranges: the state before the range (0 is the input of the first block, l the
-            output of block l), the width of a token, and whether class and register tokens have a map of their own.
+        repaired: Recovery maps in the place of dropped ranges: the state before the range (0 is the input of the first
+            block, l the output of block l), the width of a token, and whether class and register tokens have their own map.
     """
 
     kept: tuple[int, ...]
@@ -51,13 +50,13 @@ class PrunedState(NamedTuple):
     repaired: tuple[tuple[int, int, int], ...] = ()
 
     def as_plain(self) -> dict[str, Any]:
-        """As lists and numbers."""
-        found: dict[str, Any] = {KEPT_KEY: list(self.kept), DEPTH_KEY: self.total}
+        """As lists and numbers, for JSON."""
+        values: dict[str, Any] = {KEPT_KEY: list(self.kept), DEPTH_KEY: self.total}
         if self.width != 1 or self.trained_widths:
-            found[WIDTHS_KEY] = list(self.trained_widths or [self.width])
+            values[WIDTHS_KEY] = list(self.trained_widths or [self.width])
         if self.repaired:
-            found[REPAIRED_KEY] = [list(one) for one in self.repaired]
-        return found
+            values[REPAIRED_KEY] = [list(recovery) for recovery in self.repaired]
+        return values
 
     def as_tensor(self) -> Tensor:
         """As JSON in a tensor of bytes, (N,), uint8."""
@@ -65,14 +64,14 @@ class PrunedState(NamedTuple):
 
 
 def state_in(state_dict: Mapping[str, Any], source: str) -> PrunedState:
-    """Shape of the one pruned encoder in the weights of a model.
+    """Pruned state of the one pruned encoder in the weights of a model.
 
     Args:
         state_dict: The weights.
         source: Where they came from, for messages.
 
     Raises:
-        CheckpointError: If there is no SimplerBackbone in it, or what it says is damaged.
+        CheckpointError: If there is no SimplerBackbone in it, or its pruned state is damaged.
     """
     prefix = next(prefixes_of_states(state_dict), None)
     if prefix is None:
@@ -81,13 +80,14 @@ def state_in(state_dict: Mapping[str, Any], source: str) -> PrunedState:
             "weights give it as backbone_ckpt_path; to go on with its run remove 'simpler_' and the callback."
         )
         raise CheckpointError(msg)
-    shape = pop_state({key: state_dict[key] for key in _keys(prefix) if key in state_dict}, prefix, source)
-    assert shape is not None
-    return shape
+    keys = [f"{prefix}{key}" for key in (EXTRA_KEY, *STATE_KEYS)]
+    state = pop_state({key: state_dict[key] for key in keys if key in state_dict}, prefix, source)
+    assert state is not None
+    return state
 
 
 def prefixes_of_states(state_dict: Mapping[str, Any]) -> Iterator[str]:
-    """Where in the weights of a model there are backbones that tell their shape: names with a dot at the end, or ''."""
+    """Names of the backbones with a pruned state in the weights of a model, with a dot at the end, or ''."""
     for key, value in state_dict.items():
         prefix, _, name = key.rpartition(".")
         prefix = f"{prefix}." if prefix else ""
@@ -98,18 +98,18 @@ def prefixes_of_states(state_dict: Mapping[str, Any]) -> Iterator[str]:
 
 
 def pop_state(state_dict: MutableMapping[str, Any], prefix: str, source: str) -> PrunedState | None:
-    """Take the shape of one backbone out of the weights of a model, of either form.
+    """Remove the pruned state of one backbone, in its present or its earlier form, from the weights of a model.
 
     Args:
-        state_dict: The weights; what tells the shape is removed.
+        state_dict: The weights, changed in place.
         prefix: Name of the backbone in it, with a dot at the end.
         source: Where they came from, for messages.
 
     Returns:
-        The shape; None if the weights do not tell it.
+        The pruned state; None if there is none.
 
     Raises:
-        CheckpointError: If what they say is damaged.
+        CheckpointError: If it is damaged.
     """
     extra = state_dict.pop(f"{prefix}{EXTRA_KEY}", None)
     buffers = {key: state_dict.pop(f"{prefix}{key}") for key in STATE_KEYS if f"{prefix}{key}" in state_dict}
@@ -119,7 +119,7 @@ def pop_state(state_dict: MutableMapping[str, Any], prefix: str, source: str) ->
 
 
 def parse_state(values: object, source: str) -> PrunedState:
-    """A shape from lists and numbers, checked.
+    """A pruned state from lists and numbers, checked.
 
     Args:
         values: What :meth:`PrunedState.as_plain` gives.
@@ -137,20 +137,20 @@ def parse_state(values: object, source: str) -> PrunedState:
     if not ascending or total > LARGEST_DEPTH:
         raise _damaged(KEPT_KEY, f"{kept} of {total} blocks", "ascending block numbers of that encoder", source)
     widths = values.get(WIDTHS_KEY, [1.0])
-    right = isinstance(widths, list) and 0 < len(widths) <= MOST_WIDTHS and all(map(is_width, widths))
-    if not right or widths != sorted(set(widths)):
+    valid = isinstance(widths, list) and 0 < len(widths) <= MOST_WIDTHS and all(map(is_width, widths))
+    if not valid or widths != sorted(set(widths)):
         raise _damaged(WIDTHS_KEY, widths, "ascending numbers above 0 and at most 1", source)
     repaired = values.get(REPAIRED_KEY, [])
     befores = [before for before, _ in spans_between(kept, total)]
-    right = isinstance(repaired, list) and all(_integers(one) and len(one) == 3 for one in repaired)
-    if not right or (repaired and [before for before, _, _ in repaired] != befores) or not _fit_together(repaired):
+    valid = isinstance(repaired, list) and all(_integers(recovery) and len(recovery) == 3 for recovery in repaired)
+    if not valid or (repaired and [before for before, _, _ in repaired] != befores) or not _fit_together(repaired):
         raise _damaged(REPAIRED_KEY, repaired, "a state, a width and a flag for each dropped range", source)
     maps = tuple((before, width, special) for before, width, special in repaired)
     return PrunedState(tuple(kept), total, float(widths[-1]), tuple(map(float, widths)) if len(widths) > 1 else (), maps)
 
 
 def state_of_callback(state: Mapping[str, Any], source: str) -> PrunedState:
-    """Shape in the state of a SimplerCallback; an earlier one holds the buffers as lists.
+    """Pruned state in that of a SimplerCallback; earlier ones hold the buffers as lists.
 
     Args:
         state: The state.
@@ -165,15 +165,11 @@ def state_of_callback(state: Mapping[str, Any], source: str) -> PrunedState:
     return parse_state(values, source)
 
 
-def _keys(prefix: str) -> list[str]:
-    return [f"{prefix}{key}" for key in (EXTRA_KEY, *STATE_KEYS)]
-
-
 def _parsed(extra: Any) -> object:
-    """The JSON in a tensor of bytes; the tensor if there is none."""
+    """The JSON in a tensor of bytes; the tensor itself if it holds none."""
     if getattr(extra, "ndim", None) != 1 or not 0 < extra.shape[0] <= MOST_BYTES:
         return extra
-    # A copy: FSDP hands tensors over that are not loaded yet, and users may have cast everything to another type.
+    # A copy: FSDP passes tensors that are not loaded yet, and users may have cast everything to another type.
     value = torch.clone(extra).detach().double()
     if not bool(((value >= 0) & (value < 128) & (value == value.round())).all()):
         return extra
@@ -184,16 +180,21 @@ def _parsed(extra: Any) -> object:
 
 
 def _of_buffers(buffers: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists and numbers from the integer buffers of earlier checkpoints; what is none stays as it is, for messages."""
-    found: dict[str, Any] = {}
+    """Lists and numbers from the integer buffers of earlier checkpoints; other tensors stay, for the message."""
+    values: dict[str, Any] = {}
     for key, buffer in buffers.items():
         value = torch.clone(buffer).detach().cpu() if hasattr(buffer, "shape") else torch.as_tensor(buffer)
         if key == WIDTHS_KEY and value.dtype == torch.int64 and value.ndim == 1:
             value = value.view(torch.float64)  # bits, which no precision rounds
         elif value.is_floating_point():
-            return {**found, KEPT_KEY: value}
-        found[key] = value.tolist()
-    return found
+            return {**values, KEPT_KEY: value}
+        values[key] = value.tolist()
+    return values
+
+
+def as_widths(widths: Sequence[float]) -> str:
+    """Widths in words, for messages."""
+    return "widths " + ", ".join(f"{width:g}" for width in widths)
 
 
 def _integers(values: object) -> bool:
@@ -205,8 +206,8 @@ def _fit_together(repaired: Sequence[Sequence[int]]) -> bool:
     return one_width and all(0 < width <= LARGEST_WIDTH and special in (0, 1) for _, width, special in repaired)
 
 
-def _damaged(key: str, found: object, expected: str, source: str) -> CheckpointError:
-    shown = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else str(found)[:100]
+def _damaged(key: str, value: object, expected: str, source: str) -> CheckpointError:
+    shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)[:100]
     return CheckpointError(
         f"Checkpoint {source} has '{key}' {shown}, expected {expected}: it is damaged, take an earlier one."
     )

@@ -14,7 +14,7 @@ FEWEST_FOR_VOTES = 128
 MISSING = "–"  # noqa: RUF001  an en dash reads as "nothing" where a hyphen reads as a minus
 
 
-class Rule(NamedTuple):
+class Criterion(NamedTuple):
     """What one criterion would keep.
 
     Attributes:
@@ -54,13 +54,13 @@ class Depth(NamedTuple):
     chosen: bool
 
 
-def rules(plan: SlimmingPlan) -> list[Rule]:
+def criteria(plan: SlimmingPlan) -> list[Criterion]:
     """Every criterion that was asked: the one of the plan first, those that do not score depths last."""
     own = str(plan.criterion["name"])
-    found = [Rule(own, tuple(plan.kept_blocks), dict(plan.scores) if plan.scores else None, True)]
+    found = [Criterion(own, tuple(plan.kept_blocks), dict(plan.scores) if plan.scores else None, True)]
     others = (plan.overview or {"criteria": {}})["criteria"]
     found += [
-        Rule(name, tuple(rule["kept_blocks"]), rule["scores"] or None, False)
+        Criterion(name, tuple(rule["kept_blocks"]), rule["scores"] or None, False)
         for name, rule in sorted(others.items(), key=lambda item: (not item[1]["scores"], item[0]))
         if name != own
     ]
@@ -148,7 +148,7 @@ def reasons(plan: SlimmingPlan) -> list[str]:
 
 
 def score(value: float | None) -> str:
-    """A score with three digits that count: those of one rule differ by 0.001, of another by 1."""
+    """A score with three digits that count: those of one criterion differ by 0.001, of another by 1."""
     return MISSING if value is None else f"{value:.3g}"
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import summary
-from terratorch_simpler.report.svg import lowest_shown, viridis
+from terratorch_simpler.report.charts import lowest_shown, viridis
 
 CELL = 3
 """Columns of a cell of the heat map: a per cent number and a space."""
@@ -38,14 +39,14 @@ def plan_table(plan: SlimmingPlan) -> Group:
 
 
 def full_table(plan: SlimmingPlan) -> Group:
-    """The same, what every depth costs and what every rule would keep, and the similarity if there is room for it.
+    """The same, what every depth costs and what every criterion would keep, and the similarity if there is room for it.
 
     Args:
         plan: A plan.
     """
-    parts = [plan_table(plan), Text(), *([_depth_table(plan)] if summary.depths(plan) else [])]
+    parts: list[RenderableType] = [plan_table(plan), Text(), *([_depth_table(plan)] if summary.depths(plan) else [])]
     if plan.overview is not None:
-        parts.append(_rule_table(plan))
+        parts.append(_criterion_table(plan))
     return Group(*parts, *([_HeatMap(plan.similarity)] if plan.similarity is not None else []))
 
 
@@ -85,16 +86,13 @@ def _depth_table(plan: SlimmingPlan) -> Table:
     """A row for every depth; columns of which nothing is known are left out."""
     found = summary.depths(plan)
     whole = (plan.parameters or {}).get("before") or found[-1].parameters
-    columns = {
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "score": ("score", lambda depth: summary.score(depth.score)),
         "votes": ("votes", lambda depth: summary.MISSING if depth.votes is None else f"{depth.votes:.1%}"),
         "parameters": ("parameters", lambda depth: f"{summary.short(depth.parameters)} {_bar(depth.parameters, whole)}"),
         "macs": ("MACs", lambda depth: summary.short(depth.macs)),
-        "similarity": (
-            "similarity",
-            lambda depth: summary.MISSING if depth.similarity is None else f"{depth.similarity:.3f}",
-        ),
-        "recovery_r2": ("R²", lambda depth: summary.MISSING if depth.recovery_r2 is None else f"{depth.recovery_r2:.3f}"),
+        "similarity": ("similarity", lambda depth: _three_digits(depth.similarity)),
+        "recovery_r2": ("R²", lambda depth: _three_digits(depth.recovery_r2)),
     }
     shown = {key: column for key, column in columns.items() if any(getattr(depth, key) is not None for depth in found)}
     table = Table(
@@ -120,7 +118,7 @@ def _bar(part: int | None, whole: int | None) -> str:
     return "█" * filled + "░" * (BAR - filled)
 
 
-def _rule_table(plan: SlimmingPlan) -> Table:
+def _criterion_table(plan: SlimmingPlan) -> Table:
     """What each criterion would keep of the same encoder, on the same tiles."""
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -132,9 +130,14 @@ def _rule_table(plan: SlimmingPlan) -> Table:
     table.add_column("criterion")
     table.add_column("blocks", justify="right")
     table.add_column("which", overflow="fold")
-    for rule in summary.rules(plan):
-        which = summary.block_ranges(rule.kept)
-        table.add_row(Text(summary.printable(rule.name)), str(len(rule.kept)), which, style="bold" if rule.chosen else None)
+    for criterion in summary.criteria(plan):
+        which = summary.block_ranges(criterion.kept)
+        table.add_row(
+            Text(summary.printable(criterion.name)),
+            str(len(criterion.kept)),
+            which,
+            style="bold" if criterion.chosen else None,
+        )
     return table
 
 

@@ -1,15 +1,33 @@
-"""What a sweep has measured, for the page: cost against quality, probes by depth, width, recovery, and the table."""
+"""What a sweep has measured: quality over cost, probes by depth, width, recovery, and the rows of the table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
-from xml.etree.ElementTree import Element
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import summary
-from terratorch_simpler.report.svg import Chart, Point, element, log_ticks, span, ticks, whole_ticks
+from terratorch_simpler.report.charts import (
+    CHOSEN,
+    CONTROL,
+    CURVE,
+    INK,
+    OTHERS,
+    SECOND,
+    SOFT,
+    STYLE,
+    draw_series,
+    new_figure,
+    tip,
+    to_svg,
+)
 
 Row = Mapping[str, Any]
 
@@ -18,17 +36,20 @@ COSTS = {
     "macs": ("Operations", "MACs per tile in billions", 1e9),
     "latency_ms": ("Milliseconds", "milliseconds for one tile", 1.0),
 }
-"""Column: what it is, the name of its axis, and the unit of that."""
+"""Column: what it is, the label of its axis, and the unit of that."""
 QUALITY = {
     "linear": "accuracy of a linear probe",
     "knn": "accuracy of nearest neighbours",
     "similarity": "similarity to the last block",
 }
-"""What a slimmed encoder is worth, the one that says most first."""
+"""Quality of a slimmed encoder, the most informative measure first."""
 SPREAD = 10
-"""How many times as much the largest may cost as the smallest before the axis goes by factors."""
+"""Ratio of the largest to the smallest cost above which the axis is logarithmic."""
 MOST_LINES = 5
-PROBES = {"linear": "linear", "knn": "k-NN"}
+LABEL_GAP = 0.05
+"""Least distance of two labels as a share of the axis."""
+WIDTH_MARKERS = {"o": "dots", "s": "squares", "^": "triangles", "v": "turned triangles", "P": "crosses", "*": "stars"}
+PROBES = {"linear": ("linear", CURVE, "-"), "knn": ("k-NN", SECOND, "--")}
 COLUMNS = {
     "depth": ("depth", "d"),
     "width": ("width", "g"),
@@ -46,8 +67,6 @@ COLUMNS = {
     "linear_recovered": ("linear, recovered", ".3f"),
     "knn_recovered": ("k-NN, recovered", ".3f"),
 }
-
-
 BLOCK_COLUMNS = {
     "block": ("block", "d"),
     "explained_variance": ("variance in the first direction", ".3f"),
@@ -56,241 +75,304 @@ BLOCK_COLUMNS = {
 }
 
 
-def measured_section(plan: SlimmingPlan, rows: Sequence[Row]) -> Element:
-    """Charts of what was measured, as far as it was, and all rows.
+class Card(NamedTuple):
+    """One chart of the page.
+
+    Attributes:
+        title: Heading.
+        words: Pairs of a colour key (a class of page.css, or "") and a sentence.
+        svg: The chart.
+    """
+
+    title: str
+    words: list[tuple[str, str]]
+    svg: str
+
+
+def sweep_figure(rows: Sequence[Row]) -> Figure:
+    """Quality over latency and over MACs, with a curve of the best encoders of every width.
+
+    Args:
+        rows: Rows of a sweep.
+    """
+    quality = _quality(rows) or "similarity"
+    with mpl.rc_context(STYLE):
+        figure = new_figure((11, 4.8))
+        axes = figure.subplots(1, 2, sharey=True)
+        for ax, cost in zip(axes, ("latency_ms", "macs"), strict=True):
+            draw_trade_off(ax, rows, cost, quality)
+        axes[1].set_ylabel("")
+    name = summary.printable(rows[0]["name"])
+    figure.suptitle(f"{name}: what every pruned encoder costs and keeps", fontsize=12, parse_math=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def draw_trade_off(axes: Axes, rows: Sequence[Row], cost: str, quality: str, plan: SlimmingPlan | None = None) -> None:
+    """Quality over cost, one marker per width, with the Pareto front; encoders of unknown quality are upright lines.
+
+    Args:
+        axes: Where to draw.
+        rows: Rows of a sweep.
+        cost: A column of :data:`COSTS`.
+        quality: A column of :data:`QUALITY`.
+        plan: The plan whose encoder gets a ring; without it those that a criterion has chosen get one.
+    """
+    title, label, unit = COSTS[cost]
+    known = [
+        (row, x / unit, y)
+        for row in rows
+        if (x := _value(row, cost)) is not None and (y := _value(row, quality)) is not None
+    ]
+    slimmed = [entry for entry in known if entry[0].get("kind") != "control"]
+
+    def value(row: Row) -> str:
+        amount = f"{_name(row)}\n{_cost(float(row[cost]))} {title.lower()}"
+        if (y := _value(row, quality)) is None:
+            return f"{amount}\nquality not measured"
+        return f"{amount}\n{QUALITY[quality]}: {y:.3f}{_interval(row, quality)}"
+
+    labelled: list[tuple[Row, float, float]] = []
+    for number, width in enumerate(_all_widths(rows)):
+        entries = sorted((e for e in slimmed if (_value(e[0], "width") or 1.0) == width), key=lambda e: (e[1], -e[2]))
+        color, marker = (CURVE, *OTHERS)[number % (len(OTHERS) + 1)], list(WIDTH_MARKERS)[number % len(WIDTH_MARKERS)]
+        axes.plot([], [], marker, color=color, ms=5, label=f"width {width:g}")
+        whole = [(x, y, value(row)) for row, x, y in entries if summary.is_prefix(_kept(row))]
+        inner = [(x, y, value(row)) for row, x, y in entries if not summary.is_prefix(_kept(row))]
+        for points, hollow in ((whole, False), (inner, True)):
+            draw_series(axes, points, "", marker, hollow, color=color)
+        front = _pareto_front(entries)
+        axes.plot([x for _, x, _ in front], [y for _, _, y in front], "--", color=color, lw=1)
+        labelled = labelled or front
+        ends = [(x, _value(row, f"{quality}_low"), _value(row, f"{quality}_high")) for row, x, _ in entries]
+        if number == 0 and ends and all(low is not None and high is not None for _, low, high in ends):
+            xs, lows, highs = zip(*ends, strict=True)
+            axes.fill_between(xs, lows, highs, color=color, alpha=0.12, lw=0, label="95 % interval")
+    ringed = [e for e in slimmed if (_is_plan(plan, e[0]) if plan is not None else e[0].get("chosen_by"))]
+    if ringed:
+        ring = "the plan" if plan is not None else "chosen by a criterion"
+        axes.plot(
+            [x for _, x, _ in ringed], [y for _, _, y in ringed], "o", mfc="none", mec=CHOSEN, mew=1.8, ms=11, label=ring
+        )
+    controls = [row for row in rows if row.get("kind") == "control" and _value(row, cost) is not None]
+    for number, row in enumerate(controls):
+        x, y = float(row[cost]) / unit, _value(row, quality)
+        name = summary.printable(row.get("name", ""), 40).replace("$", r"\$").lstrip("_")
+        if y is None:
+            line = axes.axvline(x, color=CONTROL, lw=1.5, ls=("--", ":")[number % 2], label=name)
+        else:
+            (line,) = axes.plot([x], [y], "D", color=CONTROL, ms=6, label=name)
+        tip(line, "control", value(row))
+    amounts = [x for row in rows if (x := _value(row, cost)) is not None]
+    if amounts and min(amounts) > 0 and max(amounts) > SPREAD * min(amounts):
+        axes.set_xscale("log")  # a control may be a hundred times as large, and would push all others together
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(left=0)
+    axes.set(xlabel=label, ylabel=QUALITY[quality])
+    axes.margins(y=0.12)
+    axes.grid(axis="y")
+    last, scale = -math.inf, axes.transScale + axes.transLimits
+    for row, x, y in labelled:
+        if (place := scale.transform((x, y))[0]) - last > LABEL_GAP:
+            text, last = summary.printable(row.get("depth", ""), 20), place
+            axes.annotate(text, (x, y), (0, 6), textcoords="offset points", fontsize=9, ha="center", parse_math=False)
+
+
+def _all_widths(rows: Sequence[Row]) -> list[float]:
+    return sorted({_value(row, "width") or 1.0 for row in rows if row.get("kind") != "control"}, reverse=True)
+
+
+def cards(plan: SlimmingPlan, rows: Sequence[Row]) -> list[Card]:
+    """Charts of what was measured, as far as it was.
+
+    Args:
+        plan: The plan of the same encoder.
+        rows: Rows of a sweep.
+    """
+    made = [*_trade_offs(plan, rows), _probes(rows), _widths(plan, rows), _recovery(rows), _gains(rows)]
+    return [card for card in made if card is not None]
+
+
+def table(plan: SlimmingPlan, rows: Sequence[Row]) -> dict[str, Any]:
+    """Heading and rows of the table of a sweep; columns without any value are left out.
 
     Args:
         plan: The plan of the same encoder; its row is marked.
-        rows: Rows of the sweep.
+        rows: Rows of a sweep.
     """
-    cards = [*_trade_offs(plan, rows), _probes(rows), _widths(plan, rows), _recovery(rows), _gains(rows)]
-    return element(
-        "section",
-        element("h2", "What slimmed encoders are worth"),
-        element(
-            "p",
-            "Each encoder was built, timed on one device, and, where there were labels, its frozen features were judged by "
-            "probes; ranges are bootstrap intervals over images, and a difference within them is noise. A probe "
-            "tells what an encoder knows before it is fine-tuned, not the score after that.",
-            class_="how",
-        ),
-        element("div", *(card for card in cards if card is not None), class_="cards"),
-        _table(plan, rows),
-    )
+    shown = {key: column for key, column in COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
+    return {
+        "head": [(name, kind == "words") for name, kind in shown.values()],
+        "rows": [
+            {
+                "name": "slimmed"
+                if row.get("name") == plan.backbone and row.get("kind") != "control"
+                else summary.printable(row.get("name", "")),
+                "cells": [(_cell(row, key, kind), kind == "words") for key, (_, kind) in shown.items()],
+                "picked": _is_plan(plan, row),
+            }
+            for row in rows
+        ],
+    }
 
 
-def blocks_section(blocks: Sequence[Row]) -> Element:
-    """How rich the output of every block is.
+def block_table(blocks: Sequence[Row]) -> dict[str, Any]:
+    """Heading and rows of the table of blocks.
 
     Args:
         blocks: Rows of blocks.csv.
     """
-    head = element("tr", *(element("th", name, scope="col") for name, _ in BLOCK_COLUMNS.values()))
-    body = [
-        element("tr", *(element("td", _cell(row, key, how)) for key, (_, how) in BLOCK_COLUMNS.items())) for row in blocks
-    ]
-    return element(
-        "section",
-        element("h2", "How rich the output of every block is"),
-        element(
-            "p",
-            "Over patches of the streamed tiles, as the intact encoder leaves them after a block. Little in few directions, "
-            "and features that are alike, say that a block's output is narrower than its number of features.",
-            class_="how",
-        ),
-        element("div", element("table", element("thead", head), element("tbody", *body)), class_="scroll"),
-    )
+    rows = [[_cell(row, key, kind) for key, (_, kind) in BLOCK_COLUMNS.items()] for row in blocks]
+    return {"head": [name for name, _ in BLOCK_COLUMNS.values()], "rows": rows}
 
 
-def _trade_offs(plan: SlimmingPlan, rows: Sequence[Row]) -> list[Element]:
-    """Quality over every cost that was measured; diamonds are controls, the ring is the plan."""
-    quality = next((key for key in QUALITY if any(_value(row, key) is not None for row in rows)), None)
+def _card(title: str, words: list[tuple[str, str]], label: str, draw: Callable[[Axes], object]) -> Card:
+    with mpl.rc_context({**STYLE, "axes.spines.right": False}):
+        figure = new_figure()
+        draw(figure.subplots())
+    return Card(title, words, to_svg(figure, label))
+
+
+def _quality(rows: Sequence[Row]) -> str | None:
+    return next((key for key in QUALITY if any(_value(row, key) is not None for row in rows)), None)
+
+
+def _trade_offs(plan: SlimmingPlan, rows: Sequence[Row]) -> list[Card]:
+    quality = _quality(rows)
     if quality is None:
         return []
-    return [card for cost in COSTS if (card := _trade_off(plan, rows, cost, quality)) is not None]
-
-
-def _trade_off(plan: SlimmingPlan, rows: Sequence[Row], cost: str, quality: str) -> Element | None:
-    title, x_label, unit = COSTS[cost]
-    known = []
-    for row in rows:
-        x, y = _value(row, cost), _value(row, quality)
-        if x is not None and y is not None:
-            tip = f"{_name(row)}\n{_cost(x)} {title.lower()}\n{QUALITY[quality]}: {y:.3f}{_interval(row, quality)}"
-            known.append((row, Point(x / unit, y, tip)))
-    if not known:
-        return None
-    y_range = span([point.y for _, point in known])
-    costs = [x / unit for row in rows if (x := _value(row, cost)) is not None]
-    # A control may be a hundred times as large, and would push all others together.
-    log = min(costs) > 0 and max(costs) > SPREAD * min(costs)
-    x_range = (min(costs) / 1.15, max(costs) * 1.15) if log else (0.0, max(costs) * 1.06 or 1.0)
-    chart = Chart(x_range, y_range, height=250.0, log_x=log)
-    x_ticks = log_ticks(*x_range) if log else ticks(*x_range)
-    svg = chart.picture(f"{QUALITY[quality]} over {x_label}", x_label, QUALITY[quality], x_ticks, ticks(*y_range, 5))
-    front = _pareto_front([point for _, point in known])
-    svg.append(chart.line(front, "line front"))
-    slimmed = [(row, point) for row, point in known if row.get("kind") != "control"]
-    svg.extend(chart.dots((point for row, point in slimmed if _is_whole(row)), "dot"))
-    svg.extend(chart.dots((point for row, point in slimmed if not _is_whole(row)), "dot hollow"))
-    svg.extend(chart.diamonds((point for row, point in known if row.get("kind") == "control"), "control"))
-    svg.extend(_cost_only(chart, rows, cost, quality, y_range[0]))
-    for row, point in known:
-        if _is_plan(plan, row):
-            svg.append(element("circle", cx=chart.x(point.x), cy=chart.y(point.y), r=7.5, class_="ring"))
-        if row.get("kind") != "control" and point in front and _is_whole(row):
-            text = summary.printable(row.get("depth", ""), 20)
-            svg.append(element("text", text, x=chart.x(point.x), y=chart.y(point.y) - 8, class_="middle label"))
-    words: list[Element | str] = [_key("curve", " slimmed, with its depth. ")]
-    if not all(_is_whole(row) for row, _ in slimmed):
-        words.append("Hollow: narrower, or with blocks dropped from inside. ")
+    words = [("curve", "slimmed, with its depth.")]
+    slimmed = [row for row in rows if row.get("kind") != "control"]
+    if not all(summary.is_prefix(_kept(row)) for row in slimmed):
+        words.append(("", "Hollow: blocks dropped from inside."))
+    if len(widths := _all_widths(rows)) > 1:
+        shapes = zip(WIDTH_MARKERS.values(), widths, strict=False)
+        words.append(("", f"Width: {', '.join(f'{shape} {width:g}' for shape, width in shapes)}."))
     if any(row.get("kind") == "control" for row in rows):
-        words.append(_key("control", " other official encoders; on the axis where only their cost is known. "))
-    return _card(
-        f"{title} against {'similarity' if quality == 'similarity' else 'accuracy'}",
-        [*words, "Upper left is better. No encoder is better in both than those on the dashed line; the ring is the plan."],
-        svg,
-    )
-
-
-def _cost_only(chart: Chart, rows: Sequence[Row], cost: str, quality: str, floor: float) -> list[Element]:
-    """Controls that were timed but not judged, on the axis."""
-    unit = COSTS[cost][2]
-    points = [
-        Point(x / unit, floor, f"{_name(row)}\n{_cost(x)} {COSTS[cost][0].lower()}\nquality not measured")
-        for row in rows
-        if row.get("kind") == "control" and _value(row, quality) is None and (x := _value(row, cost)) is not None
-    ]
-    return chart.diamonds(points, "control")
+        words.append(("control", "other official encoders; an upright line where only the cost is known."))
+    better = "Upper left is better. No encoder of its width is better in both than those on a dashed line"
+    words.append(("", f"{better}; the ring is the plan."))
+    goal = "similarity" if quality == "similarity" else "accuracy"
+    return [
+        _card(
+            f"{title} against {goal}", words, f"{QUALITY[quality]} over {label}",
+            partial(draw_trade_off, rows=rows, cost=cost, quality=quality, plan=plan),
+        )
+        for cost, (title, label, _) in COSTS.items()
+        if any(_value(row, cost) is not None and _value(row, quality) is not None for row in rows)
+    ]  # fmt: skip
 
 
 def _cost(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Points that none is cheaper than and at least as good, the cheapest first."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.x, -p.y)):
-        if not front or point.y > front[-1].y:
-            front.append(point)
+def _pareto_front(entries: Sequence[tuple[Row, float, float]]) -> list[tuple[Row, float, float]]:
+    """Entries sorted by cost of which no cheaper one is at least as good."""
+    front: list[tuple[Row, float, float]] = []
+    for entry in entries:
+        if not front or entry[2] > front[-1][2]:
+            front.append(entry)
     return front
 
 
-def _probes(rows: Sequence[Row]) -> Element | None:
-    """Accuracy of each probe after the first n blocks, with intervals; hollow dots are with recovery."""
-    found = _first_blocks(rows)
-    series = {key: _points(found, key, f"{name} probe") for key, name in PROBES.items()}
-    repaired = {key: _points(found, f"{key}_recovered", f"{name} probe with recovery") for key, name in PROBES.items()}
-    everything = [point for points in (*series.values(), *repaired.values()) for point in points]
-    if not any(series.values()):
+def _probes(rows: Sequence[Row]) -> Card | None:
+    prefixes = _first_blocks(rows)
+    if not any(_points(prefixes, key, "") for key in PROBES):
         return None
-    limits = [
-        v for row in found for key in PROBES for end in ("low", "high") if (v := _value(row, f"{key}_{end}")) is not None
-    ]
-    y_range = span([*(point.y for point in everything), *limits])
-    svg, chart = _by_depth(found, y_range, "accuracy", "Accuracy of probes by depth")
-    for key, points in series.items():
-        second = " second" if key == "knn" else ""
-        for row in found:
-            depth, low, high = (_value(row, name) for name in ("depth", f"{key}_low", f"{key}_high"))
-            if depth is not None and low is not None and high is not None:
-                svg.append(chart.whisker(depth, low, high, f"whisker{second}"))
-        svg.append(chart.line(points, f"line{second}"))
-        svg.extend(chart.dots(points, f"dot{second}"))
-        svg.extend(chart.dots(repaired[key], f"dot hollow{second}"))
-    words = [_key("curve", " linear; "), _key("second", " k-NN, dashed. "), "Upright lines are intervals."]
-    if any(repaired.values()):
-        words.append(" Hollow dots: with linear recovery, no training.")
-    return _card("Accuracy by depth", words, svg)
+    recovered = any(_points(prefixes, f"{key}_recovered", "") for key in PROBES)
+
+    def draw(axes: Axes) -> None:
+        for key, (name, color, line) in PROBES.items():
+            for row in prefixes:
+                depth, low, high = (_value(row, column) for column in ("depth", f"{key}_low", f"{key}_high"))
+                if depth is not None and low is not None and high is not None:
+                    axes.plot([depth, depth], [low, high], color=color, lw=1.2, alpha=0.55)
+            draw_series(axes, _points(prefixes, key, f"{name} probe"), line, color=color)
+            draw_series(
+                axes, _points(prefixes, f"{key}_recovered", f"{name} probe with recovery"), "", hollow=True, color=color
+            )
+        _by_depth(axes, "accuracy")
+
+    words = [("curve", "linear;"), ("second", "k-NN, dashed."), ("", "Upright lines are intervals.")]
+    if recovered:
+        words.append(("", "Hollow dots: with linear recovery, no training."))
+    return _card("Accuracy by depth", words, "Accuracy of probes by depth", draw)
 
 
-def _widths(plan: SlimmingPlan, rows: Sequence[Row]) -> Element | None:
-    """Quality over the width, one line for every set of kept blocks that was measured at several."""
+def _widths(plan: SlimmingPlan, rows: Sequence[Row]) -> Card | None:
     quality = next(
         (key for key in QUALITY if any(_value(r, key) is not None and _value(r, "width") != 1.0 for r in rows)), None
     )
-    lines: dict[str, list[Point]] = {}
+    lines: dict[str, list[tuple[float, float, str]]] = {}
     for row in rows:
         width, y = _value(row, "width"), None if quality is None else _value(row, quality)
         if width is not None and y is not None and row.get("kind") != "control":
-            lines.setdefault(str(row.get("kept")), []).append(
-                Point(width, y, f"{_name(row)}\n{y:.3f}{_interval(row, str(quality))}")
-            )
-    lines = {kept: sorted(points) for kept, points in lines.items() if len({point.x for point in points}) > 1}
+            text = f"{_name(row)}\n{y:.3f}{_interval(row, str(quality))}"
+            lines.setdefault(str(row.get("kept")), []).append((width, y, text))
+    lines = {kept: sorted(points) for kept, points in lines.items() if len({x for x, _, _ in points}) > 1}
     if quality is None or not lines:
         return None
-    step = -(-len(lines) // MOST_LINES)
-    own = " ".join(map(str, plan.kept_blocks))
-    lines = {kept: points for number, (kept, points) in enumerate(lines.items()) if kept == own or number % step == 0}
-    y_range = span([point.y for points in lines.values() for point in points])
-    chart = Chart((0.0, 1.04), y_range)
-    svg = chart.picture("Quality by width", "width kept", QUALITY[quality], ticks(0, 1, 5), ticks(*y_range, 5))
-    for kept, points in lines.items():
-        svg.append(chart.line(points, "line picked" if kept == own else "line"))
-        svg.extend(chart.dots(points, "dot picked" if kept == own else "dot"))
-        end = points[0]
-        svg.append(element("text", str(len(kept.split())), x=chart.x(end.x) - 9, y=chart.y(end.y) + 4, class_="end label"))
-    return _card(
-        "Quality by width",
-        ["Share of attention and MLP kept in every block; numbers are the blocks kept, the other colour is the plan."],
-        svg,
-    )
+    step, own = -(-len(lines) // MOST_LINES), " ".join(map(str, plan.kept_blocks))
+    shown = {kept: points for number, (kept, points) in enumerate(lines.items()) if kept == own or number % step == 0}
+
+    def draw(axes: Axes) -> None:
+        for kept, points in shown.items():
+            draw_series(axes, points, color=CHOSEN if kept == own else CURVE)
+            x, y, _ = points[0]
+            axes.annotate(
+                str(len(kept.split())), (x, y), (-8, 0), textcoords="offset points", ha="right", va="center", color=INK
+            )
+        axes.set(xlabel="width kept", ylabel=QUALITY[quality], xlim=(0, 1.04))
+        axes.grid(axis="y")
+
+    words = "Share of attention and MLP kept in every block; numbers are the blocks kept, the other colour is the plan."
+    return _card("Quality by width", [("", words)], "Quality by width", draw)
 
 
-def _recovery(rows: Sequence[Row]) -> Element | None:
+def _recovery(rows: Sequence[Row]) -> Card | None:
     points = _points(_first_blocks(rows), "recovery_r2", "R²")
     if not points:
         return None
-    y_range = span([point.y for point in points], include=[1.0])
-    svg, chart = _by_depth(rows, y_range, "R²", "R² of linear recovery by depth")
-    svg.append(chart.line(points, "line"))
-    svg.extend(chart.dots(points, "dot"))
-    return _card(
-        "Recovery without training", ["Share of the last block's output that a linear map restores; 1 is all."], svg
-    )
+
+    def draw(axes: Axes) -> None:
+        draw_series(axes, points)
+        axes.axhline(1.0, color=SOFT, lw=0.8)
+        _by_depth(axes, "R²")
+
+    words = "Share of the last block's output that a linear map restores; 1 is all."
+    return _card("Recovery without training", [("", words)], "R² of linear recovery by depth", draw)
 
 
-def _gains(rows: Sequence[Row]) -> Element | None:
-    """What recovery adds to each probe."""
-    found = _first_blocks(rows)
+def _gains(rows: Sequence[Row]) -> Card | None:
     bars = []
-    for place, (key, name) in enumerate(PROBES.items()):
-        for row in found:
+    for place, (key, (name, color, _)) in enumerate(PROBES.items()):
+        for row in _first_blocks(rows):
             depth, before, after = (_value(row, column) for column in ("depth", key, f"{key}_recovered"))
             if depth is not None and before is not None and after is not None:
-                bars.append(
-                    (depth + (place - 0.5) * 0.4, after - before, key, f"depth {depth:g}, {name}: {after - before:+.3f}")
-                )
+                gain = after - before
+                bars.append((depth + (place - 0.5) * 0.4, gain, color, f"depth {depth:g}, {name}: {gain:+.3f}"))
     if not bars:
         return None
-    y_range = span([gain for _, gain, _, _ in bars], include=[0.0])
-    svg, chart = _by_depth(rows, y_range, "accuracy gained", "Accuracy gained by recovery, by depth")
-    for x, gain, key, tip in bars:
-        svg.append(chart.bar(x, 0.0, gain, 0.36, "bar second" if key == "knn" else "bar", tip))
-    svg.append(
-        element(
-            "line", x1=chart.x(chart.x_range[0]), x2=chart.x(chart.x_range[1]), y1=chart.y(0), y2=chart.y(0), class_="axis"
-        )
-    )
-    words = [_key("curve", " linear; "), _key("second", " k-NN. "), "Accuracy with recovery less that without."]
-    return _card("What recovery gains", words, svg)
+
+    def draw(axes: Axes) -> None:
+        for x, gain, color, text in bars:
+            tip(axes.bar([x], [gain], 0.36, color=color)[0], "bar", text)
+        axes.axhline(0.0, color=SOFT, lw=0.8)
+        _by_depth(axes, "accuracy gained")
+
+    words = [("curve", "linear;"), ("second", "k-NN."), ("", "Accuracy with recovery less that without.")]
+    return _card("What recovery gains", words, "Accuracy gained by recovery, by depth", draw)
 
 
-def _table(plan: SlimmingPlan, rows: Sequence[Row]) -> Element:
-    shown = {key: column for key, column in COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
-    names = (element("th", name, scope="col", class_="left" if how == "words" else None) for name, how in shown.values())
-    head = element("tr", element("th", "encoder", scope="col", class_="left"), *names)
-    body = []
-    for row in rows:
-        cells = [
-            element("td", _cell(row, key, how), class_="words" if how == "words" else None)
-            for key, (_, how) in shown.items()
-        ]
-        name = "slimmed" if row.get("name") == plan.backbone and row.get("kind") != "control" else row.get("name", "")
-        first = element("th", summary.printable(name), scope="row", class_="left")
-        body.append(element("tr", first, *cells, class_="picked" if _is_plan(plan, row) else None))
-    return element("div", element("table", element("thead", head), element("tbody", *body), class_="many"), class_="scroll")
+def _by_depth(axes: Axes, label: str) -> None:
+    axes.set(xlabel="blocks kept", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=2))
+    axes.grid(axis="y")
 
 
 def _cell(row: Row, key: str, how: str) -> str:
@@ -330,31 +412,16 @@ def _is_whole(row: Row) -> bool:
 
 def _first_blocks(rows: Sequence[Row]) -> list[Row]:
     """Encoders of the first n blocks at full width, in order of n."""
-    found = [row for row in rows if row.get("kind") != "control" and _kept(row) and _is_whole(row)]
-    return sorted(found, key=lambda row: len(_kept(row)))
+    prefixes = [row for row in rows if row.get("kind") != "control" and _kept(row) and _is_whole(row)]
+    return sorted(prefixes, key=lambda row: len(_kept(row)))
 
 
-def _points(rows: Sequence[Row], key: str, name: str) -> list[Point]:
+def _points(rows: Sequence[Row], key: str, name: str) -> list[tuple[float, float, str]]:
     return [
-        Point(depth, value, f"depth {depth:g}, {name}: {value:.3f}{_interval(row, key)}")
+        (depth, value, f"depth {depth:g}, {name}: {value:.3f}{_interval(row, key)}")
         for row in rows
         if (depth := _value(row, "depth")) is not None and (value := _value(row, key)) is not None
     ]
-
-
-def _by_depth(rows: Sequence[Row], y_range: tuple[float, float], y_label: str, label: str) -> tuple[Element, Chart]:
-    deepest = max(len(_kept(row)) for row in _first_blocks(rows))
-    chart = Chart((0.4, deepest + 0.6), y_range)
-    return chart.picture(label, "blocks kept", y_label, whole_ticks(1, deepest), ticks(*y_range, 5)), chart
-
-
-def _card(title: str, words: Sequence[Element | str], chart: Element) -> Element:
-    return element("figure", element("h3", title), element("p", *words), chart, class_="card")
-
-
-def _key(class_: str, words: str) -> Element:
-    key = element("span", class_=f"key {class_}")
-    return element("span", key, words)
 
 
 def _value(row: Row, key: str) -> float | None:

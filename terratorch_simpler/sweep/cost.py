@@ -98,7 +98,7 @@ class _Pass:
         self._run(images)
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / 1000
+        return float(first.elapsed_time(last)) / 1000
 
     def images(self, batch: int) -> Any:
         """Seeded noise."""
@@ -114,7 +114,7 @@ class _Pass:
         """Bytes of weights and input, and the most that one pass adds to them."""
         images = self.images(1)
         held = [*self._encoder.parameters(), *self._encoder.buffers(), *tree_leaves(images)]
-        return sum(tensor.nbytes for tensor in held) + added_memory(lambda: self._run(images), held, self._device)
+        return sum(int(tensor.nbytes) for tensor in held) + added_memory(lambda: self._run(images), held, self._device)
 
     def _run(self, images: Any) -> None:
         with self._precision():
@@ -134,13 +134,13 @@ def added_memory(run: Callable[[], object], held: Sequence[Tensor], device: torc
     if device.type != "cuda":
         with TensorBytes(held) as tensors:
             run()
-        return tensors.peak
+        return int(tensors.peak)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return int(torch.cuda.max_memory_allocated(device) - before)
 
 
 def _latency(passes: Sequence[_Pass], repeats: int, random: np.random.Generator) -> list[float]:
@@ -182,8 +182,8 @@ class TensorBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
         self._now = 0
         self._alive = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 

@@ -17,7 +17,8 @@ def explained_variance(covariance: Tensor) -> Tensor:
     Args:
         covariance: (..., D, D).
     """
-    return torch.linalg.eigvalsh(covariance)[..., -1] / _trace(covariance)
+    largest: Tensor = torch.linalg.eigvalsh(covariance)[..., -1]
+    return largest / _trace(covariance)
 
 
 def effective_dimension(covariance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The lines of a sweep, as they go to sweep.csv, to the table and to the page."""
+"""Rows of a sweep: for sweep.csv, for the page, and as a table in the terminal."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.report.summary import block_ranges, is_prefix
 from terratorch_simpler.sweep.cost import Cost
 from terratorch_simpler.sweep.variants import Variant
 
@@ -25,7 +29,21 @@ COLUMNS = (
 )
 
 SCORE = "score_"
-"""What comes before the name of a criterion in the columns of scores, one for each that has judged depths."""
+"""What comes before the name of a criterion in the columns of scores, one for each that scores depths."""
+
+SHOWN = {
+    "width": ("width", 1, "{:g}"),
+    "parameters": ("M par.", 1e6, "{:.2f}"),
+    "macs": ("GMACs", 1e9, "{:.3f}"),
+    "latency_ms": ("ms", 1, "{:.2f}"),
+    "throughput": ("tiles/s", 1, "{:.0f}"),
+    "peak_memory_mib": ("MiB", 1, "{:.0f}"),
+    "similarity": ("CKA", 1, "{:.3f}"),
+    "recovery_r2": ("R2", 1, "{:.3f}"),
+    "knn": ("k-NN", 1, "{:.3f}"),
+    "linear": ("linear", 1, "{:.3f}"),
+}
+"""Heading, unit and format of the columns in the terminal."""
 
 
 def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -46,7 +64,7 @@ def row_of_variant(plan: SlimmingPlan, variant: Variant, cost: Cost, probed: Map
     known = variant.first_blocks and variant.width == 1.0  # what the plan says is about the first blocks at full width
     overview = plan.overview or {}
     of_depth = overview.get("depths") or {}
-    judged = {name: rule["scores"] or {} for name, rule in (overview.get("criteria") or {}).items()}
+    criteria = {name: criterion["scores"] or {} for name, criterion in (overview.get("criteria") or {}).items()}
     return {
         **dict.fromkeys(COLUMNS),
         "kind": "slimmed",
@@ -59,7 +77,7 @@ def row_of_variant(plan: SlimmingPlan, variant: Variant, cost: Cost, probed: Map
         "similarity": plan.similarity[depth - 1][-1] if known and plan.similarity is not None else None,
         "recovery_r2": of_depth.get(depth, {}).get("recovery_r2") if known else None,
         **probed,
-        **{f"{SCORE}{name}": scores.get(depth) if known else None for name, scores in judged.items()},
+        **{f"{SCORE}{name}": scores.get(depth) if known else None for name, scores in criteria.items()},
     }
 
 
@@ -89,3 +107,33 @@ def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: s
         writer.writeheader()
         writer.writerows(rows)
     return Path(path)
+
+
+def sweep_table(rows: Sequence[Row]) -> Table:
+    """One line for every way of slimming, and for the small official models below; only columns that say something.
+
+    Args:
+        rows: Lines of a sweep.
+    """
+    shown = [key for key in SHOWN if any(row[key] not in (None, 1.0 if key == "width" else None) for row in rows)]
+    table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=True)
+    table.add_column("encoder", no_wrap=True)
+    for key in shown:
+        table.add_column(SHOWN[key][0], justify="right", no_wrap=True)
+    table.add_column("chosen by")
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and (before["kind"], before["width"]) != (row["kind"], row["width"]):
+            table.add_section()
+        table.add_row(_name(row), *(_cell(row[key], *SHOWN[key][1:]) for key in shown), row["chosen_by"])
+    return table
+
+
+def _cell(value: float | None, unit: float, shape: str) -> str:
+    return "" if value is None else shape.format(value / unit)
+
+
+def _name(row: Row) -> str:
+    if row["kind"] == "control":
+        return str(row["name"])
+    kept = [int(block) for block in row["kept"].split()]
+    return f"first {len(kept)}" if is_prefix(kept) else f"blocks {block_ranges(kept)}"

@@ -8,28 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor
 
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import ConfigurationError
-from terratorch_simpler.extraction import Measurement, RecoverySums
-from terratorch_simpler.lightning.callback import PAGE_FILE
-from terratorch_simpler.lightning.selection import check_split, find_backbone, on_device, precision_of
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.extraction import Measurement, RecoveryStatistics, on_device
+from terratorch_simpler.lightning.labelled import check_split
+from terratorch_simpler.lightning.reporting import PAGE_FILE
+from terratorch_simpler.lightning.task import precision_of
+from terratorch_simpler.logger import log
+from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.pruning.recovery import LinearRecovery
 from terratorch_simpler.report import report_page, save_figure, save_page
-from terratorch_simpler.sweep.controls import build_controls
+from terratorch_simpler.report.tradeoffs import sweep_figure
 from terratorch_simpler.sweep.cost import measure_costs
 from terratorch_simpler.sweep.diagnostics import BLOCK_COLUMNS, diagnose_blocks
-from terratorch_simpler.sweep.figure import sweep_figure
-from terratorch_simpler.sweep.judge import Recover, judge
-from terratorch_simpler.sweep.rows import Row, columns_of, row_of_control, row_of_variant, write_csv
-from terratorch_simpler.sweep.table import sweep_table
-from terratorch_simpler.sweep.variants import list_variants, slimmed
+from terratorch_simpler.sweep.probing import Recover, probe_variants
+from terratorch_simpler.sweep.rows import Row, columns_of, row_of_control, row_of_variant, sweep_table, write_csv
+from terratorch_simpler.sweep.variants import build_controls, build_variants, list_variants
 
 CSV_FILE = "sweep.csv"
 BLOCKS_FILE = "blocks.csv"
@@ -45,7 +44,7 @@ class SweepSettings:
 
     Attributes:
         widths: Kept shares of width.
-        probe: Whether frozen features are judged by their labels.
+        probe: Whether probes are fitted to frozen features and the labels.
         repeats: Timed passes of a single tile.
 
     Raises:
@@ -57,12 +56,12 @@ class SweepSettings:
     repeats: int = 20
 
     def __post_init__(self) -> None:
-        """Refuse what is impossible."""
+        """Check the ranges."""
         if wrong := [width for width in self.widths if not 0 < width <= 1]:
-            msg = f"Found widths {wrong}, expected shares above 0 and up to 1: change --widths."
+            msg = f"--widths takes shares above 0 and up to 1, but got {wrong}."
             raise ConfigurationError(msg)
         if self.repeats < 1:
-            msg = f"Found repeats {self.repeats}, expected at least 1: change --repeats."
+            msg = f"--repeats has to be at least 1, but is {self.repeats}."
             raise ConfigurationError(msg)
 
 
@@ -77,7 +76,7 @@ class Sweep:
     def __init__(self, task: LightningModule, settings: SweepSettings) -> None:
         self._intact = copy.deepcopy(find_backbone(task))
         self._settings = settings
-        self._repairs: RecoverySums | None = None
+        self._statistics: RecoveryStatistics | None = None
 
     def check(self, trainer: Trainer, task: LightningModule) -> None:
         """Refuse to probe without labels, before anything is computed.
@@ -89,9 +88,9 @@ class Sweep:
             check_split(trainer, task, "train", SEED)
             check_split(trainer, task, "val", SEED)
 
-    def take(self, found: Measurement) -> None:
-        """Take over what the selection has measured."""
-        self._repairs = found.repairs
+    def record(self, measurement: Measurement) -> None:
+        """Keep the statistics of linear recovery that the selection has measured."""
+        self._statistics = measurement.recovery
 
     def run(self, trainer: Trainer, task: LightningModule, folder: Path) -> None:
         """Measure, and write ``sweep.csv``, ``blocks.csv`` and ``sweep.png`` beside the plan, and its page anew.
@@ -104,14 +103,14 @@ class Sweep:
         plan = find_backbone(task).plan
         assert plan is not None  # a plan was made, or this would not run
         rows = self._rows(trainer, task, plan)
-        blocks = [] if self._repairs is None else diagnose_blocks(self._repairs.patch, plan.full_num_blocks)
+        blocks = [] if self._statistics is None else diagnose_blocks(self._statistics.patch, plan.full_num_blocks)
         Console(width=max(Console().width, NARROWEST)).print(sweep_table(rows))
         path = write_csv(rows, columns_of(rows), folder / CSV_FILE)
         if blocks:
             write_csv(blocks, BLOCK_COLUMNS, folder / BLOCKS_FILE)
         save_figure(sweep_figure(rows), folder / FIGURE_FILE)
         save_page(report_page(plan, rows, blocks), folder / PAGE_FILE)
-        rank_zero_info(f"The comparison is in {path}.")
+        log.info(f"The comparison is in {path}.")
 
     def _rows(self, trainer: Trainer, task: LightningModule, plan: SlimmingPlan) -> list[Row]:
         intact = self._intact
@@ -120,11 +119,11 @@ class Sweep:
         controls = list(build_controls(intact, arguments))
         shape = _input_shape(plan, intact)
         with on_device(torch.nn.ModuleList([intact, *controls]), trainer.strategy.root_device):
-            encoders = [*slimmed(intact, variants), *controls]
+            encoders = [*build_variants(intact, variants), *controls]
             costs = measure_costs(encoders, shape, self._settings.repeats, lambda: precision_of(trainer), SEED)
-        probed = (
-            judge(trainer, task, intact, variants, SEED, self._recover()) if self._settings.probe else [{}] * len(variants)
-        )
+        probed: list[dict[str, float]] = [{}] * len(variants)
+        if self._settings.probe:
+            probed = probe_variants(trainer, task, intact, variants, SEED, self._recover())
         slim = [
             row_of_variant(plan, variant, cost, columns)
             for variant, cost, columns in zip(variants, costs, probed, strict=False)
@@ -136,27 +135,28 @@ class Sweep:
         return [*slim, *others]
 
     def _recover(self) -> Recover | None:
-        """What the last block would have answered, by the linear maps of the selection."""
-        if self._repairs is None or not self._repairs.patch.enough:
+        """The output of the last block, predicted by the linear maps of the selection."""
+        if self._statistics is None or not self._statistics.patch.sufficient:
             return None
         total, prefix = self._intact.full_num_blocks, self._intact.prefix_tokens
-        maps = {before: LinearRecovery(one, prefix) for before, one in self._repairs.maps(self._repairs.patch.spans).items()}
+        solved = self._statistics.solve(self._statistics.patch.spans)
+        maps = {before: LinearRecovery(one, prefix) for before, one in solved.items()}
 
         def recover(depth: int, output: Tensor) -> Tensor:
-            return output if depth == total else maps[depth].to(output.device)(output)  # type: ignore[no-any-return]
+            return output if depth == total else maps[depth].to(output.device)(output)
 
         return recover
 
 
 def _input_shape(plan: SlimmingPlan, backbone: SimplerBackbone) -> InputShape:
     """Shape of one input as it was streamed; the encoder's own if nothing was."""
-    found: Mapping[str, Sequence[int]] | Sequence[int] | None = (plan.data or {}).get("input_shape", backbone.input_shape)
-    if found is None:
+    shape: Mapping[str, Sequence[int]] | Sequence[int] | None = (plan.data or {}).get("input_shape", backbone.input_shape)
+    if shape is None:
         msg = (
-            f"Found no input shape for '{backbone.name}' and a criterion that streams no tiles, expected one of them: use a "
-            "criterion that compares blocks."
+            f"The input shape of '{backbone.name}' is not known, and the criterion streams no tiles that would show it: use "
+            "a criterion that compares blocks."
         )
         raise ConfigurationError(msg)
-    if isinstance(found, Mapping):
-        return {name: tuple(part) for name, part in found.items()}
-    return tuple(found)
+    if isinstance(shape, Mapping):
+        return {name: tuple(part) for name, part in shape.items()}
+    return tuple(shape)

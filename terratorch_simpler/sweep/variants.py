@@ -1,4 +1,4 @@
-"""Every way of slimming an encoder that is compared, without a copy of its weights for each."""
+"""Encoders that a sweep compares: every variant of the intact one, sharing weights, and small official models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from itertools import chain
 from typing import Any
 
 import torch
+from terratorch.registry import BACKBONE_REGISTRY
 from torch import nn
 
-from terratorch_simpler.lightning.selection import find_backbone
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from terratorch_simpler.plan import SlimmingPlan
+
+CONTROLS = {
+    "Prithvi": ("prithvi_eo_v2_tiny_tl", "prithvi_eo_v2_100_tl"),
+    "TerraMind": ("terramind_v1_tiny", "terramind_v1_small"),
+}
+INPUT_SETTINGS = ("bands", "modalities", "num_frames")
+"""What says which input an encoder takes."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ def list_variants(plan: SlimmingPlan, fewest_blocks: int, widths: Sequence[float
         fewest_blocks: Fewest blocks that the encoder works with.
         widths: Kept shares of width.
     """
-    picked = {name: tuple(found["kept_blocks"]) for name, found in _criteria(plan).items()}
+    picked = {name: tuple(choice["kept_blocks"]) for name, choice in _criteria(plan).items()}
     picked[plan.criterion["name"]] = tuple(plan.kept_blocks)
     depths = [tuple(range(depth)) for depth in range(fewest_blocks, plan.full_num_blocks + 1)]
     others = sorted({kept for kept in picked.values() if len(kept) >= fewest_blocks} - set(depths))
@@ -61,7 +68,7 @@ def _criteria(plan: SlimmingPlan) -> Mapping[str, Any]:
     return overview.get("criteria") or {}
 
 
-def slimmed(intact: SimplerBackbone, variants: Sequence[Variant]) -> list[SimplerBackbone]:
+def build_variants(intact: SimplerBackbone, variants: Sequence[Variant]) -> list[SimplerBackbone]:
     """The encoder in every variant; those of one width share their weights, those of full width with the intact one.
 
     Args:
@@ -81,14 +88,14 @@ def slimmed(intact: SimplerBackbone, variants: Sequence[Variant]) -> list[Simple
 
 
 def _sharing_weights(encoder: SimplerBackbone) -> SimplerBackbone:
-    """A copy of the structure, around the same tensors."""
+    # a copy of the modules around the same tensors
     tensors: chain[torch.Tensor] = chain(encoder.parameters(), encoder.buffers())
     return copy.deepcopy(encoder, {id(tensor): tensor for tensor in tensors})
 
 
 @contextmanager
-def exchanged(task: nn.Module, encoder: SimplerBackbone) -> Iterator[None]:
-    """Put another encoder into a task for a while."""
+def replace_encoder(task: nn.Module, encoder: SimplerBackbone) -> Iterator[None]:
+    """Put another encoder into a task, then restore its own."""
     own = find_backbone(task)
     path, _, name = next(path for path, part in task.named_modules() if part is own).rpartition(".")
     parent = task.get_submodule(path)
@@ -97,3 +104,20 @@ def exchanged(task: nn.Module, encoder: SimplerBackbone) -> Iterator[None]:
         yield
     finally:
         setattr(parent, name, own)
+
+
+def build_controls(backbone: SimplerBackbone, model_args: Mapping[str, Any]) -> Iterator[SimplerBackbone]:
+    """The smallest official models of the encoder's family, for the same input, with random weights.
+
+    Args:
+        backbone: The encoder; it is not a control of itself.
+        model_args: Arguments of the task's model.
+    """
+    settings = {
+        **(model_args.get("backbone_kwargs") or {}),
+        **{key.removeprefix("backbone_"): value for key, value in model_args.items() if key.startswith("backbone_")},
+    }
+    same_input = {key: settings[key] for key in INPUT_SETTINGS if key in settings}
+    for name in CONTROLS.get(backbone.family, ()):
+        if name != backbone.name:
+            yield BACKBONE_REGISTRY.build(f"simpler_{name}", pretrained=False, **same_input).eval()

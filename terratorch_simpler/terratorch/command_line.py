@@ -20,7 +20,7 @@ LONGEST = 400
 """Characters of an error of TerraTorch's parser, which repeats the whole config."""
 
 
-class _Built(cli_tools.MyLightningCLI):
+class _Built(cli_tools.MyLightningCLI):  # type: ignore[misc]
     """TerraTorch's command line with task, datamodule and trainer built, and no config saved.
 
     ``ckpt_path`` is an argument of the run itself. Lightning would take the task's settings from that checkpoint.

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import SaveConfigCallback
 
 from terratorch_simpler.files import atomic_write
+from terratorch_simpler.lightning.internals import default_callbacks
 
 DEPLOY_CONFIG = "config_deploy.yaml"
 IMPORT = {"class_path": "terratorch_simpler.SimplerCallback"}
-"""Leaves an encoder that is cut already as it is."""
+"""Leaves an encoder that is pruned already as it is."""
 
 
 class KeepImport(Callback):
-    """Lists our callback in the deployment file of a command line, whichever command has written it.
+    """Lists SimplerCallback in the deployment file, whichever command has written it.
 
     TerraTorch writes the file in setup, in ``fit``, ``validate``, ``test`` and ``predict`` alike; these hooks come next.
     """
@@ -42,25 +41,14 @@ class KeepImport(Callback):
 
 
 def keep_import() -> None:
-    """If a command line builds the model just now, have its trainer keep the deployment file loadable.
+    """If a command line is building the model, add :class:`KeepImport` to its trainer.
 
-    A backbone of ours is in the model, however the package came to be imported: by a callback, by ``custom_modules_path``
-    or by hand.
+    Called when a SimplerBackbone is built, however the package was imported: by a callback, by ``custom_modules_path`` or by
+    hand.
     """
-    cli = command_at_work()
-    callbacks = None if cli is None else cli.trainer_defaults.get("callbacks")
-    if isinstance(callbacks, list) and not any(isinstance(callback, KeepImport) for callback in callbacks):
+    callbacks = default_callbacks()
+    if callbacks is not None and not any(isinstance(callback, KeepImport) for callback in callbacks):
         callbacks.append(KeepImport())
-
-
-def command_at_work() -> Any:
-    """The LightningCLI that builds callbacks or the model just now, which it tells neither of them; or None."""
-    frame = sys._getframe()
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), LightningCLI):
-            return frame.f_locals["self"]
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
 
 
 def _list_import(trainer: Trainer) -> None:

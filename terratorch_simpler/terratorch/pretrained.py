@@ -1,8 +1,9 @@
-"""Weights for an encoder from a file of the user's: a pruned encoder rebuilds its shape, and an unread file is an error."""
+"""Weights of a file named in the config: a pruned encoder is rebuilt, and a file that does not fit is an error."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +19,47 @@ from terratorch_simpler.models.state import prefixes_of_states, state_in
 from terratorch_simpler.plan import SlimmingPlan
 
 FILE_ARGUMENTS = ("ckpt_path", "ckpt_data", "checkpoint_path")
-"""What TerraTorch's and timm's encoders call the file of weights."""
-COMPARED = 8
-"""Numbers at the start of a tensor by which it is recognised in a file."""
+"""Arguments of TerraTorch's and timm's encoders that name a file of weights."""
+FINGERPRINT_LENGTH = 8
+"""Leading values of a tensor that identify it in a file."""
 ADAPTER_PARTS = {"base_layer", "q_linear", "k_linear", "v_linear"}
 """Parts of layers with LoRA, and of those that TerraTorch splits for it."""
 
 Weights = Mapping[str, Any]
+Files = Mapping[str, tuple[Path, object]]
+"""Path and content of the local files of weights, by argument."""
 
 
-def take_pruned_weights(name: str, arguments: dict[str, Any]) -> Weights | None:
-    """Weights of a SimplerBackbone, if that is what the file among the arguments of an encoder holds.
+def read_files(arguments: Mapping[str, Any]) -> Files:
+    """Read the local files of weights among the arguments of an encoder, once; tensors stay on the disk until they are used.
+
+    A file that cannot be read is left out: the encoder reports it.
+    """
+    files: dict[str, tuple[Path, object]] = {}
+    for argument in FILE_ARGUMENTS:
+        value = arguments.get(argument)
+        if isinstance(value, str | Path) and (path := Path(value)).is_file():
+            with suppress(Exception):  # a damaged file raises anything
+                files[argument] = path, load_mapped(path)
+    return files
+
+
+def pop_pruned_weights(name: str, arguments: dict[str, Any], files: Files) -> Weights | None:
+    """Weights of a SimplerBackbone, if one of the files holds some.
 
     Args:
         name: Name of the encoder.
-        arguments: Arguments of the encoder. If so, the file is taken out, and nothing else is to be fetched.
+        arguments: Arguments of the encoder, changed in place: the file is removed and ``pretrained`` set to false.
+        files: What :func:`read_files` has returned for them.
 
     Returns:
-        The weights of the backbone; None if the file is another one, or there is none.
+        The weights of the backbone; None if there is no such file.
 
     Raises:
-        CheckpointError: If they cannot be taken from it: adapters, or several backbones.
+        CheckpointError: If the file holds adapters, or several backbones.
     """
-    for argument in FILE_ARGUMENTS:
-        if (path := _local(arguments.get(argument))) is None:
-            continue
-        weights = _weights_in(_content(path), path)
-        if weights is not None:
+    for argument, (path, content) in files.items():
+        if (weights := _weights_in(content, path)) is not None:
             del arguments[argument]
             if name.startswith("dinov3"):
                 arguments[argument] = None  # it insists on the argument
@@ -61,13 +76,13 @@ def load_pruned(
     plan: str | Path | None = None,
     width: float = 1.0,
 ) -> None:
-    """Give an intact backbone the shape and the weights of a pruned one, then prune it further if asked to.
+    """Load the pruned state and the weights of a pruned backbone into an intact one, then prune it further if asked to.
 
     Args:
         backbone: An intact backbone.
-        weights: What :func:`take_pruned_weights` has found.
+        weights: What :func:`pop_pruned_weights` has returned.
         keep: Blocks to keep of those.
-        plan: Plan to apply; one that the weights follow already changes nothing.
+        plan: Plan to apply; no-op if the weights are pruned as it says.
         width: Width; 1 for that of the weights.
 
     Raises:
@@ -75,9 +90,9 @@ def load_pruned(
         DepthError: If a block to keep is not among them.
         ConfigurationError: If they are narrower than the width.
     """
-    shape = state_in(weights, "of backbone_ckpt_path")
-    if shape.trained_widths:
-        backbone.set_width(min(width, shape.width))  # loads the slices of this width
+    state = state_in(weights, "of backbone_ckpt_path")
+    if state.trained_widths:
+        backbone.set_width(min(width, state.width))  # loads the slices of this width
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as err:
@@ -92,56 +107,44 @@ def load_pruned(
     if keep is not None:
         backbone.prune_depth(resolve_keep(keep, backbone.full_num_blocks))
     if plan is not None:
-        wanted = SlimmingPlan.load(plan)
-        if (wanted.kept_blocks, wanted.width) != (backbone.kept, backbone.width):
-            backbone.slim(wanted)
+        loaded = SlimmingPlan.load(plan)
+        if (loaded.kept_blocks, loaded.width) != (backbone.kept, backbone.width):
+            backbone.slim(loaded)
     if width != 1:
         backbone.set_width(width)
 
 
-def check_loaded(encoder: nn.Module, name: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse a file of weights of which most of the encoder has taken nothing; TerraTorch logs that at best.
+def check_loaded(encoder: nn.Module, name: str, arguments: Mapping[str, Any], files: Files) -> None:
+    """Refuse a file of weights that most of the encoder was not loaded from; TerraTorch at most logs that.
 
     Args:
         encoder: The encoder that TerraTorch has built.
         name: Its name.
         arguments: What it was built with.
+        files: What :func:`read_files` has returned for them.
 
     Raises:
         CheckpointError: If fewer than half of its matrices are those of the file.
     """
     if name.startswith("prithvi") and not arguments.get("pretrained"):
         return  # TerraTorch reads no file then, and says so
-    for argument in FILE_ARGUMENTS:
-        if (path := _local(arguments.get(argument))) is None or (content := _content(path)) is None:
-            continue
-        known = {_mark(value) for value in filter(torch.is_tensor, tree_leaves(content))}
+    for argument, (path, content) in files.items():
+        in_file = {_fingerprint(value) for value in filter(torch.is_tensor, tree_leaves(content))}
         matrices = [value for value in encoder.parameters() if value.ndim > 1]
-        found = sum(_mark(value) in known for value in matrices)
-        if 2 * found < len(matrices):
+        loaded = sum(_fingerprint(value) in in_file for value in matrices)
+        if 2 * loaded < len(matrices):
             msg = (
-                f"File {path} has left {len(matrices) - found} of {len(matrices)} matrices of '{name}' as they were, "
+                f"File {path} has left {len(matrices) - loaded} of {len(matrices)} matrices of '{name}' as they were, "
                 f"expected weights of this encoder: change backbone_{argument}, or the encoder."
             )
             raise CheckpointError(msg)
 
 
-def _local(path: object) -> Path | None:
-    found = Path(path) if isinstance(path, str | Path) else None
-    return found if found is not None and found.is_file() else None
-
-
-def _content(path: Path) -> object:
-    """What is in a file; None if it cannot be read, about which the encoder will complain."""
-    try:
-        return load_mapped(path)
-    except Exception:  # a damaged file raises anything
-        return None
-
-
 def _weights_in(content: object, path: Path) -> Weights | None:
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    prefixes = sorted(set(prefixes_of_states(state))) if isinstance(state, Mapping) else []
+    if not isinstance(state, Mapping):
+        return None
+    prefixes = sorted(set(prefixes_of_states(state)))
     if not prefixes:
         return None
     if len(prefixes) > 1:
@@ -158,5 +161,5 @@ def _weights_in(content: object, path: Path) -> Weights | None:
     return weights
 
 
-def _mark(value: Tensor) -> tuple[float, ...]:
-    return (float(value.numel()), *value.detach().flatten()[:COMPARED].float().tolist())
+def _fingerprint(value: Tensor) -> tuple[float, ...]:
+    return (float(value.numel()), *value.detach().flatten()[:FINGERPRINT_LENGTH].float().tolist())

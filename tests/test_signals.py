@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from terratorch_simpler import SlimmingPlan
 from terratorch_simpler.lightning.signals import Stopped, StoppedForRequeue, StopSignals, requeue_job
-from tests.runs import Command, config, free_port
+from tests.cli_runner import Command, config, free_port
 
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
          "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS_PER_NODE": "1"}  # fmt: skip
@@ -198,7 +198,7 @@ def test_only_automatic_requeueing_takes_the_queues_signal(monkeypatch, auto, ex
         monkeypatch.setenv(name, value)
     cluster = SLURMEnvironment(auto_requeue=auto, requeue_signal=signal.SIGUSR2)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, plugins=[cluster])
-    wanted = StopSignals(trainer)._wanted
+    wanted = StopSignals(trainer)._exceptions
     assert wanted.get(signal.SIGUSR2) is expected
     assert wanted[signal.SIGTERM] is Stopped
 

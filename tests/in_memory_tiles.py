@@ -2,7 +2,7 @@
 
 import torch
 
-from terratorch_simpler.data import Share, Skip, Skipped
+from terratorch_simpler.data import Shard, Skip, SkipCounter
 
 
 class Tiles:
@@ -17,8 +17,8 @@ class Tiles:
         self.extra = extra or {}
         self.broken = set(broken)
         self.max_bad_fraction = max_bad_fraction
-        self.share = Share()
-        self.skips = self.no_skips()
+        self.share = Shard()
+        self.skips = self.new_skip_counter()
         self.on_skip = None
         self.pin_memory = False
 
@@ -26,11 +26,11 @@ class Tiles:
     def skipped(self):
         return dict(self.skips.counts)
 
-    def no_skips(self):
-        return Skipped(self.count, self.max_bad_fraction)
+    def new_skip_counter(self):
+        return SkipCounter(self.count, self.max_bad_fraction)
 
     def shard(self, num_shards, index, block=1, start=0):
-        self.share = Share(num_shards, index, block, start)
+        self.share = Shard(num_shards, index, block, start)
         return self
 
     def describe(self):
@@ -40,7 +40,7 @@ class Tiles:
         return self.count
 
     def __iter__(self):
-        self.skips = self.no_skips()
+        self.skips = self.new_skip_counter()
         waiting = []
         for position in self.share.positions(self.count).tolist():
             if position in self.broken:

@@ -18,9 +18,9 @@ from terratorch_simpler.cache import PlanCache, hash_of_weights
 from terratorch_simpler.data import DatamoduleTiles
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from tests import datamodules
+from tests.cli_runner import CONTEXT, Command, config
 from tests.extras import needs_peft
-from tests.memory import Tiles, land
-from tests.runs import CONTEXT, Command, config
+from tests.in_memory_tiles import Tiles, land
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::terratorch_simpler.errors.UntrainedEncoderWarning",
@@ -188,22 +188,22 @@ def test_every_tile_counts_on_request(datamodule, build, trainer, task):
 
     how = selection.SelectionConfig(Simpler(), Bounds(), 1.0, "patch", 32, 4096, 0)
     source = Tiles(land(200, size=32))
-    source.changed = lambda: ""
+    source.modification_fingerprint = lambda: ""
     run = trainer()
-    some = selection._made_from(run, task(), build(), source, how)["seen"]
-    every = selection._made_from(run, task(), build(), source, how, every_tile=True)["seen"]
+    some = selection._cache_key(run, task(), build(), source, how)["seen"]
+    every = selection._cache_key(run, task(), build(), source, how, every_tile=True)["seen"]
     assert (len(some), len(every)) == (50, 200)
     assert [position for position, _ in some] == list(range(0, 200, 4))
     source.images[199] += 1
-    assert selection._made_from(run, task(), build(), source, how, every_tile=True)["seen"] != every
+    assert selection._cache_key(run, task(), build(), source, how, every_tile=True)["seen"] != every
     assert PlanCache("folder", every_tile=True).every_tile
 
 
 def test_files_of_every_modality_count(tmp_path):
     datamodule = set_up(datamodules.multimodal(tmp_path))
-    before = DatamoduleTiles(datamodule).changed()
+    before = DatamoduleTiles(datamodule).modification_fingerprint()
     os.utime(tmp_path / "train" / "S1" / "3_s1.tif", (1e9, 1e9))
-    assert DatamoduleTiles(datamodule).changed() != before
+    assert DatamoduleTiles(datamodule).modification_fingerprint() != before
 
 
 def test_a_plan_given_by_hand_wins(choose, streams, tmp_path):

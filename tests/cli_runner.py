@@ -24,14 +24,14 @@ from timm.models.vision_transformer import Block
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from terratorch_simpler.distributed import Processes
-from terratorch_simpler.lightning.selection import find_backbone
+from terratorch_simpler.models.backbone import find_backbone
 
 PRELOAD = [
     "terratorch.__main__",
     "terratorch.tasks",
     "terratorch.datamodules",
     "terratorch_simpler.lightning.callback",
-    "tests.runs",
+    "tests.cli_runner",
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOAD)
@@ -70,7 +70,7 @@ def config(scenes: Path, folder: Path, **callback) -> dict:
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                     "init_args": {"dirpath": str(folder / "checkpoints"), "save_last": True},
                 },
-                {"class_path": "tests.runs.Fingerprint", "init_args": {"folder": str(folder)}},
+                {"class_path": "tests.cli_runner.Fingerprint", "init_args": {"folder": str(folder)}},
             ],
         },
         "data": {
@@ -193,7 +193,7 @@ def fsdp_config(scenes: Path, folder: Path, kind: str, callback: dict) -> dict:
     found = config(scenes, folder, **callback)
     trainer = found["trainer"]
     trainer |= {
-        "strategy": {"class_path": "tests.runs.CpuFSDP", "init_args": {"state_dict_type": kind}},
+        "strategy": {"class_path": "tests.cli_runner.CpuFSDP", "init_args": {"state_dict_type": kind}},
         "limit_val_batches": 0,
         "max_steps": 2,
         "max_epochs": -1,

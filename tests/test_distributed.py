@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from terratorch_simpler import SlimmingPlan
-from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.criteria import Simpler
 from terratorch_simpler.distributed import Processes
 from terratorch_simpler.errors import DegenerateFeaturesError, ProcessError, TilesError
-from terratorch_simpler.extraction import measure
+from terratorch_simpler.extraction import ExtractionConfig, measure
 from terratorch_simpler.models.backbone import SimplerBackbone
-from tests.memory import Tiles, land
-from tests.runs import Command, config, together
+from tests.cli_runner import Command, config, together
+from tests.in_memory_tiles import Tiles, land
 
 # --- the pass itself
 
@@ -47,8 +47,8 @@ def measured(processes: Processes, count: int, unusable: float, seed: int, optio
                 for layer in (block.attn.proj, block.mlp.fc2):
                     layer.weight.mul_(2.0**number if number < 3 else 0.0)
     found = measure(
-        lambda batch: backbone(batch["image"]), backbone, tiles, Simpler(), Bounds(), processes=processes,
-        **{"min_tiles": 10_000, "max_tiles": 10_000, **options},
+        lambda batch: backbone(batch["image"]), backbone, tiles,
+        ExtractionConfig(Simpler(), **{"min_tiles": 10_000, "max_tiles": 10_000, **options}), processes=processes,
     )  # fmt: skip
     return {
         "similarity": found.similarity,
@@ -95,13 +95,13 @@ def test_an_error_in_the_features_is_the_same_in_all_processes(tmp_path):
 def too_many_broken(processes: Processes):
     tiles = Tiles(land(400, size=32), broken=range(64, 128), max_bad_fraction=0.1)  # all of them of process 1
     backbone = small_backbone()
-    measure(lambda batch: backbone(batch["image"]), backbone, tiles, Simpler(), Bounds(), processes=processes)
+    measure(lambda batch: backbone(batch["image"]), backbone, tiles, ExtractionConfig(Simpler()), processes=processes)
 
 
 def test_damage_is_judged_over_all_processes(tmp_path):
     found = together(too_many_broken, tmp_path, 2)
     assert all(isinstance(one, TilesError) for one in found)
-    assert all("unreadable of 400 tiles" in str(one) for one in found)
+    assert all("of 400 tiles are unreadable" in str(one) for one in found)
 
 
 def swapped(processes: Processes, dtype: torch.dtype):
@@ -161,7 +161,7 @@ def test_a_foreign_error_is_told_and_raised_where_it_is(tmp_path):
     assert isinstance(found[1], KeyError)
     for other in (found[0], found[2]):
         assert isinstance(other, ProcessError)
-        assert "Found an error in process 1 of 3 (KeyError: 'bands')" in str(other)
+        assert "Process 1 of 3 failed (KeyError: 'bands')" in str(other)
 
 
 def test_an_answer_that_cannot_be_sent_ends_all_at_once(tmp_path):
@@ -171,7 +171,7 @@ def test_an_answer_that_cannot_be_sent_ends_all_at_once(tmp_path):
     assert not isinstance(found[1], ProcessError)
     for other in (found[0], found[2]):
         assert isinstance(other, ProcessError)
-        assert "Found an error in process 1 of 3" in str(other)
+        assert "Process 1 of 3 failed" in str(other)
         assert "pickle" in str(other)
     assert time.monotonic() - started < 50  # not the patience of a minute
 
@@ -181,14 +181,14 @@ def test_a_killed_process_ends_the_others_at_once(tmp_path):
     found = together(failing, tmp_path, 3, "killed")
     assert found[1] is None
     assert all(isinstance(one, ProcessError) for one in (found[0], found[2]))
-    assert "no longer answers" in str(found[0])
+    assert "lost the connection" in str(found[0])
     assert time.monotonic() - started < 50  # not the patience of a minute
 
 
 def test_a_process_that_hangs_ends_the_others_after_a_while(tmp_path):
     found = together(failing, tmp_path, 2, "hangs", patience=3)
     assert isinstance(found[0], ProcessError)
-    assert "no longer answers" in str(found[0])
+    assert "lost the connection" in str(found[0])
 
 
 def test_an_exit_ends_all(tmp_path):
@@ -306,8 +306,8 @@ def die_in_the_second_process(rank):
 @pytest.mark.parametrize(
     ("before", "message"),
     [
-        (crash_in_the_second_process, r"Found an error in process 1 of 2 (ZeroDivisionError: broken on purpose)"),
-        (die_in_the_second_process, "Found a process that no longer answers process 0 of 2"),
+        (crash_in_the_second_process, "Process 1 of 2 failed (ZeroDivisionError: broken on purpose)"),
+        (die_in_the_second_process, "Process 0 of 2 lost the connection to another one"),
     ],
 )
 def test_one_failing_process_ends_the_job_with_a_message_in_the_first(tiles_for_many, tmp_path, before, message):

@@ -5,14 +5,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from terratorch_simpler import metrics
-from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.criteria import Simpler
 from terratorch_simpler.distributed import Processes
 from terratorch_simpler.errors import OutOfMemoryError
-from terratorch_simpler.extraction import collect_labelled, measure
-from terratorch_simpler.extraction.accumulator import SimilarityAccumulator
-from terratorch_simpler.extraction.auto_batch import AutoBatch, on_spare_memory
+from terratorch_simpler.extraction import ExtractionConfig, collect_labelled, measure
+from terratorch_simpler.extraction.auto_batch import AutoBatch, with_cpu_fallback
+from terratorch_simpler.extraction.grouped_similarity import GroupedSimilarity
 from terratorch_simpler.extraction.groups import Group, TileRef
-from tests.memory import Tiles, land
+from terratorch_simpler.extraction.recovery import RecoveryStatistics, without_special
+from tests.in_memory_tiles import Tiles, land
 
 MOST = 5
 """Tiles that fit into the memory these tests pretend to have."""
@@ -25,7 +26,7 @@ def full(tiles: int) -> None:
 
 def run(backbone, tiles, forward=None):
     forward = forward or (lambda batch: backbone(batch["image"]))
-    return measure(forward, backbone, tiles, Simpler(), Bounds(), min_tiles=1000)
+    return measure(forward, backbone, tiles, ExtractionConfig(Simpler(), min_tiles=1000))
 
 
 def hook(module, before=False):
@@ -137,16 +138,22 @@ class FullOnce(TorchDispatchMode):
 def compared(full_once):
     """A group of rows, some of them class tokens, compared and added for maps."""
     generator = torch.Generator().manual_seed(0)
-    similarities = SimilarityAccumulator(3, 8, Processes(), spans=[(0, 2), (1, 3), (2, 3)])
-    similarities.special = 1
+    similarity = GroupedSimilarity(3, 8, Processes())
+    recovery = RecoveryStatistics([(0, 2), (1, 3), (2, 3)], Processes())
     tiles = [TileRef(position, 0, 5) for position in range(64)]
     rows = torch.randn(4, 5 * len(tiles), 6, generator=generator)
+    group = Group(7, tiles, 0, 64)  # no halves any more
+
+    def compare(_):
+        similarity.update(*without_special(group, rows, 1), group.number)
+        recovery.add(group, rows, 1)
+
     with full_once:
-        on_spare_memory(lambda _: similarities.add(Group(7, tiles, 0, 64), rows), torch.device("cpu"))  # no halves any more
-        similarities.repairs.accept(8)
-    sums = [similarities.repairs.patch, similarities.repairs.special]
+        with_cpu_fallback(compare, torch.device("cpu"))
+        recovery.accept(8)
+    sums = [recovery.patch, recovery.special]
     return [
-        *similarities.state(8)["large"].values(),
+        *similarity.state(8)["large"].values(),
         *(part for one in sums for part in (one.tokens, *one._sums.values())),
     ]
 
@@ -189,7 +196,7 @@ def test_a_single_tile_that_does_not_fit_is_an_error(build):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     backbone.blocks[0].register_forward_pre_hook(never)
-    with pytest.raises(OutOfMemoryError, match="Found too little memory for a single tile, expected room for the intact"):
+    with pytest.raises(OutOfMemoryError, match="Not enough memory for the intact encoder and a single tile: use a smaller"):
         run(backbone, Tiles(land(40)))
     assert all(parameter.grad is None for parameter in backbone.parameters())
 
@@ -204,7 +211,7 @@ def test_nothing_of_the_failed_part_is_held_while_the_next_runs():
     """The traceback of an error holds every tensor of the frames it went through."""
     alive = []
 
-    class OneTap:
+    class Extractor:
         def run(self, forward, batch):
             alive.append(sum(ref() is not None for ref in held))
             big = torch.ones(10)
@@ -212,12 +219,12 @@ def test_nothing_of_the_failed_part_is_held_while_the_next_runs():
 
             held.append(weakref.ref(big))
             full(len(batch["index"]))
-            return torch.zeros(2, len(batch["index"]), 3), [1] * len(batch["index"])
+            return torch.zeros(2, len(batch["index"]), 3), len(batch["index"])
 
     held = []
     batch = {"index": list(range(16)), "position": list(range(16)), "image": torch.zeros(16, 1)}
-    parts = list(AutoBatch(OneTap(), None).parts(batch))
-    assert [len(counts) for _, counts in parts] == [4] * 4
+    parts = list(AutoBatch(Extractor(), None).parts(batch))
+    assert [tiles for _, tiles in parts] == [4] * 4
     assert alive == [0] * 6  # of 16, 8, and four times 4
 
 
@@ -240,7 +247,8 @@ def test_a_pass_needs_less_memory_than_a_training_step_of_the_model_that_is_left
     backbone = module.model.encoder
     selection = most_memory(
         lambda: measure(
-            lambda batch: module(batch["image"]), backbone, tiles, Simpler(), Bounds(), stop_after=backbone, min_tiles=1000
+            lambda batch: module(batch["image"]), backbone, tiles,
+            ExtractionConfig(Simpler(), min_tiles=1000), stop_after=backbone,
         )
     )  # fmt: skip
     backbone.prune_depth(range(5))

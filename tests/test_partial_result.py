@@ -8,12 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from terratorch_simpler.criteria import Bounds, Simpler
+from terratorch_simpler.criteria import Simpler
 from terratorch_simpler.distributed import Processes
 from terratorch_simpler.errors import SimplerWarning
-from terratorch_simpler.extraction import PartialResult, measure, partial_result
-from tests.memory import Tiles, land
-from tests.runs import together
+from terratorch_simpler.extraction import ExtractionConfig, PartialResult, measure, partial_result
+from tests.cli_runner import together
+from tests.in_memory_tiles import Tiles, land
 
 
 class Ended(Exception):
@@ -32,7 +32,7 @@ def run(backbone, tiles, keeper=None, end_after=None, processes=None, **options)
     options = {"min_tiles": 10_000, **options}
     try:
         found = measure(
-            forward, backbone, tiles, Simpler(), Bounds(), partial_result=keeper, processes=processes, **options
+            forward, backbone, tiles, ExtractionConfig(Simpler(), **options), partial_result=keeper, processes=processes
         )  # fmt: skip
     except Ended:
         found = None
@@ -106,14 +106,14 @@ def test_is_kept_while_it_runs_not_only_at_its_end(small, tmp_path, monkeypatch)
 
 
 def in_processes(processes: Processes, path: str, end_after: int | None):
-    from tests.test_processes import small_backbone
+    from tests.test_distributed import small_backbone
 
     found, _ = run(small_backbone(), source(), PartialResult(Path(path)), end_after, processes)
     return found
 
 
 def test_goes_on_with_another_number_of_processes(tmp_path):
-    from tests.test_processes import small_backbone
+    from tests.test_distributed import small_backbone
 
     expected, _ = run(small_backbone(), source())
     path = tmp_path / "pass.pt"
@@ -185,7 +185,7 @@ def test_sums_that_do_not_add_up_are_not_believed(small, tmp_path, change):
     expected, _ = run(small, source(300))
     kept(small, path)
     torch.save({**torch.load(path, weights_only=True), **change}, path)
-    with pytest.warns(SimplerWarning, match=r"Found .*pass.pt damaged \(.*\), expected an unfinished pass over tiles"):
+    with pytest.warns(SimplerWarning, match=r"The partial result .*pass.pt is damaged \(.*\) and is ignored"):
         found, _ = run(small, source(300), PartialResult(path))
     same(found, expected)
 
@@ -206,23 +206,21 @@ def test_code_in_the_file_is_not_run(small, tmp_path):
 def test_a_folder_that_cannot_be_written_to_does_not_end_the_pass(small, tmp_path, monkeypatch):
     monkeypatch.setattr(partial_result, "SECONDS_BETWEEN", 0.0)
     (tmp_path / "file").write_text(json.dumps({}))
-    with pytest.warns(SimplerWarning, match="Found no way to keep the unfinished pass"):
+    with pytest.warns(SimplerWarning, match="Could not save the partial result"):
         found, _ = run(small, source(200), PartialResult(tmp_path / "file" / "pass.pt"))
     assert found is not None
 
 
-def test_only_groups_that_were_judged_are_kept():
+def test_only_accepted_groups_are_saved():
     """Several processes compare several groups in a round, and the first of them may settle the depth."""
-    from terratorch_simpler.extraction.accumulator import SimilarityAccumulator
-    from terratorch_simpler.extraction.groups import Group, TileRef
+    from terratorch_simpler.extraction.grouped_similarity import GroupedSimilarity
 
-    similarities = SimilarityAccumulator(3, 5, Processes())
+    similarity = GroupedSimilarity(3, 5, Processes())
     for number in range(3):
-        tiles = [TileRef(64 * number + at, 0, 2) for at in range(64)]
-        similarities.add(Group(number, tiles, 0, 64 * (number + 1)), torch.randn(4, 128, 4))
-    state = similarities.state(1)
+        similarity.update(torch.randn(4, 128, 4), range(0, 129, 2), number)
+    state = similarity.state(1)
     assert state["large"]["tiles"].tolist() == [64, 0, 0, 0, 0]
     assert state["small"]["tiles"].tolist() == [32, 32] + [0] * 12
     assert not state["large"]["hsic"][1:].any()
-    assert SimilarityAccumulator.consistent({**state, "groups": 1, "tiles": 64})
-    assert not SimilarityAccumulator.consistent({**similarities.state(3), "groups": 1, "tiles": 64})
+    assert GroupedSimilarity.is_consistent({**state, "groups": 1, "tiles": 64})
+    assert not GroupedSimilarity.is_consistent({**similarity.state(3), "groups": 1, "tiles": 64})

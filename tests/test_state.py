@@ -18,7 +18,7 @@ from terratorch_simpler.indices import spans_between
 from terratorch_simpler.models.checkpoint import read_pruned_state
 from terratorch_simpler.models.state import PrunedState
 from terratorch_simpler.pruning.recovery import RecoveryWeights
-from tests import runs
+from tests import cli_runner
 from tests.checkpoints import as_buffers, changed, extra
 from tests.extras import needs_peft
 from tests.families import FAMILIES, wrapped
@@ -117,16 +117,16 @@ def test_checkpoints_of_averaged_weights(task, datamodule, tmp_path, decay, aver
 
 
 def test_averaged_weights_of_the_command_line(scenes, tmp_path):
-    settings = runs.config(scenes, tmp_path, criterion="fixed", drop_blocks=7)
+    settings = cli_runner.config(scenes, tmp_path, criterion="fixed", drop_blocks=7)
     settings["trainer"] |= {"max_steps": 18, "max_epochs": -1}
     average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
     settings["trainer"]["callbacks"].insert(1, average)
-    fit = runs.Command(tmp_path / "fit", settings)
+    fit = cli_runner.Command(tmp_path / "fit", settings)
     assert fit.wait() == [0], fit.output()
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert read_pruned_state(last, None) == PrunedState((0, 1, 2, 3, 4), 12)
     settings["trainer"] |= {"max_steps": 20}
-    again = runs.Command(tmp_path / "again", settings, "--ckpt_path", str(last))
+    again = cli_runner.Command(tmp_path / "again", settings, "--ckpt_path", str(last))
     assert again.wait() == [0], again.output()
     assert json.loads((tmp_path / "trained.0.json").read_text())["step"] == 20
 

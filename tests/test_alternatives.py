@@ -6,21 +6,26 @@ import types
 import pytest
 import torch
 
-from terratorch_simpler.alternatives import _depths, overview
+from terratorch_simpler.alternatives import _depths, compare_alternatives
 from terratorch_simpler.criteria import Angular, Bounds, Fixed, Simpler
-from terratorch_simpler.extraction import count_macs, macs_by_block, measure
+from terratorch_simpler.extraction import ExtractionConfig, count_macs, macs_by_block, measure
 from tests.families import FAMILIES, wrapped
-from tests.memory import Tiles, land
+from tests.in_memory_tiles import Tiles, land
 
 
-def look(backbone, rule, spans=(), bounds=Bounds(), count=80):  # noqa: B008
-    found = measure(lambda batch: backbone(batch["image"]), backbone, Tiles(land(count)), rule, bounds, spans=spans)
+def look(backbone, criterion, spans=(), bounds=Bounds(), count=80):  # noqa: B008
+    found = measure(
+        lambda batch: backbone(batch["image"]),
+        backbone,
+        Tiles(land(count)),
+        ExtractionConfig(criterion, bounds, spans=spans),
+    )
     blocks = backbone.full_num_blocks
-    choice = rule.choose(found.statistics, blocks, bounds)
-    return found, choice, overview(backbone, rule, bounds, choice, found, "linear" if spans else "none")
+    choice = criterion.choose(found.statistics, blocks, bounds)
+    return found, choice, compare_alternatives(backbone, criterion, bounds, choice, found, "linear" if spans else "none")
 
 
-def test_every_rule_has_judged_the_same_statistics(build):
+def test_every_criterion_chooses_from_the_same_statistics(build):
     found, choice, seen = look(build(), Simpler())
     assert seen["criteria"].keys() == {"simpler", "knee", "block_influence", "angular", "cka_intervals"}
     assert seen["criteria"]["simpler"] == {"kept_blocks": list(choice.kept_blocks), "scores": dict(choice.scores)}
@@ -33,7 +38,7 @@ def test_every_rule_has_judged_the_same_statistics(build):
     assert "repaired" not in seen
 
 
-def test_rules_that_cannot_judge_are_left_out(build):
+def test_criteria_that_cannot_choose_are_left_out(build):
     _, _, seen = look(build(embed_dim=48, num_heads=3, depth=4), Fixed(4))
     assert seen["criteria"].keys() == {"fixed", "knee"}  # too shallow for simpler, and nothing to drop
     _, _, seen = look(build(embed_dim=48, num_heads=3, depth=4), Fixed(3))
@@ -41,20 +46,20 @@ def test_rules_that_cannot_judge_are_left_out(build):
 
 
 def test_repairs_are_told_for_what_was_dropped_and_every_depth(build):
-    rule = Simpler()
+    criterion = Simpler()
     backbone = build(embed_dim=48, num_heads=3)
-    found, choice, seen = look(backbone, rule, rule.spans(12, Bounds()))
+    found, choice, seen = look(backbone, criterion, criterion.spans(12, Bounds()))
     depth = len(choice.kept_blocks)
     told = {number: cost["recovery_r2"] for number, cost in seen["depths"].items()}
     assert {number for number, value in told.items() if value is not None} == set(range(2, 11))
     assert seen["repaired"] == [[depth, 12, told[depth]]]
-    assert told[10] == found.repairs.patch.explained((10, 12)) > told[2]
+    assert told[10] == found.recovery.patch.explained((10, 12)) > told[2]
 
 
 def measured(backbone, shape):
     """All that costs are told from."""
     similarity = torch.eye(backbone.full_num_blocks)
-    return types.SimpleNamespace(similarity=similarity, input_shape=shape, repairs=None)
+    return types.SimpleNamespace(similarity=similarity, input_shape=shape, recovery=None)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)

@@ -1,4 +1,4 @@
-"""What a pass adds up for maps in the place of dropped blocks: patch tokens and others apart, some tiles held out."""
+"""Normal equations of the linear maps that may replace dropped blocks: by token type, with some tiles held out."""
 
 from __future__ import annotations
 
@@ -16,42 +16,44 @@ from terratorch_simpler.indices import Span
 from terratorch_simpler.pruning.recovery import RecoveryWeights
 
 HELD_OUT = 4
-"""One tile in so many is not fitted on but judged on."""
+"""Every fourth tile is left out of the fit and used to evaluate it."""
 MUCH_MEMORY = 2**30
-"""Bytes of sums from which it is said how many they are: they grow with the ranges that may be dropped."""
+"""Bytes of sums above which a warning says how many they are: they grow with the ranges that may be dropped."""
 
 
-class RecoverySums:
-    """Sums for the maps of some spans.
+class RecoveryStatistics:
+    """Normal equations of some spans, for patch tokens and for class and register tokens.
 
-    A group is added only once it has been judged: others, which came in the same round after the one that settled the
-    depth, must not count.
+    A group counts only once it is accepted: later groups of the round in which the pass converged do not.
 
     Args:
         spans: Ranges that may be dropped.
-        processes: Those that share the groups.
+        processes: Ranks that share the groups.
+
+    Attributes:
+        patch: Normal equations over patch tokens.
+        special: The same over class and register tokens.
     """
 
     def __init__(self, spans: Sequence[Span], processes: Processes) -> None:
-        """Nothing is added yet."""
         self.patch = NormalEquations(spans)
         self.special = NormalEquations(spans)
         self._processes = processes
         self._warned = False
-        self._waiting: dict[int, tuple[Group, Tensor, int]] = {}
+        self._pending: dict[int, tuple[Group, Tensor, int]] = {}
 
-    def wait(self, group: Group, features: Tensor, special: int) -> None:
-        """Hold the rows of a group until it is judged.
+    def add(self, group: Group, features: Tensor, special: int) -> None:
+        """Hold the rows of a group until it is accepted.
 
         Args:
             group: The group.
             features: Rows of all its tiles in every state, (L + 1, m, D).
-            special: How many rows of each tile, the last ones, show no patch.
+            special: How many rows of each tile, the last ones, are class and register tokens.
         """
         if not self._warned:
             self._warned = True
             self._warn_if_large(features.shape[-1], special)
-        self._waiting[group.number] = group, features, special
+        self._pending[group.number] = group, features, special
 
     def _warn_if_large(self, width: int, special: int) -> None:
         needed = self.patch.nbytes(width) + (self.special.nbytes(width) if special else 0)
@@ -65,10 +67,10 @@ class RecoverySums:
             )
 
     def accept(self, count: int) -> None:
-        """Add the first groups."""
-        for number in sorted(number for number in self._waiting if number < count):
-            group, features, special = self._waiting.pop(number)
-            # Numbers of the rows, made on the host: those to fit on, and those to judge on.
+        """Add the rows of the first ``count`` groups to the sums."""
+        for number in sorted(number for number in self._pending if number < count):
+            group, features, special = self._pending.pop(number)
+            # Row numbers on the host: those to fit on, and those to evaluate on.
             patches: tuple[list[int], list[int]] = ([], [])
             others: tuple[list[int], list[int]] = ([], [])
             start = 0
@@ -78,46 +80,49 @@ class RecoverySums:
                 patches[held_out].extend(range(start, middle))
                 others[held_out].extend(range(middle, end))
                 start = end
-            for sums, (fit, judge) in ((self.patch, patches), (self.special, others)):
-                if fit or judge:
-                    sums.add(features, fit, judge)
+            for equations, (fit, evaluate) in ((self.patch, patches), (self.special, others)):
+                if fit or evaluate:
+                    equations.add(features, fit, evaluate)
 
-    def merge(self, width: int) -> None:
-        """See the sums of all processes; every process calls it once, at the end.
+    def all_reduce(self, width: int) -> None:
+        """Sum over all ranks; every rank calls it once, at the end.
 
         Args:
             width: Width D of a token.
         """
-        self._waiting.clear()
+        self._pending.clear()
         if self._processes.count > 1:
-            for sums in (self.patch, self.special):
-                sums.merge(self._processes.all_reduce, width)
+            for equations in (self.patch, self.special):
+                equations.all_reduce(self._processes.all_reduce, width)
 
-    def maps(self, spans: Sequence[Span]) -> dict[int, RecoveryWeights]:
-        """The maps of some spans, by the state before each.
+    def solve(self, spans: Sequence[Span]) -> dict[int, RecoveryWeights]:
+        """Weights of the maps of some spans, by the state before each.
 
         Class and register tokens share the map of the patches where there are too few of them for one of their own.
 
         Raises:
             RecoveryError: If there are too few patch tokens.
         """
-        own = self.special.enough
+        own = self.special.sufficient
         return {
             span[0]: RecoveryWeights(self.patch.weight(span).float(), self.special.weight(span).float() if own else None)
             for span in spans
         }
 
 
-def drawn_only(group: Group, features: Tensor, special: int) -> tuple[Tensor, list[int]]:
-    """The rows to compare, and where those of each tile begin and end, without the last ones of every tile.
+def without_special(group: Group, features: Tensor, special: int) -> tuple[Tensor, list[int]]:
+    """Drop the last ``special`` rows of every tile, which serve the recovery only.
 
     Args:
         group: The group.
         features: Rows of all its tiles, (L + 1, m, D).
         special: How many rows of each tile are left out.
+
+    Returns:
+        The other rows, (L + 1, m', D), and the first row of every tile, with m' at the end.
     """
-    ends = list(accumulate((tile.rows - special for tile in group.tiles), initial=0))
+    offsets = list(accumulate((tile.rows - special for tile in group.tiles), initial=0))
     if not special:
-        return features, ends
-    index = [at + place * special for place, tile in enumerate(group.tiles) for at in range(ends[place], ends[place + 1])]
-    return take_rows(features, index), ends
+        return features, offsets
+    index = [row + place * special for place in range(len(group.tiles)) for row in range(offsets[place], offsets[place + 1])]
+    return take_rows(features, index), offsets

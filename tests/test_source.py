@@ -16,8 +16,8 @@ from terratorch_simpler.encoders import spec_of
 from terratorch_simpler.errors import UnsupportedEncoderError
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.terratorch.factories import WITHOUT_REGISTRY
+from tests.cli_runner import Command, config
 from tests.extras import needs_peft
-from tests.runs import Command, config
 
 SIMPLER = BACKBONE_REGISTRY["simpler"]
 

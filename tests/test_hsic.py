@@ -196,17 +196,21 @@ CHANGES = st.one_of(
 
 @pytest.fixture
 def precision():
-    """Later tests compare with processes that have not run this one."""
-    legacy, of_each = torch.get_float32_matmul_precision(), {name: part.fp32_precision for name, part in OF_EACH.items()}
+    """Restores every setting: later tests on this worker trace models, for which PyTorch reads all of them."""
+    before, of_each = all_settings(), {name: part.fp32_precision for name, part in OF_EACH.items()}
+    legacy = [(part, part.allow_tf32) for part in (BACKENDS.cuda.matmul, BACKENDS.cudnn)]
+    matmul = torch.get_float32_matmul_precision()
     yield
     for name in ("all", "cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn"):
         if name in OF_EACH:
             OF_EACH[name].fp32_precision = "none"
-    torch.set_float32_matmul_precision(legacy)
+    for part, allowed in legacy:
+        part.allow_tf32 = allowed
+    torch.set_float32_matmul_precision(matmul)
     for name in ("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn"):
         if name in OF_EACH:
             OF_EACH[name].fp32_precision = of_each[name]
-    assert {name: part.fp32_precision for name, part in OF_EACH.items()} == of_each
+    assert all_settings() == before
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -250,13 +254,13 @@ def test_features_that_are_not_finite_are_named(value):
 
 
 def test_fewer_than_four_rows_are_refused():
-    with pytest.raises(DegenerateFeaturesError, match="Found 3 rows of tokens, expected at least 4"):
+    with pytest.raises(DegenerateFeaturesError, match="Only 3 rows of tokens; HSIC needs at least 4"):
         linear_cka(random_features(2, 3, 4))
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric LayerSimilarity was called before")
 def test_nothing_seen_is_refused():
-    with pytest.raises(DegenerateFeaturesError, match="Found no rows of tokens"):
+    with pytest.raises(DegenerateFeaturesError, match="no rows of tokens to compare"):
         LayerSimilarity(2, 2).compute()
 
 

@@ -1,0 +1,101 @@
+"""Features of labelled images of a datamodule, for criteria and probes that need labels."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from lightning.pytorch import LightningModule, Trainer
+
+from terratorch_simpler.criteria import Labelled
+from terratorch_simpler.data import DatamoduleTiles, Split
+from terratorch_simpler.errors import LabelsError
+from terratorch_simpler.extraction import (
+    LabelledRows,
+    Readout,
+    as_pretrained,
+    check_labels,
+    collect_labelled,
+    evaluating,
+    on_device,
+)
+from terratorch_simpler.lightning.task import outermost_encoder, task_forward
+from terratorch_simpler.models.backbone import find_backbone
+
+SPLIT_NAMES = {"train": "training images", "val": "validation images"}
+
+
+def check_split(trainer: Trainer, pl_module: LightningModule, split: Split, seed: int) -> None:
+    """Check that the images of a split have labels of two classes at least, before anything is computed.
+
+    Raises:
+        LabelsError: If they have not.
+    """
+    check_labels(labelled_source(trainer, split, seed), _ignore_index(pl_module), SPLIT_NAMES[split])
+
+
+def labelled_rows(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    split: Split,
+    seed: int,
+    *,
+    tuned: bool = False,
+    readout: Readout | None = None,
+    class_token: bool = False,
+) -> LabelledRows:
+    """Features with labels after every block of a task's encoder; batches go the way of a training step.
+
+    Args:
+        trainer: Gives device and precision, and the datamodule.
+        pl_module: The task, on the CPU.
+        split: Which images of the datamodule; they are read without augmentation.
+        seed: Seed of the order of the images and of the sampled patches.
+        tuned: Keep adapters (LoRA) and prompts switched on, instead of running the encoder as pretrained.
+        readout: Turns the output of a block into features; by default they are its raw output.
+        class_token: With labels by image, take the class token, if there is one, instead of the mean of the patches.
+
+    Raises:
+        LabelsError: If there are no labels, or of one class only.
+    """
+    backbone = find_backbone(pl_module)
+    source = labelled_source(trainer, split, seed)
+    encoder = outermost_encoder(pl_module, backbone)
+    with (
+        on_device(pl_module, trainer.strategy.root_device),
+        evaluating(pl_module, seed),
+        nullcontext() if tuned else as_pretrained(encoder, backbone),
+    ):
+        return collect_labelled(
+            task_forward(trainer, pl_module, backbone, source),
+            backbone,
+            source,
+            encoder,
+            what=SPLIT_NAMES[split],
+            ignore_index=_ignore_index(pl_module),
+            readout=readout,
+            class_token=class_token,
+            seed=seed,
+        )
+
+
+def labelled_features(trainer: Trainer, pl_module: LightningModule, seed: int) -> Labelled:
+    """Labelled features of the encoder as it was tuned, for criteria that need some; block outputs before any norm."""
+    rows = labelled_rows(trainer, pl_module, "train", seed, tuned=True, class_token=True)
+    return Labelled(rows.features, rows.labels)
+
+
+def labelled_source(trainer: Trainer, split: Split, seed: int) -> DatamoduleTiles:
+    """The images of a split of the trainer's datamodule, with their labels.
+
+    Raises:
+        LabelsError: If there is no datamodule.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        msg = "Found no datamodule, expected one with labels: only the images of a datamodule have labels."
+        raise LabelsError(msg)
+    return DatamoduleTiles(datamodule, seed, split, labels=True)
+
+
+def _ignore_index(pl_module: LightningModule) -> int | None:
+    return getattr(pl_module, "hparams", {}).get("ignore_index")

@@ -1,0 +1,68 @@
+"""Writes plan.json and the report of a fit, and passes the report to the loggers of the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
+from matplotlib.figure import Figure
+
+from terratorch_simpler.errors import PlanError
+from terratorch_simpler.files import below, written_to
+from terratorch_simpler.logger import log
+from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.report import plan_figure, plan_markdown, plan_rows, report_page, save_figure, save_page
+
+PLAN_FILE = "plan.json"
+FIGURE_FILE = "report.png"
+PAGE_FILE = "report.html"
+
+
+def write_report(trainer: Trainer, plan: SlimmingPlan, output: str | Path) -> None:
+    """Write plan.json, report.html and report.png, and pass the report to the loggers.
+
+    Args:
+        trainer: Its loggers get the report.
+        plan: The plan that was applied.
+        output: A folder, or a URL that fsspec knows.
+    """
+    if isinstance(output, Path) and _is_another_plan(output / PLAN_FILE, plan):
+        log.info(f"Replaces the plan of an earlier fit in {output}; give output_dir to keep both.")
+    with written_to(output) as folder:
+        plan.save(folder / PLAN_FILE)
+        page = save_page(report_page(plan), folder / PAGE_FILE)
+        _log_page(trainer, plan, page)
+        if plan.similarity is not None:
+            figure = plan_figure(plan)
+            _log_figure(trainer, figure, save_figure(figure, folder / FIGURE_FILE))
+    log.info(f"The plan is in {below(output, PLAN_FILE)}, what led to it in {below(output, PAGE_FILE)}.")
+
+
+def _is_another_plan(path: Path, plan: SlimmingPlan) -> bool:
+    try:
+        return path.is_file() and SlimmingPlan.load(path).to_json() != plan.to_json()
+    except PlanError:
+        return True
+
+
+def _log_page(trainer: Trainer, plan: SlimmingPlan, page: Path) -> None:
+    """Log the report as text, file or table, whichever a logger takes."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("simpler/report", plan_markdown(plan))
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_artifact(logger.run_id, str(page), "simpler")
+        elif hasattr(logger, "log_table"):
+            columns, *rows = plan_rows(plan)
+            logger.log_table(key="simpler/plan", columns=columns, data=rows)
+
+
+def _log_figure(trainer: Trainer, figure: Figure, path: Path) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure("simpler/report", figure)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_figure(logger.run_id, figure, "simpler/report.png")
+        elif hasattr(logger, "log_image"):
+            logger.log_image(key="simpler/report", images=[str(path)])
