@@ -7,6 +7,28 @@ Importing this package makes ``simpler_<backbone>`` known to TerraTorch; :class:
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from terratorch_simpler.errors import (
+    CheckpointError,
+    ComparisonError,
+    ConfigurationError,
+    DegenerateFeaturesError,
+    DepthError,
+    ExportError,
+    FewTilesWarning,
+    LabelsError,
+    NotCarriedError,
+    OutOfMemoryError,
+    PlanError,
+    ProcessError,
+    RecoveryError,
+    SettingsError,
+    SimplerError,
+    SimplerWarning,
+    SkippedTilesWarning,
+    TilesError,
+    UnsupportedEncoderError,
+    UntrainedEncoderWarning,
+)
 from terratorch_simpler.terratorch.source import register_source
 
 if TYPE_CHECKING:
@@ -23,28 +45,6 @@ if TYPE_CHECKING:
     )
     from terratorch_simpler.criteria import register as register_criterion
     from terratorch_simpler.data import GeoTiffTiles
-    from terratorch_simpler.errors import (
-        CheckpointError,
-        ComparisonError,
-        ConfigurationError,
-        DegenerateFeaturesError,
-        DepthError,
-        ExportError,
-        FewTilesWarning,
-        LabelsError,
-        NotCarriedError,
-        OutOfMemoryError,
-        PlanError,
-        ProcessError,
-        RecoveryError,
-        SettingsError,
-        SimplerError,
-        SimplerWarning,
-        SkippedTilesWarning,
-        TilesError,
-        UnsupportedEncoderError,
-        UntrainedEncoderWarning,
-    )
     from terratorch_simpler.functional.hsic import hsic_matrix, linear_cka
     from terratorch_simpler.lightning.callback import SimplerCallback
     from terratorch_simpler.lightning.slimmable import SlimmableTraining
@@ -94,7 +94,7 @@ __all__ = [
     "select_depth",
 ]
 
-_ROOMS = {
+_LAZY_NAMES = {
     "api": ("prune", "select_depth"),
     "criteria": (
         "Angular",
@@ -108,35 +108,13 @@ _ROOMS = {
         "register_criterion",
     ),
     "data": ("GeoTiffTiles",),
-    "errors": (
-        "CheckpointError",
-        "ComparisonError",
-        "ConfigurationError",
-        "DegenerateFeaturesError",
-        "DepthError",
-        "ExportError",
-        "FewTilesWarning",
-        "LabelsError",
-        "NotCarriedError",
-        "OutOfMemoryError",
-        "PlanError",
-        "ProcessError",
-        "RecoveryError",
-        "SettingsError",
-        "SimplerError",
-        "SimplerWarning",
-        "SkippedTilesWarning",
-        "TilesError",
-        "UnsupportedEncoderError",
-        "UntrainedEncoderWarning",
-    ),
     "functional.hsic": ("hsic_matrix", "linear_cka"),
     "lightning.callback": ("SimplerCallback",),
     "lightning.slimmable": ("SlimmableTraining",),
     "models.backbone": ("SimplerBackbone",),
     "plan": ("SlimmingPlan",),
 }
-_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULE_OF = {name: module for module, names in _LAZY_NAMES.items() for name in names}
 _ALIASES = {"register_criterion": "register"}
 
 register_source()
@@ -144,7 +122,7 @@ register_source()
 
 def __getattr__(name: str) -> Any:
     # Matplotlib and rich are imported only by those who use them: importing the package stays cheap.
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), _ALIASES.get(name, name))
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), _ALIASES.get(name, name))
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

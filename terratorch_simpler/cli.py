@@ -47,7 +47,7 @@ class _InSetup(Callback):
 
 
 def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
-    """Choose a cut with the set-up that ``terratorch fit`` would use, and stop before training.
+    """Choose a plan with the setup that ``terratorch fit`` would use, and stop before training.
 
     Args:
         arguments: ``output_dir``, ``ckpt_path`` and ``debug``.
@@ -66,7 +66,7 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
 
 
 def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
-    """Choose a cut as ``plan`` does, and compare what every other one would cost and keep.
+    """Choose a plan as ``plan`` does, and compare cost and quality of every other depth and width.
 
     Args:
         arguments: ``output_dir``, ``widths``, ``probe``, ``repeats`` and ``debug``.
@@ -84,7 +84,7 @@ def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
 
 
 def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> str | Path:
-    """Fit up to the point where the cut is chosen; returns the folder of the plan."""
+    """Fit up to the point where the plan is chosen; returns its folder."""
     from terratorch_simpler.lightning.callback import SimplerCallback
 
     callbacks: list[Callback] = cli.trainer.callbacks
@@ -104,7 +104,7 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> str
     if sweep is not None:
         ours.compare(sweep.record)
         callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
-    if not is_overridden("training_step", cli.model):  # tasks that only predict can be cut as well
+    if not is_overridden("training_step", cli.model):  # tasks that only predict can be pruned as well
         cli.model.training_step = lambda *_args: None
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     if ours.written is None:
@@ -117,7 +117,7 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> str
 
 
 def run_show(arguments: Namespace, _settings: Sequence[str]) -> None:
-    """Print a plan: what it keeps and why, what every depth costs, what other rules would keep."""
+    """Print a plan: what it keeps and why, what every depth costs, what other criteria would keep."""
     Console().print(full_table(SlimmingPlan.load(arguments.plan)))
 
 
@@ -174,19 +174,19 @@ def build_parser(commands: Mapping[str, ArgumentParser] | None = None) -> Argume
 
 def build_commands() -> dict[str, ArgumentParser]:
     """The parser of every command."""
-    plan = ArgumentParser(description="Choose a cut without training: plan.json, a report and a table. Settings of the "
+    plan = ArgumentParser(description="Choose a plan without training: plan.json, a report and a table. Settings of the "
                           "config can be overridden as in terratorch fit, e.g. --data.init_args.batch_size 4.")  # fmt: skip
     plan.add_argument("-c", "--config", required=True, help="a YAML that terratorch fit takes; later ones override")
     plan.add_argument("-o", "--output_dir", help="folder for plan.json and the report; default <log_dir>/simpler")
     plan.add_argument("--ckpt_path", help="checkpoint of a fit at full depth, to choose from what it has tuned")
     sweep = ArgumentParser(
-        description="Compare what every cut would cost and keep, without training: sweep.csv, sweep.png, a table, and what "
-        "plan writes. Settings of the config can be overridden as for plan."
+        description="Compare cost and quality of every depth and width, without training: sweep.csv, sweep.png, a table, "
+        "and what plan writes. Settings of the config can be overridden as for plan."
     )
     sweep.add_argument("-c", "--config", required=True, help="a YAML that terratorch fit takes; later ones override")
     sweep.add_argument("-o", "--output_dir", help="folder for what is written; default <log_dir>/simpler")
     sweep.add_argument("--widths", type=float, nargs="+", default=[1.0], help="kept shares of width, each with every depth")
-    sweep.add_argument("--probe", action="store_true", help="judge frozen features by the labels: k-NN and a linear probe")
+    sweep.add_argument("--probe", action="store_true", help="score frozen features with the labels: k-NN and a linear probe")
     sweep.add_argument("--repeats", type=int, default=20, help="timed passes of a single tile")
     show = ArgumentParser(description="Show a plan in the terminal.")
     show.add_argument("plan", help="path of a plan.json")

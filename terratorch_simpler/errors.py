@@ -16,7 +16,7 @@ class SettingsError(ConfigurationError):
 
 
 class UnsupportedEncoderError(SimplerError, TypeError):
-    """The encoder has no stack of equal blocks that could be cut, or no adapter knows where it is."""
+    """The encoder has no stack of equal blocks, or no encoder spec knows where it is."""
 
 
 class DepthError(SimplerError, ValueError):
@@ -48,7 +48,7 @@ class DegenerateFeaturesError(SimplerError, ValueError):
 
 
 class RecoveryError(SimplerError, ValueError):
-    """A cut cannot be repaired by a linear map: too few tokens, or an encoder where none fits."""
+    """Dropped blocks cannot be replaced by a linear map: too few tokens, or an encoder where none fits."""
 
 
 class OutOfMemoryError(SimplerError, RuntimeError):

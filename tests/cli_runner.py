@@ -38,6 +38,17 @@ CONTEXT.set_forkserver_preload(PRELOAD)
 
 MEANS = [650.0, 900.0, 925.0, 2250.0, 1950.0, 1350.0]
 STDS = [500.0, 550.0, 650.0, 850.0, 850.0, 800.0]
+DATA = {
+    "batch_size": 8,
+    "num_workers": 0,
+    "num_classes": 6,
+    "img_grep": "*_image.tif",
+    "label_grep": "*_mask.tif",
+    "no_data_replace": 0,
+    "means": MEANS,
+    "stds": STDS,
+}
+"""Arguments of TerraTorch's generic datamodule for the scenes."""
 # Time and location get no gradient when there are no coordinates.
 WITHOUT_COORDINATES = {"backbone": "simpler_prithvi_eo_v1_100", "backbone_num_frames": 1}
 
@@ -75,17 +86,7 @@ def config(scenes: Path, folder: Path, **callback) -> dict:
         },
         "data": {
             "class_path": "terratorch.datamodules.GenericNonGeoSegmentationDataModule",
-            "init_args": {
-                "batch_size": 8,
-                "num_workers": 0,
-                "num_classes": 6,
-                "img_grep": "*_image.tif",
-                "label_grep": "*_mask.tif",
-                "no_data_replace": 0,
-                "means": MEANS,
-                "stds": STDS,
-                **data,
-            },
+            "init_args": {**DATA, **data},
         },
         "model": {
             "class_path": "terratorch.tasks.SemanticSegmentationTask",

@@ -21,7 +21,9 @@ import terratorch_simpler  # noqa: F401  registers simpler_
 from terratorch_simpler.demo.scenes import write_scenes
 from terratorch_simpler.export import plain
 from terratorch_simpler.export.comparison import answer
+from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
+from tests.cli_runner import DATA
 from tests.families import built
 
 # No test reaches the network: what tries to load from the Hub fails at once. One thread each: the models are tiny, and
@@ -29,8 +31,10 @@ from tests.families import built
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.set_num_threads(1)
-# Lightning decides when it is imported whether what it says can be captured: here always, whatever pytest set up by then.
-logging.getLogger("lightning.pytorch").propagate = True
+# Lightning and this package decide when they are imported whether what they log can be captured: here always, whatever
+# pytest has set up by then.
+for logger in (logging.getLogger("lightning.pytorch"), log):
+    logger.propagate = True
 
 
 def pytest_report_header():
@@ -125,17 +129,7 @@ def datamodule(scenes):
             for split in ("train", "val", "test")
             for key, folder in (("data_root", "images"), ("label_data_root", "masks"), ("split", f"splits/{split}.txt"))
         }
-        defaults = {
-            "batch_size": 8,
-            "num_workers": 0,
-            "num_classes": 6,
-            "img_grep": "*_image.tif",
-            "label_grep": "*_mask.tif",
-            "no_data_replace": 0,
-            "means": [650.0, 900.0, 925.0, 2250.0, 1950.0, 1350.0],
-            "stds": [500.0, 550.0, 650.0, 850.0, 850.0, 800.0],
-        }
-        return GenericNonGeoSegmentationDataModule(**{**defaults, **splits, **kwargs})
+        return GenericNonGeoSegmentationDataModule(**{**DATA, **splits, **kwargs})
 
     return make
 

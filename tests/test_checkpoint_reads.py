@@ -1,6 +1,7 @@
 """How often the package opens a checkpoint or a file of weights; Lightning and TerraTorch open them for themselves."""
 
 import os
+import re
 import sys
 from collections import Counter
 
@@ -11,6 +12,7 @@ from terratorch.registry import BACKBONE_REGISTRY
 
 import terratorch_simpler
 from terratorch_simpler import SimplerCallback
+from tests.cli_runner import Command, config
 from tests.families import FAMILIES, plain, wrapped
 
 PACKAGE = os.path.dirname(terratorch_simpler.__file__) + os.sep
@@ -19,13 +21,16 @@ watched: list[tuple[str, Counter]] = []
 
 
 def _audit(event, arguments):
-    if event != "open" or not watched or str(arguments[0]) != watched[-1][0]:
-        return
-    frame = sys._getframe(1)
+    if event == "open" and watched and str(arguments[0]) == watched[-1][0] and (opener := _opener(sys._getframe(1))):
+        watched[-1][1][opener] += 1
+
+
+def _opener(frame):
+    """File of the package that opens a file; None if it is somebody else's."""
     while frame.f_back is not None and frame.f_code.co_filename.endswith(LIBRARIES):
         frame = frame.f_back
-    if frame.f_code.co_filename.startswith(PACKAGE):
-        watched[-1][1][os.path.relpath(frame.f_code.co_filename, PACKAGE)] += 1
+    name = frame.f_code.co_filename
+    return os.path.relpath(name, PACKAGE) if name.startswith(PACKAGE) else None
 
 
 @pytest.fixture
@@ -78,3 +83,23 @@ def test_a_file_of_weights_is_read_once(tmp_path, opened, pruned):
     counts = opened(path)
     BACKBONE_REGISTRY.build(f"simpler_{family.name}", pretrained=True, ckpt_path=str(path), **family.kwargs)
     assert counts == {"torch.load": 1, "models/checkpoint.py": 1}
+
+
+def _print_reads(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("last.ckpt") and (opener := _opener(sys._getframe(1))):
+        print(f"\nread by {opener}\n", flush=True)
+
+
+def print_reads(_rank):
+    sys.addaudithook(_print_reads)
+
+
+def test_a_resumed_command_reads_its_checkpoint_once(scenes, tmp_path):
+    settings = config(scenes, tmp_path, criterion="fixed", drop_blocks=7)
+    assert Command(tmp_path, settings, "--trainer.max_epochs", "1").wait() == [0]
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    resumed = Command(tmp_path / "resumed", settings, "--ckpt_path", last, before=print_reads)
+    assert resumed.wait() == [0], resumed.output()
+    assert "nothing is selected again" in resumed.output()
+    # The handle for the checksums, and that of torch.load.
+    assert re.findall("^read by (.*)$", resumed.output(), re.MULTILINE) == ["models/checkpoint.py"] * 2

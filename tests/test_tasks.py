@@ -38,6 +38,7 @@ from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan, cli
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.models.backbone import SimplerBackbone
 from tests import layouts
+from tests.cli_runner import MEANS, STDS
 from tests.installed import shipped_classes, since
 from tests.rasters import write
 
@@ -57,7 +58,6 @@ needs_embedding_tasks = pytest.mark.skipif(
     not hasattr(shipped, "EmbeddingClassificationTask"),
     reason="the installed TerraTorch has no tasks with estimators on features",
 )
-MEANS, STDS = [650.0, 900.0, 925.0, 2250.0, 1950.0, 1350.0], [500.0, 550.0, 650.0, 850.0, 850.0, 800.0]
 
 
 def backbone_of(task):

@@ -60,8 +60,8 @@ def criteria(plan: SlimmingPlan) -> list[Criterion]:
     found = [Criterion(own, tuple(plan.kept_blocks), dict(plan.scores) if plan.scores else None, True)]
     others = (plan.overview or {"criteria": {}})["criteria"]
     found += [
-        Criterion(name, tuple(rule["kept_blocks"]), rule["scores"] or None, False)
-        for name, rule in sorted(others.items(), key=lambda item: (not item[1]["scores"], item[0]))
+        Criterion(name, tuple(other["kept_blocks"]), other["scores"] or None, False)
+        for name, other in sorted(others.items(), key=lambda item: (not item[1]["scores"], item[0]))
         if name != own
     ]
     return found

@@ -1,4 +1,4 @@
-"""What every possible cut would cost and keep, before anything is trained."""
+"""Cost and quality of every depth and width, before anything is trained."""
 
 from terratorch_simpler.sweep.rows import COLUMNS
 from terratorch_simpler.sweep.run import Sweep, SweepSettings

@@ -66,7 +66,7 @@ class SweepSettings:
 
 
 class Sweep:
-    """Compares every way of slimming the encoder of a task; made before the task is cut.
+    """Compares every way of slimming the encoder of a task; made before its encoder is pruned.
 
     Args:
         task: The task, with its intact encoder.
@@ -97,7 +97,7 @@ class Sweep:
 
         Args:
             trainer: Gives device and precision.
-            task: The task, cut by the plan.
+            task: The task, pruned by the plan.
             folder: Where the plan is.
         """
         plan = find_backbone(task).plan
