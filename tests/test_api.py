@@ -31,7 +31,7 @@ from terratorch_simpler import (
     prune,
     select_depth,
 )
-from terratorch_simpler.extraction import random_state_kept
+from terratorch_simpler.extraction import random_state_kept, token_sampling
 from terratorch_simpler.functional.hsic import linear_cka
 from terratorch_simpler.lightning.task import batch_normalizer
 from tests import families
@@ -640,7 +640,8 @@ def test_a_simpler_backbone_inside_a_model_keeps_its_decoder_working(task):
 @pytest.mark.filterwarnings(
     "ignore::terratorch_simpler.errors.UntrainedEncoderWarning", "ignore::terratorch_simpler.errors.FewTilesWarning"
 )
-def test_plan_is_that_of_the_callback(trainer, task, datamodule, tmp_path):
+def test_plan_is_that_of_the_callback(trainer, task, datamodule, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_sampling, "ROWS_PER_TILE", 5)  # of 16 patches, so that the seed counts
     module, data = task(), datamodule()
     plain = copy.deepcopy(module.model.encoder.encoder)
     simpler = copy.deepcopy(module.model.encoder)
@@ -656,6 +657,7 @@ def test_plan_is_that_of_the_callback(trainer, task, datamodule, tmp_path):
         assert plan.kept_blocks == callback.kept_blocks
         np.testing.assert_allclose(plan.similarity, callback.similarity, rtol=0, atol=1e-6)
         assert (plan.tiles_seen, plan.rows_seen) == (callback.tiles_seen, callback.rows_seen)
+        assert plan.votes == callback.votes
         assert plan.macs == callback.macs
         assert plan.parameters == callback.parameters
 
