@@ -11,6 +11,7 @@ Contenders, each in a process of its own that stays, with the same number of thr
     raw         rasterio alone: files kept open, windows in file order, pixels thrown away: the limit of decoding
     raw float32 the same, pixels kept as float32 until their batch is complete, as every model needs them
     ours        GeoTiffTiles: random order, float32, nodata mask, batches
+    dataset     the same tiles and masks by a map-style Dataset in a DataLoader, files kept open in its worker processes
     torchgeo    RasterDataset with GridGeoSampler, and RandomGeoSampler, in a DataLoader
     terratorch  TerraTorch's generic segmentation dataset, masks included, in a DataLoader
     before      GeoTiffTiles of another checkout of this repository, with --before
@@ -35,6 +36,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ LAYOUTS = {
 MEMORY_LAYOUT = "zstd"
 BATCH = 16
 CACHE_MB = 16
+FORK: Any = {"multiprocessing_context": "fork"}  # as on Linux; a spawned process would spawn its workers, which is slow
 
 
 def draw_scene(side: int) -> NDArray[np.int16]:
@@ -166,6 +169,40 @@ def read_ours(task: dict[str, Any]) -> int:
     return seen
 
 
+opened = lru_cache(maxsize=64)(rasterio.open)
+
+
+class Windows:
+    """Map-style dataset of windows: one item is one window as float32 with its mask."""
+
+    def __init__(self, folder: str, size: int, tiles: int) -> None:
+        self._size = size
+        self._windows = []
+        for path in sorted(glob.glob(f"{folder}/**/*.tif", recursive=True)):
+            with rasterio.open(path) as src:
+                starts = [(x, y) for y in range(0, src.height, size) for x in range(0, src.width, size)]
+                self._windows += [(path, x, y) for x, y in starts if x + size <= src.width and y + size <= src.height]
+        self._windows = self._windows[:tiles]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, item: int) -> dict[str, NDArray[Any]]:
+        path, x, y = self._windows[item]
+        src, window = opened(path), Window(x, y, self._size, self._size)
+        return {"image": src.read(window=window).astype(np.float32), "valid": src.dataset_mask(window=window) > 0}
+
+
+def read_dataset(task: dict[str, Any]) -> int:
+    """A map-style dataset in a DataLoader, in random order."""
+    from torch.utils.data import DataLoader
+
+    os.environ["GDAL_DISABLE_READDIR_ON_OPEN"] = "TRUE"  # else each file's folder is listed
+    dataset: Any = Windows(task["folder"], task["size"], task["tiles"])
+    loader = DataLoader(dataset, BATCH, num_workers=task["threads"], shuffle=True, worker_init_fn=hush, **FORK)
+    return sum(len(batch["image"]) for batch in loader)
+
+
 def hush(_: int) -> None:
     """Workers tell of every chip that it has no georeference."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -184,7 +221,7 @@ def read_torchgeo(task: dict[str, Any]) -> int:
         sampler = RandomGeoSampler(dataset, task["size"], task["tiles"], units=Units.PIXELS)
     seen = 0
     some = list(itertools.islice(sampler, task["tiles"]))
-    for batch in DataLoader(dataset, BATCH, sampler=some, num_workers=task["threads"], collate_fn=stack_samples):
+    for batch in DataLoader(dataset, BATCH, sampler=some, num_workers=task["threads"], collate_fn=stack_samples, **FORK):
         seen += len(batch["image"])
     return seen
 
@@ -200,7 +237,7 @@ def read_terratorch(task: dict[str, Any]) -> int:
         label_grep="*_mask.tif", no_data_replace=0,
     )  # fmt: skip
     seen = 0
-    for batch in DataLoader(dataset, BATCH, num_workers=task["threads"], shuffle=True, worker_init_fn=hush):
+    for batch in DataLoader(dataset, BATCH, num_workers=task["threads"], shuffle=True, worker_init_fn=hush, **FORK):
         seen += len(batch["image"])
     return seen
 
@@ -209,6 +246,7 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], int]] = {
     "raw": read_raw,
     "ours": read_ours,
     "before": read_ours,
+    "dataset": read_dataset,
     "torchgeo": read_torchgeo,
     "terratorch": read_terratorch,
 }
@@ -338,7 +376,8 @@ def main() -> None:
             write_scenes(folder / name, layout, pixels, args.scenes)
             few, every = (args.strip_tiles,) * 2 if "strips" in name else (args.torchgeo_tiles, 10**9)
             task = {"folder": str(folder / name), "size": 512, "tiles": every, "threads": args.threads}
-            tasks = {"raw": task, "raw float32": {**task, "convert": True}, "ours": task, **dict.fromkeys(before, task)} | {
+            tasks = {"raw": task, "raw float32": {**task, "convert": True}, "ours": task, "dataset": task}
+            tasks |= dict.fromkeys(before, task) | {
                 f"torchgeo {sampler}": {**task, "tiles": few, "sampler": sampler} for sampler in ("grid", "random")
             }
             results[name] = compare(contenders, tasks, args.rounds)
@@ -350,7 +389,8 @@ def main() -> None:
             task = {"folder": str(folder / "chips" / "images"), "size": 128, "tiles": 10**9, "threads": args.threads}
             results["chips"] = compare(
                 contenders,
-                {"raw": task, "raw float32": {**task, "convert": True}, "ours": task, "terratorch": task}
+                {"raw": task, "raw float32": {**task, "convert": True}, "ours": task, "dataset": task}
+                | {"terratorch": task}
                 | dict.fromkeys(before, task),
                 args.rounds,
             )
@@ -365,7 +405,7 @@ def main() -> None:
                 "small_files": True,
             }
             results["small files"] = compare(
-                contenders, {"raw": task, "ours": task} | dict.fromkeys(before, task), args.rounds
+                contenders, {"raw": task, "ours": task, "dataset": task} | dict.fromkeys(before, task), args.rounds
             )
             show(f"{args.small_files} files of 64 px", results["small files"])
         for contender in contenders.values():
