@@ -237,7 +237,7 @@ def test_blocks_that_are_gone_cannot_be_kept(build):
     "name", ["prithvi_swin_B", "satlas_swin_b_sentinel2_si_rgb", "timm_convnext_tiny", "timm_resnet18", "timm_regnetx_002"]
 )
 def test_hierarchical_encoders_are_refused_by_name(name):
-    with pytest.raises(UnsupportedEncoderError, match=f"Found backbone '{name}'.* depth cannot be cut"):
+    with pytest.raises(UnsupportedEncoderError, match=f"Found backbone '{name}'.* depth cannot be pruned"):
         BACKBONE_REGISTRY.build(f"simpler_{name}", pretrained=False)
 
 

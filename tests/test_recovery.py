@@ -409,7 +409,7 @@ def test_checkpoints_bring_their_maps(build, into):
     assert torch.equal(answer(other, images), answer(trained, images))
     plain = small(build, seed=6)
     other.load_state_dict(plain.state_dict())  # and one without maps takes them away
-    assert other.pruned_state.repaired == ()
+    assert other.pruned_state.recovered == ()
     assert torch.equal(answer(other, images), answer(plain, images))
 
 
@@ -437,7 +437,7 @@ def test_damaged_repairs_are_refused(build, change, message, form):
     other = small(build)
     with pytest.raises(CheckpointError, match=message):
         other.load_state_dict({key: value for key, value in state.items() if value is not None})
-    assert (other.num_blocks, other.pruned_state.repaired) == (12, ())
+    assert (other.num_blocks, other.pruned_state.recovered) == (12, ())
 
 
 def test_vit_adapter_is_refused():
@@ -481,7 +481,7 @@ def test_any_rule_with_and_without_recovery_through_fit_resume_test_and_load(
         assert (
             {int(name) for name in backbone.recovery}
             == {before for before, _ in spans}
-            == {x[0] for x in backbone.pruned_state.repaired}
+            == {x[0] for x in backbone.pruned_state.recovered}
         )
         trained = list(backbone.recovery.parameters())
         held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}

@@ -1,4 +1,4 @@
-"""What the package needs to know of an encoder, and the table of families that know it."""
+"""EncoderSpec, the interface of an encoder family, and the registry of families."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class TerraTorchArguments(NamedTuple):
     """Arguments with which TerraTorch itself builds a pruned encoder."""
 
     arguments: dict[str, Any]  # for TerraTorch's encoder of the same name
-    features: int  # how many features that one returns
-    places: list[int]  # where among them each feature of the pruned encoder is
+    num_features: int  # how many features that encoder returns
+    positions: list[int]  # position among them of each feature of the pruned encoder
 
 
 class EncoderSpec(ABC):
@@ -67,7 +67,7 @@ class EncoderSpec(ABC):
 
     @abstractmethod
     def return_all_features(self, encoder: nn.Module) -> None:
-        """Make ``encoder(...)`` return the features after every block it holds, and copy correctly."""
+        """Make ``encoder(...)`` return the features after every block it holds, also once it is copied or pickled."""
 
     @abstractmethod
     def blocks(self, encoder: nn.Module) -> nn.ModuleList | nn.Sequential:
@@ -75,13 +75,13 @@ class EncoderSpec(ABC):
 
     @abstractmethod
     def select_blocks(self, encoder: nn.Module, positions: Sequence[int]) -> None:
-        """Put blocks, and all that belongs to a block, in the given order; those not named are dropped.
+        """Keep the blocks at the given positions, in that order, with all that belongs to a block; drop the others.
 
-        Everything in the encoder that describes its depth agrees afterwards.
+        Attributes of the encoder that describe its depth are updated.
 
         Args:
             encoder: The encoder, changed in place.
-            positions: Positions in the present list; a repeated one becomes a copy of its own.
+            positions: Positions in the present list; a repeated one becomes a deep copy.
         """
 
     @abstractmethod
@@ -107,7 +107,7 @@ class EncoderSpec(ABC):
 
         Args:
             encoder: The encoder, built without ``out_indices``.
-            out_indices: What the user asked for.
+            out_indices: ``backbone_out_indices`` of the configuration.
         """
         if out_indices is None:
             return range(len(self.blocks(encoder)))
@@ -123,19 +123,19 @@ class EncoderSpec(ABC):
         """Run the encoder.
 
         Args:
-            encoder: The encoder, prepared.
-            positions: Positions of the kept blocks that each feature is taken from.
+            encoder: The encoder, after :meth:`return_all_features`.
+            positions: Positions of the kept blocks that each feature is selected from.
             args: Positional arguments of the encoder.
             kwargs: Keyword arguments of the encoder.
 
         Returns:
-            One entry for each position, as the encoder shapes it.
+            One feature for each position, in the shape that the encoder gives it.
         """
         features = encoder(*args, **kwargs)
         return [features[position] for position in positions]
 
     def final_norm(self, encoder: nn.Module) -> nn.Module | None:
-        """The norm that follows the last block; None if the encoder hands its last block's output on as it is."""
+        """The norm that follows the last block; None if the encoder returns the output of its last block without one."""
         del encoder
         return None
 
@@ -148,8 +148,8 @@ class EncoderSpec(ABC):
         """How TerraTorch itself can build the encoder as it stands.
 
         Args:
-            encoder: The encoder, prepared and pruned.
-            positions: Positions of the kept blocks that each feature is taken from.
+            encoder: The encoder, after :meth:`return_all_features`, pruned.
+            positions: Positions of the kept blocks that each feature is selected from.
 
         Returns:
             The settings; None if TerraTorch has none for the depth of this family.
@@ -158,7 +158,7 @@ class EncoderSpec(ABC):
         return None
 
     def register_block_hooks(self, encoder: nn.Module, observe: Callable[[Tensor], None]) -> list[RemovableHandle]:
-        """Tell what enters the first block, and the raw output of every block, before any final norm.
+        """Observe the input of the first block and the raw output of every block, before any final norm.
 
         Args:
             encoder: The encoder.
@@ -166,27 +166,26 @@ class EncoderSpec(ABC):
                 for every block, in order.
 
         Returns:
-            Handles that end it.
+            Handles that remove the hooks.
         """
 
         def after_block(_block: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            observe(
-                output if isinstance(output, Tensor) else output[0]
-            )  # blocks of older transformers: with attention weights
+            # Blocks of older versions of transformers return attention weights as well.
+            observe(output if isinstance(output, Tensor) else output[0])
 
         blocks = list(self.blocks(encoder))
-        return [hook_input(blocks[0], observe), *(block.register_forward_hook(after_block) for block in blocks)]
+        return [register_input_hook(blocks[0], observe), *(block.register_forward_hook(after_block) for block in blocks)]
 
     def insert_after_block(self, encoder: nn.Module, position: int, token_map: LinearRecovery) -> RemovableHandle:
-        """Map the tokens after a block, each time the encoder runs.
+        """Apply a linear recovery map to the tokens after a block, each time the encoder runs.
 
         Args:
             encoder: The encoder.
-            position: Position of a kept block; -1 for what enters the first one.
+            position: Position of a kept block; -1 for the input of the first one.
             token_map: The map.
 
         Returns:
-            A handle that ends it.
+            A handle that removes the hook.
 
         Raises:
             RecoveryError: If no map fits the encoder.
@@ -197,7 +196,7 @@ class EncoderSpec(ABC):
         return blocks[position].register_forward_hook(token_map.after)
 
     def layout(self, encoder: nn.Module, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
-        """What the tokens of a block's output stand for.
+        """Which tokens of a block's output show patches, and which do not.
 
         Args:
             encoder: The encoder.
@@ -209,8 +208,8 @@ class EncoderSpec(ABC):
         return [self.prefix_tokens(encoder), PatchGrid(image_size(inputs), self.patch_size(encoder))]
 
 
-def hook_input(part: nn.Module, observe: Callable[[Tensor], None]) -> RemovableHandle:
-    """Tell the first argument of a module each time it runs."""
+def register_input_hook(part: nn.Module, observe: Callable[[Tensor], None]) -> RemovableHandle:
+    """Observe the first argument of a module each time it runs."""
 
     def before(_part: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         observe(args[0] if args else next(iter(kwargs.values())))
@@ -224,26 +223,26 @@ def image_size(images: Tensor) -> tuple[int, int, int]:
     return int(frames), int(images.shape[-2]), int(images.shape[-1])
 
 
-def take(items: Iterable[nn.Module], positions: Sequence[int]) -> list[nn.Module]:
+def select_modules(items: Iterable[nn.Module], positions: Sequence[int]) -> list[nn.Module]:
     """Items at the given positions; a repeated one is copied, so that no two share weights."""
     originals = list(items)
-    taken: list[nn.Module] = []
+    selected: list[nn.Module] = []
     for number, position in enumerate(positions):
         item = originals[position]
-        taken.append(copy.deepcopy(item) if position in positions[:number] else item)
-    return taken
+        selected.append(copy.deepcopy(item) if position in positions[:number] else item)
+    return selected
 
 
-def take_prompts(module: Any, positions: Sequence[int]) -> None:
-    """Rearrange visual prompts, which TerraTorch keeps beside the blocks and looks up by position."""
+def select_prompts(module: Any, positions: Sequence[int]) -> None:
+    """Keep the visual prompts of the selected blocks: TerraTorch stores them beside the blocks, by position."""
     if getattr(module, "vpt", False):
-        module.vpt_prompt_embeddings = nn.ParameterList(take(module.vpt_prompt_embeddings, positions))
-        module.vpt_dropout_layers = nn.ModuleList(take(module.vpt_dropout_layers, positions))
+        module.vpt_prompt_embeddings = nn.ParameterList(select_modules(module.vpt_prompt_embeddings, positions))
+        module.vpt_dropout_layers = nn.ModuleList(select_modules(module.vpt_dropout_layers, positions))
 
 
 @contextmanager
-def prompts_off(module: Any) -> Iterator[None]:
-    """Let TerraTorch's forward pass skip the visual prompts that it would put beside the tokens of each block."""
+def prompts_disabled(module: Any) -> Iterator[None]:
+    """Make TerraTorch's forward pass skip the visual prompts that it adds to the tokens of each block."""
     before = module.vpt
     module.vpt = False
     try:
@@ -262,12 +261,12 @@ _SPECS: list[EncoderSpec] = []
 
 
 def register_encoder(spec: EncoderSpec) -> EncoderSpec:
-    """Make a family known.
+    """Register the spec of a family.
 
     Raises:
-        ConfigurationError: If the family is known already.
+        ConfigurationError: If the family is registered already.
     """
-    if any(known.family == spec.family for known in _SPECS):
+    if any(other.family == spec.family for other in _SPECS):
         msg = f"Found a second encoder spec for family '{spec.family}', expected one: use another family name."
         raise ConfigurationError(msg)
     _SPECS.append(spec)
@@ -275,7 +274,7 @@ def register_encoder(spec: EncoderSpec) -> EncoderSpec:
 
 
 def families() -> tuple[str, ...]:
-    """Names of the known families."""
+    """Names of the registered families."""
     return tuple(spec.family for spec in _SPECS)
 
 
@@ -285,7 +284,7 @@ def known_spec(encoder: nn.Module) -> EncoderSpec | None:
 
 
 def spec_of(encoder: nn.Module) -> EncoderSpec:
-    """Adapter of an encoder's family.
+    """Spec of an encoder's family.
 
     Raises:
         UnsupportedEncoderError: If no family matches.
@@ -308,7 +307,7 @@ def refuse_by_name(name: str) -> None:
     if any(word in name.lower() for word in HIERARCHICAL):
         msg = (
             f"Found backbone '{name}', expected an encoder with one stack of equal blocks such as prithvi_eo_v2_300_tl: a "
-            "hierarchical encoder changes resolution and width between stages, so depth cannot be cut from its end; use "
+            "hierarchical encoder changes resolution and width between stages, so its depth cannot be pruned; use "
             f"'{name}' without 'simpler_'."
         )
         raise UnsupportedEncoderError(msg)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from terratorch_simpler.encoders.base import EncoderSpec, Layout, PatchGrid, image_size, pair, take
+from terratorch_simpler.encoders.base import EncoderSpec, Layout, PatchGrid, image_size, pair, select_modules
 from terratorch_simpler.errors import TilesError, UnsupportedEncoderError
 
 
@@ -91,7 +91,7 @@ class BlockPathSpec(EncoderSpec):
         """Blocks."""
         parent, _, name = self._path.rpartition(".")
         blocks = self.blocks(encoder)
-        kept = take(blocks, positions)
+        kept = select_modules(blocks, positions)
         stack = nn.Sequential(*kept) if isinstance(blocks, nn.Sequential) else nn.ModuleList(kept)
         setattr(encoder.get_submodule(parent), name, stack)
 

@@ -11,7 +11,14 @@ from terratorch.registry.timm_registry import TimmBackboneWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from terratorch_simpler.encoders.base import EncoderSpec, hook_input, pair, prompts_off, take, take_prompts
+from terratorch_simpler.encoders.base import (
+    EncoderSpec,
+    pair,
+    prompts_disabled,
+    register_input_hook,
+    select_modules,
+    select_prompts,
+)
 from terratorch_simpler.pruning.recovery import LinearRecovery
 
 
@@ -35,8 +42,8 @@ class ClaySpec(EncoderSpec):
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and with them the visual prompts."""
         transformer: Any = encoder.clay_encoder.transformer
-        transformer.layers = nn.ModuleList(take(transformer.layers, positions))
-        take_prompts(transformer, positions)
+        transformer.layers = nn.ModuleList(select_modules(transformer.layers, positions))
+        select_prompts(transformer, positions)
         encoder._out_channels = encoder._out_channels[:1] * len(positions)
         self.return_all_features(encoder)
 
@@ -64,7 +71,7 @@ class ClaySpec(EncoderSpec):
 
     def without_prompts(self, encoder: Any) -> AbstractContextManager[object]:
         """Skip VPT."""
-        return prompts_off(encoder.clay_encoder.transformer)
+        return prompts_disabled(encoder.clay_encoder.transformer)
 
     def register_block_hooks(self, encoder: Any, observe: Callable[[Tensor], None]) -> list[RemovableHandle]:
         """A block is no module that is called: its output is that of its feed-forward part plus the residual."""
@@ -73,7 +80,10 @@ class ClaySpec(EncoderSpec):
             observe(output + args[0])
 
         layers: Any = self.blocks(encoder)
-        return [hook_input(layers[0][0], observe), *(part.register_forward_hook(after_feed_forward) for _, part in layers)]
+        return [
+            register_input_hook(layers[0][0], observe),
+            *(part.register_forward_hook(after_feed_forward) for _, part in layers),
+        ]
 
     def insert_after_block(self, encoder: Any, position: int, token_map: LinearRecovery) -> RemovableHandle:
         """As for hooks: the feed-forward part of a block answers for it, the stack for what enters the first one."""

@@ -8,7 +8,7 @@ from typing import Any
 from terratorch.models.backbones.dinov3.dinov3_wrapper import DinoV3Wrapper
 from torch import nn
 
-from terratorch_simpler.encoders.base import EncoderSpec, pair, take
+from terratorch_simpler.encoders.base import EncoderSpec, pair, select_modules
 
 NATIVE_SIZE = 224
 
@@ -33,7 +33,7 @@ class DinoV3Spec(EncoderSpec):
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks, and what the model says of its depth."""
         model: Any = encoder.dinov3
-        model.blocks = nn.ModuleList(take(model.blocks, positions))
+        model.blocks = nn.ModuleList(select_modules(model.blocks, positions))
         model.n_blocks = len(positions)
         encoder.out_channels = self.out_channels(encoder)
         self.return_all_features(encoder)

@@ -8,7 +8,7 @@ from typing import Any
 from terratorch.models.backbones.dofa_vit import DOFAEncoderWrapper
 from torch import nn
 
-from terratorch_simpler.encoders.base import EncoderSpec, pair, take
+from terratorch_simpler.encoders.base import EncoderSpec, pair, select_modules
 
 
 class DofaSpec(EncoderSpec):
@@ -36,7 +36,7 @@ class DofaSpec(EncoderSpec):
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks."""
-        encoder.dofa_model.blocks = nn.ModuleList(take(self.blocks(encoder), positions))
+        encoder.dofa_model.blocks = nn.ModuleList(select_modules(self.blocks(encoder), positions))
         encoder.out_channels = self.out_channels(encoder)
         self.return_all_features(encoder)
 

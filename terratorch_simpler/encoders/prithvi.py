@@ -11,12 +11,18 @@ from terratorch.models.backbones.prithvi_mae import PrithviViT
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from terratorch_simpler.encoders.base import EncoderSpec, TerraTorchArguments, prompts_off, take, take_prompts
+from terratorch_simpler.encoders.base import (
+    EncoderSpec,
+    TerraTorchArguments,
+    prompts_disabled,
+    select_modules,
+    select_prompts,
+)
 from terratorch_simpler.errors import DepthError, RecoveryError
 from terratorch_simpler.pruning.recovery import LinearRecovery
 
 
-def _with_vit_adapter(encoder: Any) -> bool:
+def _has_vit_adapter(encoder: Any) -> bool:
     # Looked up late: TerraTorch puts a dummy there where the compiled operation it needs is missing.
     return isinstance(encoder, prithvi_vit_adapter.PrithviViTAdapter)
 
@@ -28,32 +34,32 @@ class PrithviSpec(EncoderSpec):
 
     def matches(self, encoder: Any) -> bool:
         """Any PrithviViT without ViT-Adapter."""
-        return isinstance(encoder, PrithviViT) and not _with_vit_adapter(encoder)
+        return isinstance(encoder, PrithviViT) and not _has_vit_adapter(encoder)
 
     def return_all_features(self, encoder: Any) -> None:
         """Replace TerraTorch's closure, which keeps running the original's weights after a deep copy."""
         # A bound method is re-bound by copy and pickle; the closure is not.
         encoder.forward = encoder.forward_features
-        self._renumber(encoder)
+        self._return_all_blocks(encoder)
 
     def blocks(self, encoder: Any) -> nn.ModuleList:
         """The transformer blocks."""
         return encoder.blocks
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Blocks, and with them the visual prompts."""
-        encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))
-        take_prompts(encoder, positions)
+        """Select blocks and their visual prompts."""
+        encoder.blocks = nn.ModuleList(select_modules(encoder.blocks, positions))
+        select_prompts(encoder, positions)
         encoder.out_channels = encoder.out_channels[:1] * len(positions)
-        self._renumber(encoder)
+        self._return_all_blocks(encoder)
 
     def final_norm(self, encoder: Any) -> nn.Module | None:
         """``norm``, which ViT-Adapter takes away."""
         return getattr(encoder, "norm", None)
 
     def without_prompts(self, encoder: Any) -> AbstractContextManager[object]:
-        """Skip VPT."""
-        return prompts_off(encoder)
+        """Skip VPT prompts."""
+        return prompts_disabled(encoder)
 
     def terratorch_kwargs(self, encoder: Any, positions: Sequence[int]) -> TerraTorchArguments | None:
         """``depth``."""
@@ -61,7 +67,7 @@ class PrithviSpec(EncoderSpec):
         return TerraTorchArguments({"depth": depth}, depth, list(positions))
 
     @staticmethod
-    def _renumber(encoder: Any) -> None:
+    def _return_all_blocks(encoder: Any) -> None:
         encoder.out_indices = list(range(len(encoder.blocks)))
 
     def out_channels(self, encoder: Any) -> list[int]:
@@ -85,7 +91,7 @@ class PrithviSpec(EncoderSpec):
 class PrithviViTAdapterSpec(PrithviSpec):
     """Prithvi with ``vit_adapter: true``: four feature maps, each after one of four ranges of blocks.
 
-    The ranges are laid anew over the kept blocks, with ends where an index of the intact encoder is taken from.
+    The ranges are spread over the kept blocks; each ends where the last block of the intact range is mapped to.
     """
 
     family = "Prithvi with ViT-Adapter"
@@ -94,10 +100,10 @@ class PrithviViTAdapterSpec(PrithviSpec):
 
     def matches(self, encoder: Any) -> bool:
         """Prithvi built with ``vit_adapter: true``."""
-        return _with_vit_adapter(encoder)
+        return _has_vit_adapter(encoder)
 
     def return_all_features(self, encoder: Any) -> None:
-        """Remember the ranges of the intact encoder: those of a pruned one cannot be grown back."""
+        """Store the ranges of the intact encoder: they cannot be computed from those of a pruned one."""
         encoder.intact_ends = [indexes[-1] for indexes in encoder.interaction_indexes]
 
     def feature_blocks(self, encoder: Any, out_indices: Sequence[int] | int | None) -> Sequence[int]:
@@ -121,8 +127,8 @@ class PrithviViTAdapterSpec(PrithviSpec):
         return list(encoder(*args, **kwargs))
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Blocks, and the four ranges over them."""
-        encoder.blocks = nn.ModuleList(take(encoder.blocks, positions))
+        """Select blocks, and spread the four ranges over them."""
+        encoder.blocks = nn.ModuleList(select_modules(encoder.blocks, positions))
         encoder.interaction_indexes = _ranges(encoder.intact_ends, len(positions))
         encoder.num_block = len(positions)
         encoder.out_indices = [indexes[-1] for indexes in encoder.interaction_indexes]
@@ -134,7 +140,7 @@ class PrithviViTAdapterSpec(PrithviSpec):
         return TerraTorchArguments(arguments, len(positions), list(range(len(positions))))
 
     def insert_after_block(self, encoder: Any, position: int, token_map: LinearRecovery) -> RemovableHandle:  # noqa: ARG002
-        """Refused: between its ranges of blocks, ViT-Adapter changes the tokens by what it has learned so far.
+        """Not supported: ViT-Adapter changes the tokens between its ranges of blocks, by what is trained later.
 
         Raises:
             RecoveryError: Always.
@@ -160,8 +166,8 @@ def _ranges(ends: Sequence[int], after: int) -> list[list[int]]:
     ranges: list[list[int]] = []
     first = 0
     for number, end in enumerate(ends):
-        last = -(-(end + 1) * after // before) - 1  # where index ``end`` is answered
-        # Every range needs a block, those to come as well.
+        last = -(-(end + 1) * after // before) - 1  # the kept block that index ``end`` maps to
+        # Every range needs a block, the following ones as well.
         last = min(max(last, first), after - (len(ends) - number))
         ranges.append([first, last])
         first = last + 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from terratorch_simpler.encoders.base import Layout, PatchGrid, image_size, take
+from terratorch_simpler.encoders.base import Layout, PatchGrid, image_size, select_modules
 from terratorch_simpler.encoders.by_path import BlockPathSpec
 from terratorch_simpler.errors import TilesError, UnsupportedEncoderError
 
@@ -42,7 +42,7 @@ class StackSpec(BlockPathSpec):
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks; the container stays the same object, and its first names stay in use."""
         stack = self.blocks(encoder)
-        kept = take(stack, positions)
+        kept = select_modules(stack, positions)
         names = list(stack._modules)[: len(kept)]
         stack._modules.clear()
         stack._modules.update(zip(names, kept, strict=True))

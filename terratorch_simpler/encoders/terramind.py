@@ -10,7 +10,7 @@ from terratorch.models.backbones.terramind.model.terramind_tim import TerraMindT
 from terratorch.models.backbones.terramind.model.terramind_vit import TerraMindViT
 from torch import Tensor, nn
 
-from terratorch_simpler.encoders.base import EncoderSpec, Layout, PatchGrid, image_size, pair, take
+from terratorch_simpler.encoders.base import EncoderSpec, Layout, PatchGrid, image_size, pair, select_modules
 from terratorch_simpler.errors import TilesError
 
 
@@ -35,7 +35,7 @@ class TerraMindSpec(EncoderSpec):
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Blocks."""
-        encoder.encoder = nn.ModuleList(take(encoder.encoder, positions))
+        encoder.encoder = nn.ModuleList(select_modules(encoder.encoder, positions))
         encoder.out_channels = encoder.out_channels[:1] * len(positions)
 
     def out_channels(self, encoder: Any) -> list[int]:

@@ -14,7 +14,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from terratorch_simpler.encoders.base import EncoderSpec, TerraTorchArguments, pair, take
+from terratorch_simpler.encoders.base import EncoderSpec, TerraTorchArguments, pair, select_modules
 
 
 class _VisionTransformerSpec(EncoderSpec):
@@ -29,9 +29,9 @@ class _VisionTransformerSpec(EncoderSpec):
         return self.model(encoder).blocks
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Blocks, and what the model says of its depth."""
+        """Select blocks, and update ``feature_info``."""
         model = self.model(encoder)
-        blocks = take(model.blocks, positions)
+        blocks = select_modules(model.blocks, positions)
         model.blocks = nn.Sequential(*blocks) if isinstance(model.blocks, nn.Sequential) else nn.ModuleList(blocks)
         model.feature_info = [{**model.feature_info[0], "module": f"blocks.{i}"} for i in range(len(blocks))]
 
@@ -87,7 +87,7 @@ class TimmViTSpec(_VisionTransformerSpec):
     def return_all_features(self, encoder: Any) -> None:
         """Return the features after all blocks."""
         encoder.prepare_features_for_image_model = _unchanged  # TerraTorch's lambda cannot be pickled
-        self._renumber(encoder)
+        self._return_all_blocks(encoder)
 
     def terratorch_kwargs(self, encoder: Any, positions: Sequence[int]) -> TerraTorchArguments | None:
         """``depth``, and ``out_indices`` without repetitions."""
@@ -96,11 +96,11 @@ class TimmViTSpec(_VisionTransformerSpec):
         return TerraTorchArguments(arguments, len(returned), [returned.index(position) for position in positions])
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Blocks, and the getter that stands beside the module tree."""
+        """Select blocks, and update timm's feature getter, which is not part of the module tree."""
         super().select_blocks(encoder, positions)
-        self._renumber(encoder)
+        self._return_all_blocks(encoder)
 
-    def _renumber(self, encoder: Any) -> None:
+    def _return_all_blocks(self, encoder: Any) -> None:
         getter = _getter(encoder)
         getter.out_indices = list(range(len(self.blocks(encoder))))
         encoder._out_channels = self.out_channels(encoder)
@@ -121,7 +121,7 @@ class TorchGeoViTSpec(_VisionTransformerSpec):
     family = "torchgeo ViT"
 
     def matches(self, encoder: Any) -> bool:
-        """Any of them."""
+        """Any ViT of torchgeo."""
         return isinstance(encoder, ViTEncoderWrapper)
 
     def model(self, encoder: Any) -> Any:
@@ -141,7 +141,7 @@ class TorchGeoViTSpec(_VisionTransformerSpec):
         return TerraTorchArguments({"depth": depth}, depth, list(positions))
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Blocks, and what TerraTorch's wrapper says of them."""
+        """Select blocks, and update ``out_channels``."""
         super().select_blocks(encoder, positions)
         encoder.out_channels = self.out_channels(encoder)
 
@@ -161,14 +161,14 @@ class TimmModelSpec(_VisionTransformerSpec):
         return encoder
 
     def input_shape(self, encoder: Any) -> None:  # noqa: ARG002
-        """Not needed: the model itself says which images it takes."""
+        """Not needed: timm models check their input themselves."""
         return
 
     def return_all_features(self, encoder: Any) -> None:
         """Nothing: it returns what it did before."""
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Blocks, ``feature_info``, and the rotary frequencies that some EVA models learn for every block."""
+        """Select blocks, and the rotary frequencies that some EVA models learn for every block."""
         super().select_blocks(encoder, positions)
         if getattr(encoder, "rope_mixed", False):
             rope = encoder.rope

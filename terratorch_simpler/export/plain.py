@@ -44,7 +44,7 @@ def check_expressible(backbone: SimplerBackbone) -> None:
             "width of attention heads: use --formats onnx or pt2, or keep terratorch_simpler installed where the model runs."
         )
         raise ExportError(msg)
-    if backbone.pruned_state.repaired:
+    if backbone.pruned_state.recovered:
         msg = (
             f"Found '{backbone.name}' with a linear map in the place of dropped blocks, expected none, since TerraTorch has "
             "no such layer: use --formats onnx or pt2, or keep terratorch_simpler installed where the model runs."
@@ -144,11 +144,11 @@ def _plain_model_args(model_args: Mapping[str, Any], backbone: SimplerBackbone) 
     """Arguments of TerraTorch's factory, and whether a neck was put in front of the others."""
     arguments, prefix = _backbone_arguments(model_args)
     features = list(range(len(backbone.feature_positions)))
-    places, unchanged = features, True  # an intact encoder of a family without such settings is built as it was
+    positions, unchanged = features, True  # an intact encoder of a family without such settings is built as it was
     if (host := backbone.terratorch_kwargs()) is not None:
         arguments.pop("out_indices", None)
         arguments.update(host.arguments)
-        places, unchanged = host.places, host.places == features and host.features == len(features)
+        positions, unchanged = host.positions, host.positions == features and host.num_features == len(features)
     for key in (*OURS, "ckpt_path"):
         arguments.pop(key, None)
     arguments["pretrained"] = False
@@ -162,9 +162,9 @@ def _plain_model_args(model_args: Mapping[str, Any], backbone: SimplerBackbone) 
     necks = plain.get("necks") or []
     shifted = False
     if necks and necks[0].get("name") == "SelectIndices":
-        necks[0]["indices"] = [places[i] for i in necks[0]["indices"]]
+        necks[0]["indices"] = [positions[i] for i in necks[0]["indices"]]
     elif not unchanged and (necks or not _own_neck(backbone)):
-        plain["necks"] = [{"name": "SelectIndices", "indices": places}, *necks]
+        plain["necks"] = [{"name": "SelectIndices", "indices": positions}, *necks]
         shifted = bool(necks)
     return plain, shifted
 

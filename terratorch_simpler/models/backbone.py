@@ -39,8 +39,9 @@ class SimplerBackbone(nn.Module):
     ``out_indices`` is in the numbering of the intact encoder.
 
     The pruned state (kept blocks, width, recovery maps) is the module's extra state, so every checkpoint holds it; loading
-    one prunes, or grows back, to match before the weights of the blocks are read. One that was trained at several widths is
-    loaded at the width that the backbone was built with. Weights without a pruned state are loaded into the present one.
+    one prunes the encoder, or restores blocks, to match before the weights of the blocks are read. One that was trained at
+    several widths is loaded at the width that the backbone was built with. Weights without a pruned state are loaded into
+    the present one.
 
     Args:
         encoder: Encoder of a supported family, with all its blocks.
@@ -189,18 +190,18 @@ class SimplerBackbone(nn.Module):
         return self._spec.without_prompts(self.encoder)
 
     def register_block_hooks(self, observe: Callable[[Tensor], None]) -> list[RemovableHandle]:
-        """Tell what enters the first kept block, and the raw output of every kept block, each time the encoder runs.
+        """Observe the input of the first kept block and the raw output of every kept block, each time the encoder runs.
 
         Args:
             observe: Called with tokens (B, N, D): once before the first block, then once for every block, in order.
 
         Returns:
-            Handles that end it.
+            Handles that remove the hooks.
         """
         return self._spec.register_block_hooks(self.encoder, observe)
 
     def layout(self, inputs: Tensor | Mapping[str, Any], length: int) -> Layout:
-        """What the tokens of a block's output stand for.
+        """Which tokens of a block's output show patches, and which do not.
 
         Args:
             inputs: First argument of the encoder.
@@ -209,7 +210,7 @@ class SimplerBackbone(nn.Module):
         return self._spec.layout(self.encoder, inputs, length)
 
     def num_parameters(self) -> int:
-        """Parameters of the encoder in its present state, recovery maps included."""
+        """Number of parameters of the encoder in its present state, recovery maps included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
@@ -306,7 +307,7 @@ class SimplerBackbone(nn.Module):
             )
             raise ConfigurationError(msg)
         if width != self._width:
-            self._plan = None  # it described another state
+            self._plan = None  # the plan described another state
             Narrowing(self.blocks, width).apply()
             self._width, self._trained_widths = width, ()
 
@@ -346,7 +347,7 @@ class SimplerBackbone(nn.Module):
         self._trained_widths = tuple(widths)
 
     def match_checkpoint(self, state: PrunedState) -> None:
-        """Take the pruned state of a checkpoint, growing back what is missing; its weights are to be loaded next.
+        """Change the encoder to the pruned state of a checkpoint, restoring dropped blocks; its weights must be loaded next.
 
         Args:
             state: That of the checkpoint.
@@ -355,28 +356,28 @@ class SimplerBackbone(nn.Module):
             CheckpointError: If its intact encoder has another number of blocks.
             UnsupportedEncoderError: If it is of another width, and this encoder cannot be slimmed.
         """
-        if state.total != self.full_num_blocks:
+        if state.full_num_blocks != self.full_num_blocks:
             msg = (
-                f"Found a checkpoint of an encoder with {state.total} blocks, expected one of '{self.name}' with "
+                f"Found a checkpoint of an encoder with {state.full_num_blocks} blocks, expected one of '{self.name}' with "
                 f"{self.full_num_blocks}: give the configuration the checkpoint was trained with."
             )
             raise CheckpointError(msg)
         kept = resolve_keep(list(state.kept), self.full_num_blocks)
-        if (kept, state.width, state.repaired) != (self._kept, self._width, self._recovered):
-            self._plan = None  # it described another state
+        if (kept, state.width, state.recovered) != (self._kept, self._width, self._recovered):
+            self._plan = None  # the plan described another state
         if kept != self._kept:
             self._select_blocks(kept)
         if state.width != self._width:
             Narrowing(self.blocks, state.width).apply()
         self._width, self._trained_widths = state.width, state.trained_widths
-        if state.repaired != self._recovered:
-            eyes = {before: (torch.eye(width), special) for before, width, special in state.repaired}
+        if state.recovered != self._recovered:
+            eyes = {before: (torch.eye(width), special) for before, width, special in state.recovered}
             self._insert_recovery(
                 {before: RecoveryWeights(eye, eye if special else None) for before, (eye, special) in eyes.items()}
             )
 
     def _select_blocks(self, kept: tuple[int, ...]) -> None:
-        # A block that was dropped before grows back as a copy of the first one: same sizes, weights to be loaded.
+        # A block that was dropped before is restored as a copy of the first one: same sizes, its weights are loaded next.
         self._insert_recovery({})  # recovery maps stand for what is dropped now
         positions = {block: position for position, block in enumerate(self._kept)}
         self._spec.select_blocks(self.encoder, [positions.get(block, 0) for block in kept])
@@ -390,7 +391,7 @@ class SimplerBackbone(nn.Module):
     def peft_config(self) -> Mapping[str, Any]:
         """Configuration of the adapters, which PEFT leaves here once it has put them into the blocks."""
         if "_peft_config" not in self.__dict__:
-            raise AttributeError("peft_config")  # PEFT asks whether there is one
+            raise AttributeError("peft_config")  # PEFT tests for it with hasattr
         return self._peft_config
 
     @peft_config.setter
@@ -400,7 +401,7 @@ class SimplerBackbone(nn.Module):
 
     @peft_config.deleter
     def peft_config(self) -> None:
-        del self._peft_config  # PEFT does so when it merges
+        del self._peft_config  # when PEFT merges adapters
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As in ``nn.Module``; lets TerraTorch, which splits query, key and value meanwhile, split slimmed ones."""
@@ -428,7 +429,7 @@ class SimplerBackbone(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            encoder = vars(self).get("_modules", {}).get("encoder")  # not there yet while a copy is made
+            encoder = vars(self).get("_modules", {}).get("encoder")  # missing while the module is being copied
             if encoder is None:
                 raise
         return getattr(encoder, name)
@@ -451,7 +452,7 @@ def _match_checkpoint(
         refuse_plain_weights(module, state_dict, prefix)
         return
     state_dict[f"{prefix}{EXTRA_KEY}"] = state.as_tensor()
-    if state.total == module.full_num_blocks:  # otherwise match_checkpoint has the clearer message
+    if state.full_num_blocks == module.full_num_blocks:  # otherwise match_checkpoint has the clearer message
         check_weights(module, state_dict, prefix, state)
     requested = module.width if state.trained_widths else state.width
     if requested not in (state.width, *state.trained_widths):

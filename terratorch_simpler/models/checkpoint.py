@@ -128,10 +128,10 @@ def load_at_full_depth(task: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     weights = _weights(read_checkpoint(path), path)
     state = state_in(weights, str(path))
-    if state != PrunedState(tuple(range(state.total)), state.total):
+    if state != PrunedState(tuple(range(state.full_num_blocks)), state.full_num_blocks):
         msg = (
-            f"Found a checkpoint of {len(state.kept)} of {state.total} blocks and width {state.width:g} at {path}, expected "
-            "one in which nothing was cut: give that of the fit at full depth."
+            f"The checkpoint {path} holds {len(state.kept)} of {state.full_num_blocks} blocks at width {state.width:g}, "
+            "expected one of the intact encoder: give that of the fit at full depth."
         )
         raise CheckpointError(msg)
     load_weights(task, weights, path)
@@ -187,12 +187,12 @@ def check_weights(backbone: SimplerBackbone, weights: Mapping[str, Tensor], pref
                 f"{missing}, expected those of all: it is damaged, take an earlier one."
             )
             raise CheckpointError(msg)
-    for before, width, _ in state.repaired:
+    for before, width, _ in state.recovered:
         weight = weights.get(f"{prefix}recovery.{before}.patch.weight")
         if weight is None or weight.shape != (width, width):
             msg = (
                 f"Found no map of {width} x {width} for '{prefix}recovery.{before}' in the checkpoint, expected one, since "
-                "it says it was repaired: the checkpoint is damaged, take an earlier one."
+                "it records a recovery map: the checkpoint is damaged, take an earlier one."
             )
             raise CheckpointError(msg)
 

@@ -1,6 +1,6 @@
-"""What is left of a pruned encoder, as checkpoints carry it.
+"""The pruned state of an encoder, as checkpoints hold it.
 
-It is the backbone's extra state, a tensor that holds JSON: averaging of weights and buffers leaves it alone,
+It is the backbone's extra state, a tensor of bytes that holds JSON: weight averaging does not touch it,
 ``weights_only=True`` loads it, and a ``state_dict`` consists of tensors only. Earlier checkpoints hold integer buffers.
 """
 
@@ -22,8 +22,8 @@ EXTRA_KEY = "_extra_state"
 KEPT_KEY = "kept_blocks"
 DEPTH_KEY = "total_blocks"
 WIDTHS_KEY = "kept_widths"
-REPAIRED_KEY = "repaired"
-STATE_KEYS = (KEPT_KEY, DEPTH_KEY, WIDTHS_KEY, REPAIRED_KEY)
+RECOVERED_KEY = "repaired"
+STATE_KEYS = (KEPT_KEY, DEPTH_KEY, WIDTHS_KEY, RECOVERED_KEY)
 """Keys of the JSON, and names of the buffers of earlier checkpoints; the last two are there only if needed."""
 MOST_WIDTHS = 100
 """Largest number of widths that one encoder is trained at."""
@@ -32,30 +32,30 @@ MOST_BYTES = 2**20
 
 
 class PrunedState(NamedTuple):
-    """What is left of a pruned encoder.
+    """Kept blocks, width and recovery maps of a pruned encoder.
 
     Attributes:
         kept: Kept blocks, numbered as in the intact encoder.
-        total: Blocks of the intact encoder.
+        full_num_blocks: Number of blocks of the intact encoder.
         width: Kept share of the units of every attention head and MLP.
         trained_widths: Widths at which the same weights were trained; empty after ordinary training.
-        repaired: Recovery maps in the place of dropped ranges: the state before the range (0 is the input of the first
+        recovered: Recovery maps in the place of dropped ranges: the state before the range (0 is the input of the first
             block, l the output of block l), the width of a token, and whether class and register tokens have their own map.
     """
 
     kept: tuple[int, ...]
-    total: int
+    full_num_blocks: int
     width: float = 1.0
     trained_widths: tuple[float, ...] = ()
-    repaired: tuple[tuple[int, int, int], ...] = ()
+    recovered: tuple[tuple[int, int, int], ...] = ()
 
     def as_plain(self) -> dict[str, Any]:
         """As lists and numbers, for JSON."""
-        values: dict[str, Any] = {KEPT_KEY: list(self.kept), DEPTH_KEY: self.total}
+        values: dict[str, Any] = {KEPT_KEY: list(self.kept), DEPTH_KEY: self.full_num_blocks}
         if self.width != 1 or self.trained_widths:
             values[WIDTHS_KEY] = list(self.trained_widths or [self.width])
-        if self.repaired:
-            values[REPAIRED_KEY] = [list(recovery) for recovery in self.repaired]
+        if self.recovered:
+            values[RECOVERED_KEY] = [list(recovery) for recovery in self.recovered]
         return values
 
     def as_tensor(self) -> Tensor:
@@ -140,12 +140,12 @@ def parse_state(values: object, source: str) -> PrunedState:
     valid = isinstance(widths, list) and 0 < len(widths) <= MOST_WIDTHS and all(map(is_width, widths))
     if not valid or widths != sorted(set(widths)):
         raise _damaged(WIDTHS_KEY, widths, "ascending numbers above 0 and at most 1", source)
-    repaired = values.get(REPAIRED_KEY, [])
+    recovered = values.get(RECOVERED_KEY, [])
     befores = [before for before, _ in spans_between(kept, total)]
-    valid = isinstance(repaired, list) and all(_integers(recovery) and len(recovery) == 3 for recovery in repaired)
-    if not valid or (repaired and [before for before, _, _ in repaired] != befores) or not _fit_together(repaired):
-        raise _damaged(REPAIRED_KEY, repaired, "a state, a width and a flag for each dropped range", source)
-    maps = tuple((before, width, special) for before, width, special in repaired)
+    valid = isinstance(recovered, list) and all(_integers(recovery) and len(recovery) == 3 for recovery in recovered)
+    if not valid or (recovered and [before for before, _, _ in recovered] != befores) or not _fit_together(recovered):
+        raise _damaged(RECOVERED_KEY, recovered, "a state, a width and a flag for each dropped range", source)
+    maps = tuple((before, width, special) for before, width, special in recovered)
     return PrunedState(tuple(kept), total, float(widths[-1]), tuple(map(float, widths)) if len(widths) > 1 else (), maps)
 
 
@@ -201,9 +201,9 @@ def _integers(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int for value in values)
 
 
-def _fit_together(repaired: Sequence[Sequence[int]]) -> bool:
-    one_width = len({width for _, width, _ in repaired}) <= 1
-    return one_width and all(0 < width <= LARGEST_WIDTH and special in (0, 1) for _, width, special in repaired)
+def _fit_together(recovered: Sequence[Sequence[int]]) -> bool:
+    one_width = len({width for _, width, _ in recovered}) <= 1
+    return one_width and all(0 < width <= LARGEST_WIDTH and special in (0, 1) for _, width, special in recovered)
 
 
 def _damaged(key: str, value: object, expected: str, source: str) -> CheckpointError:
