@@ -15,7 +15,9 @@ from terratorch_simpler.errors import (
     DepthError,
     ExportError,
     FewTilesWarning,
+    ImplausibleInputWarning,
     LabelsError,
+    NoAnswerError,
     NotCarriedError,
     OutOfMemoryError,
     PlanError,
@@ -26,6 +28,8 @@ from terratorch_simpler.errors import (
     SimplerWarning,
     SkippedTilesWarning,
     TilesError,
+    UnsettledError,
+    UnsettledWarning,
     UnsupportedEncoderError,
     UntrainedEncoderWarning,
 )
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
         Criterion,
         Fixed,
         Knee,
+        Probe,
         Simpler,
         Sls,
     )
@@ -49,7 +54,7 @@ if TYPE_CHECKING:
     from terratorch_simpler.lightning.callback import SimplerCallback
     from terratorch_simpler.lightning.slimmable import SlimmableTraining
     from terratorch_simpler.models.backbone import SimplerBackbone
-    from terratorch_simpler.plan import SlimmingPlan
+    from terratorch_simpler.plan import SlimmingPlan, Verdict
 
 __version__ = "0.1.0"
 __all__ = [
@@ -66,11 +71,14 @@ __all__ = [
     "FewTilesWarning",
     "Fixed",
     "GeoTiffTiles",
+    "ImplausibleInputWarning",
     "Knee",
     "LabelsError",
+    "NoAnswerError",
     "NotCarriedError",
     "OutOfMemoryError",
     "PlanError",
+    "Probe",
     "ProcessError",
     "RecoveryError",
     "SettingsError",
@@ -84,8 +92,11 @@ __all__ = [
     "SlimmingPlan",
     "Sls",
     "TilesError",
+    "UnsettledError",
+    "UnsettledWarning",
     "UnsupportedEncoderError",
     "UntrainedEncoderWarning",
+    "Verdict",
     "__version__",
     "hsic_matrix",
     "linear_cka",
@@ -104,6 +115,7 @@ _LAZY_NAMES = {
         "Fixed",
         "Knee",
         "Simpler",
+        "Probe",
         "Sls",
         "register_criterion",
     ),
@@ -112,7 +124,7 @@ _LAZY_NAMES = {
     "lightning.callback": ("SimplerCallback",),
     "lightning.slimmable": ("SlimmableTraining",),
     "models.backbone": ("SimplerBackbone",),
-    "plan": ("SlimmingPlan",),
+    "plan": ("SlimmingPlan", "Verdict"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY_NAMES.items() for name in names}
 _ALIASES = {"register_criterion": "register"}

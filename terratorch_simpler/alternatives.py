@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from terratorch_simpler.criteria import Bounds, BudgetCriterion, Choice, Criterion, known_criteria
-from terratorch_simpler.errors import DegenerateFeaturesError, DepthError
+from terratorch_simpler.errors import DegenerateFeaturesError, DepthError, NoAnswerError
 from terratorch_simpler.extraction import Measurement, macs_by_block
 from terratorch_simpler.indices import spans_between
 from terratorch_simpler.models.plain import Encoder
@@ -37,19 +38,26 @@ def compare_alternatives(
     """
     kept = choice.kept_blocks
     chosen = {"kept_blocks": list(kept), "scores": None if choice.scores is None else dict(choice.scores)}
+    others, no_answer = _other_criteria(criterion, bounds, len(kept), measurement)
     overview: dict[str, Any] = {
-        "criteria": {**_other_criteria(criterion, bounds, len(kept), measurement), criterion.name: chosen},
+        "criteria": {**others, criterion.name: chosen},
         "depths": _depths(backbone, measurement),
     }
+    if no_answer:
+        overview["no_answer"] = no_answer
     if recovery != "none" and measurement.recovery is not None:
         spans = spans_between(kept, backbone.full_num_blocks)
         overview["repaired"] = [[*span, measurement.recovery.patch.explained(span)] for span in spans]
     return overview
 
 
-def _other_criteria(criterion: Criterion, bounds: Bounds, depth: int, measurement: Measurement) -> dict[str, Any]:
+def _other_criteria(
+    criterion: Criterion, bounds: Bounds, depth: int, measurement: Measurement
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Choices of the other criteria, and why one has no answer, by name."""
     blocks = measurement.statistics.num_blocks
     choices: dict[str, Any] = {}
+    no_answer: dict[str, str] = {}
     for name, kind in known_criteria().items():
         if not kind.needs_similarity or kind.needs_labels or name == criterion.name:
             continue
@@ -58,9 +66,31 @@ def _other_criteria(criterion: Criterion, bounds: Bounds, depth: int, measuremen
         with suppress(DepthError, DegenerateFeaturesError):  # it cannot choose for this encoder, or not within these bounds
             # A criterion with a budget gets that of the chosen depth.
             other = kind(blocks - depth) if issubclass(kind, BudgetCriterion) else kind()
-            choice = other.choose(measurement.statistics, blocks, bounds)
+            try:
+                choice = other.choose(measurement.statistics, blocks, bounds)
+            except NoAnswerError as err:
+                no_answer[name] = str(err)
+                continue
             choices[name] = {"kept_blocks": list(choice.kept_blocks), "scores": dict(choice.scores or {}) or None}
-    return choices
+    return choices, no_answer
+
+
+def depths_without_budget(overview: Mapping[str, Any], criterion: str) -> dict[str, int]:
+    """Depth chosen by each criterion without a budget that finds one at all.
+
+    Args:
+        overview: The entry of plan.json.
+        criterion: Name of the criterion that chose; it is left out.
+    """
+    found = {}
+    for name, other in overview["criteria"].items():
+        kind = known_criteria().get(name)
+        if name == criterion or kind is None or issubclass(kind, BudgetCriterion):
+            continue
+        if kind.needs_positive_score and max((other["scores"] or {}).values(), default=0.0) <= 0:
+            continue
+        found[name] = len(other["kept_blocks"])
+    return found
 
 
 def _depths(backbone: Encoder, measurement: Measurement) -> dict[int, dict[str, Any]]:

@@ -20,18 +20,26 @@ from terratorch_simpler.extraction import (
     as_pretrained,
     collect_labelled,
     evaluating,
+    layer_normed,
     macs_by_block,
     measure,
     on_device,
     progress_bar,
     random_state_kept,
 )
-from terratorch_simpler.extraction.loop import FEWEST_TILES
 from terratorch_simpler.indices import resolve_keep
+from terratorch_simpler.metrics import MIN_GROUP_TILES
 from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from terratorch_simpler.models.plain import Encoder, PlainEncoder
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.planning import SelectionConfig, build_plan, describe_tiles
+from terratorch_simpler.planning import (
+    OnUnsettled,
+    SelectionConfig,
+    build_plan,
+    check_on_unsettled,
+    describe_tiles,
+    tell_unsettled,
+)
 
 
 @random_state_kept()
@@ -40,6 +48,7 @@ def select_depth(
     batches: Iterable[Any],
     *,
     criterion: str | Criterion = "simpler",
+    validation: Iterable[Any] | None = None,
     blocks: str | None = None,
     tokens: Tokens = "patch",
     prefix_tokens: int | None = None,
@@ -50,6 +59,7 @@ def select_depth(
     max_depth: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    on_unsettled: OnUnsettled = "apply",
 ) -> SlimmingPlan:
     """Choose how many blocks of a vision transformer to keep, from one pass over unlabeled images.
 
@@ -67,7 +77,10 @@ def select_depth(
             dictionaries with such a tensor as ``image``; or of (image, label) pairs, for instance a ``DataLoader``. Images
             are floating point and normalized as for training. Pixels that are NaN count as nodata.
         criterion: Name of a criterion, or a criterion; one with a budget is passed as an object, for instance
-            ``BlockInfluence(drop_blocks=4)``. Labels are used only by criteria that need them ("sls").
+            ``BlockInfluence(drop_blocks=4)``. Labels are used only by criteria that need them ("sls", "probe").
+        validation: For the criterion "probe": batches with labels of other places, on which depths are judged; by default
+            they are judged by cross-validation over ``batches``. Dictionaries may name the file of every image as
+            ``path`` or ``filename``, for the argument ``groups`` of :class:`terratorch_simpler.criteria.Probe`.
         blocks: Path of the blocks, as in ``model.get_submodule``, for instance ``"encoder.layers"``. By default they are
             looked for.
         tokens: Rows that are compared: "patch" (16 patch tokens of every image), "cls" (the first token), "mean" (of the
@@ -75,17 +88,19 @@ def select_depth(
         prefix_tokens: Class and register tokens before the patches in a block's output. By default the model tells, or it is
             what remains beside the patches.
         device: Where to run, for instance "cuda"; by default where the model is. The model returns from there.
-        min_tiles: Images before the pass may stop early because one depth has won 95 % of the bootstrap resamples.
+        min_tiles: Images before the pass may stop early because 95 % of the bootstrap resamples choose one depth.
         max_tiles: Images after which it ends.
         min_depth: Least number of blocks to keep.
         max_depth: Largest number of blocks to keep.
         seed: Seed of the drawn tokens, the bootstrap, and the random generators while ``batches`` are iterated: a shuffling
             ``DataLoader`` gives the same order each time.
         progress: Whether to show a progress bar.
+        on_unsettled: What to do where the verdict is unsettled: "apply" takes the choice of the criterion all the same and
+            warns with the reasons, "half" keeps half of the blocks, "intact" keeps all of them, "error" raises.
 
     Returns:
-        The plan: ``depth``, ``kept_blocks``, the ``scores`` of all depths, the ``similarity`` of shape (L, L), the bootstrap
-        ``votes``, and parameters and MACs before and after.
+        The plan: ``verdict``, ``depth``, ``kept_blocks``, the ``scores`` of all depths, the ``similarity`` of shape (L, L),
+        the bootstrap ``votes``, and parameters and MACs before and after.
 
     Raises:
         UnsupportedEncoderError: If the model has no recognizable stack of equal blocks, is hierarchical (Swin, ConvNeXt), or
@@ -96,8 +111,11 @@ def select_depth(
         DepthError: If the bounds leave no depth, or the model has too few blocks, or was pruned before.
         DegenerateFeaturesError: If the output of a block is constant or not finite.
         LabelsError: If the criterion needs labels and there are none.
+        NoAnswerError: If the criterion has no answer for this encoder.
+        UnsettledError: If the verdict is unsettled and ``on_unsettled`` is "error".
 
     Warns:
+        UnsettledWarning: If the verdict is unsettled.
         FewTilesWarning: If there were fewer than ``min_tiles`` images.
 
     Example:
@@ -115,6 +133,7 @@ def select_depth(
     if not 1 <= min_tiles <= max_tiles:
         msg = f"min_tiles is {min_tiles} and max_tiles {max_tiles}, expected 1 <= min_tiles <= max_tiles."
         raise ConfigurationError(msg)
+    check_on_unsettled(on_unsettled)
     encoder = _encoder_of(model, blocks, prefix_tokens)
     if encoder.num_blocks < encoder.full_num_blocks:
         msg = (
@@ -129,13 +148,17 @@ def select_depth(
         min_tiles=min_tiles,
         max_tiles=max_tiles,
         seed=seed,
+        on_unsettled=on_unsettled,
     )
     config.bounds.within(config.criterion.depths(encoder.full_num_blocks), encoder.full_num_blocks)  # before streaming
+    if validation is not None and not config.criterion.probes_labels:
+        msg = f"validation is given to criterion {config.criterion.name!r}, which judges no labels: remove it."
+        raise ConfigurationError(msg)
     if not config.needs_tiles:
         return _with_sizes_after(encoder, build_plan(encoder, config, None, None))
     with _moved_to(model, device), evaluating(model, seed):
-        labelled = _labelled(encoder, batches, seed) if config.criterion.needs_labels else None
-        source = BatchTiles(batches, max_tiles, FEWEST_TILES)
+        labelled = _labelled(encoder, config.criterion, batches, validation, seed)
+        source = BatchTiles(batches, max_tiles, MIN_GROUP_TILES)
         with (
             as_pretrained(model, encoder),
             progress_bar(progress, _num_images(batches, max_tiles), encoder.name) as update_progress,
@@ -158,6 +181,7 @@ def select_depth(
             FewTilesWarning,
             stacklevel=3,  # beyond the decorator
         )
+    tell_unsettled(plan, on_unsettled)
     return plan
 
 
@@ -244,18 +268,31 @@ def _last_called(encoder: Encoder) -> nn.Module:
     return encoder if isinstance(encoder, SimplerBackbone) else encoder.last_called
 
 
-def _labelled(encoder: Encoder, batches: Iterable[Any], seed: int) -> Labelled:
-    """Features with labels, of the model as it is now: with adapters and prompts that have been tuned."""
+def _labelled(
+    encoder: Encoder, criterion: Criterion, batches: Iterable[Any], validation: Iterable[Any] | None, seed: int
+) -> Labelled | None:
+    """What a criterion needs of features with labels: of the model with tuned adapters and prompts, unless it probes."""
+    if not criterion.needs_labels:
+        return None
     if isinstance(batches, Iterator):
         msg = (
             f"The criterion needs labels and a second pass, and {type(batches).__name__} can be used only once: pass a list."
         )
         raise ConfigurationError(msg)
-    source = BatchTiles(batches, sys.maxsize, FEWEST_TILES, labels=True)
-    rows = collect_labelled(
-        _forward(encoder), encoder, source, _last_called(encoder), what="batches", class_token=True, seed=seed
-    )
-    return Labelled(rows.features, rows.labels)
+
+    def collect(batches: Iterable[Any], what: str, fewest: int) -> Labelled:
+        source = BatchTiles(batches, sys.maxsize, fewest, labels=True, what=what)
+        common = (_forward(encoder), encoder, source, _last_called(encoder))
+        if not criterion.probes_labels:
+            return collect_labelled(*common, what=what, class_token=True, seed=seed).named(source.name_of)
+        with as_pretrained(_last_called(encoder), encoder):
+            rows = collect_labelled(*common, what=what, readout=layer_normed, kind="any", seed=seed)
+        return rows.named(source.name_of)
+
+    train = collect(batches, "batches", MIN_GROUP_TILES)
+    if validation is None or not criterion.probes_labels:
+        return train
+    return replace(train, validation=collect(validation, "validation", 1))
 
 
 def _num_images(batches: Iterable[Any], max_tiles: int) -> int | None:

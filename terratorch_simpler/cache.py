@@ -1,4 +1,4 @@
-"""A folder of plans that several runs share: who asks for the same again streams nothing."""
+"""A cache of plans in a folder that several runs share: on a hit no tiles are streamed."""
 
 from __future__ import annotations
 
@@ -15,29 +15,27 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from terratorch_simpler.criteria import Bounds, Criterion
-from terratorch_simpler.data import Batch, TileSource
+from terratorch_simpler.data import TILE_KEYS, Batch, TileSource
 from terratorch_simpler.errors import ConfigurationError, PlanError, SimplerWarning
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan
 
-TILE_KEYS = frozenset({"index", "position", "path", "window"})
-"""Keys of a batch that describe its tiles."""
 SAMPLED_TILES = 64
-"""How many tiles are hashed to recognise the data of an earlier run."""
+"""Number of tiles that are hashed to recognise the data of an earlier run."""
 PATIENCE_SECONDS = 20 * 60.0
-"""How long one run waits for another that selects the same; after that it selects alike."""
+"""Time a run waits for another that computes the same plan; then it computes the plan itself."""
 
 
 class PlanCache:
-    """Plans by what they were made from.
+    """Cached plans, by a hash of everything they depend on.
 
     Files count by name, size and time of the last change, and the tiles by a sample of 64 that is spread over all that may
     be streamed. Copies of the data share plans if the times were copied with the files.
 
     Args:
         folder: The folder; runs on any number of machines may use it at the same time.
-        every_tile: Let all tiles that may be streamed count, not only a sample of them.
+        every_tile: Hash every tile that may be streamed instead of a sample of 64, for which all of them are read.
     """
 
     def __init__(self, folder: str | Path, every_tile: bool = False) -> None:
@@ -46,22 +44,22 @@ class PlanCache:
         self.every_tile = every_tile
 
     @contextmanager
-    def entry(self, made_from: Mapping[str, Any], backbone: SimplerBackbone) -> Iterator[tuple[Path, SlimmingPlan | None]]:
-        """Look a selection up, and keep other runs from making the same one at the same time.
+    def entry(self, selection: Mapping[str, Any], backbone: SimplerBackbone) -> Iterator[tuple[Path, SlimmingPlan | None]]:
+        """Look up the plan of a selection; on a miss, lock the entry so that other runs wait for it.
 
-        The lock only saves work: without it two runs make the same plan, and the file of either is whole.
+        The lock only saves work: without it two runs compute the same plan, and either writes a complete file.
 
         Args:
-            made_from: Everything the plan depends on, as plain values.
+            selection: Everything the plan depends on, as plain values.
             backbone: The encoder it is for.
 
         Yields:
-            Where the plan is or should be kept, and the plan, or None if it has to be made.
+            Path of the entry, and its plan, or None on a miss.
 
         Raises:
             ConfigurationError: If the folder cannot be written to.
         """
-        key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
+        key = hashlib.sha256(json.dumps(selection, sort_keys=True).encode()).hexdigest()[:32]
         path = self.folder / f"{key}.json"
         if (plan := _load(path, backbone)) is not None:  # most runs of a sweep: no lock needed
             yield path, plan
@@ -71,7 +69,7 @@ class PlanCache:
         except OSError as err:
             msg = f"Found plan_cache {self.folder} ({err}), expected a folder to write to: change plan_cache."
             raise ConfigurationError(msg) from err
-        with _alone(path.with_suffix(".lock")):
+        with _locked(path.with_suffix(".lock")):
             yield path, _load(path, backbone)
 
 
@@ -134,12 +132,12 @@ def _named_tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-def keep(plan: SlimmingPlan, path: Path) -> None:
-    """Write a plan for later runs; this one goes on without if that fails."""
+def store_plan(plan: SlimmingPlan, path: Path) -> None:
+    """Write a plan to the cache; a failure is a warning, and the run continues."""
     try:
         plan.save(path)
     except OSError as err:
-        msg = f"Found no way to keep the plan in plan_cache ({err}), expected a folder to write to: it is not kept."
+        msg = f"Could not write the plan to plan_cache ({err}), expected a folder to write to; continuing without caching."
         warnings.warn(msg, SimplerWarning, stacklevel=2)
 
 
@@ -186,7 +184,7 @@ def _load(path: Path, backbone: SimplerBackbone) -> SlimmingPlan | None:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         try:
@@ -201,7 +199,7 @@ def _alone(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Those that wait hold the file that goes away, and see the plan when their turn comes.
+        # Waiting runs hold the deleted file open; they find the plan once they acquire the lock.
         with suppress(OSError):
             path.unlink()
         lock.release()

@@ -50,7 +50,7 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
     """Choose a plan with the setup that ``terratorch fit`` would use, and stop before training.
 
     Args:
-        arguments: ``output_dir``, ``ckpt_path`` and ``debug``.
+        arguments: ``output_dir``, ``ckpt_path``, ``on_unsettled`` and ``debug``.
         settings: What follows ``terratorch fit``, such as ``--config c.yaml --data.init_args.batch_size 4``.
     """
     from terratorch_simpler.lightning.reporting import PLAN_FILE
@@ -62,14 +62,14 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
     if arguments.ckpt_path:
         load_at_full_depth(cli.model, arguments.ckpt_path)
         find_backbone(cli.model).pretrained = None  # whatever it was built with
-    print(below(_choose(cli, arguments.output_dir), PLAN_FILE))
+    print(below(_choose(cli, arguments), PLAN_FILE))
 
 
 def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
     """Choose a plan as ``plan`` does, and compare cost and quality of every other depth and width.
 
     Args:
-        arguments: ``output_dir``, ``widths``, ``probe``, ``repeats`` and ``debug``.
+        arguments: ``output_dir``, ``widths``, ``probe``, ``repeats``, ``on_unsettled`` and ``debug``.
         settings: As for ``plan``.
     """
     from terratorch_simpler.sweep import Sweep, SweepSettings
@@ -80,10 +80,10 @@ def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
     except ConfigurationError as err:
         raise SettingsError(str(err)) from err
     cli = build_run(settings, debug=arguments.debug)
-    _choose(cli, arguments.output_dir, Sweep(cli.model, wanted))
+    _choose(cli, arguments, Sweep(cli.model, wanted))
 
 
-def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> str | Path:
+def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> str | Path:
     """Fit up to the point where the plan is chosen; returns its folder."""
     from terratorch_simpler.lightning.callback import SimplerCallback
 
@@ -92,7 +92,8 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> str
     if ours is None:
         ours = SimplerCallback()
         callbacks.insert(0, ours)
-    ours.output_dir = output_dir or ours.output_dir
+    ours.output_dir = arguments.output_dir or ours.output_dir
+    ours.on_unsettled = arguments.on_unsettled or ours.on_unsettled
 
     def stop(trainer: Trainer, task: LightningModule) -> None:
         if sweep is not None and ours.written is not None and trainer.is_global_zero:
@@ -109,8 +110,7 @@ def _choose(cli: Any, output_dir: str | None, sweep: Sweep | None = None) -> str
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     if ours.written is None:
         msg = (
-            "Found an encoder that is cut already, expected an intact one: remove backbone_keep, backbone_plan and "
-            "backbone_width."
+            "The encoder is pruned already, expected an intact one: remove backbone_keep, backbone_plan and backbone_width."
         )
         raise ConfigurationError(msg)
     return ours.written
@@ -188,6 +188,13 @@ def build_commands() -> dict[str, ArgumentParser]:
     sweep.add_argument("--widths", type=float, nargs="+", default=[1.0], help="kept shares of width, each with every depth")
     sweep.add_argument("--probe", action="store_true", help="score frozen features with the labels: k-NN and a linear probe")
     sweep.add_argument("--repeats", type=int, default=20, help="timed passes of a single tile")
+    for chooses in (plan, sweep):
+        chooses.add_argument(
+            "--on_unsettled",
+            choices=["apply", "half", "intact", "error"],
+            help="where the verdict is unsettled: apply the choice and warn, keep half of the blocks, or all, or end "
+            "after the report; default as in the config",
+        )
     show = ArgumentParser(description="Show a plan in the terminal.")
     show.add_argument("plan", help="path of a plan.json")
     export = ArgumentParser(description="Write a slimmed model so that it runs where this package is not installed.")

@@ -47,6 +47,14 @@ class DegenerateFeaturesError(SimplerError, ValueError):
     """A block's output cannot be compared: constant, not finite, or too few rows."""
 
 
+class NoAnswerError(SimplerError, ValueError):
+    """The criterion has no answer for this encoder: what it looks for is not there."""
+
+
+class UnsettledError(SimplerError, RuntimeError):
+    """The choice is unsettled, and ``on_unsettled`` is "error"."""
+
+
 class RecoveryError(SimplerError, ValueError):
     """Dropped blocks cannot be replaced by a linear map: too few tokens, or an encoder where none fits."""
 
@@ -73,6 +81,14 @@ class SimplerWarning(UserWarning):
 
 class UntrainedEncoderWarning(SimplerWarning):
     """The encoder holds random weights, so a depth chosen on it means nothing."""
+
+
+class UnsettledWarning(SimplerWarning):
+    """The criterion does not know: its choice is taken, or replaced as ``on_unsettled`` says."""
+
+
+class ImplausibleInputWarning(SimplerWarning):
+    """A band of the tiles is far from zero mean and unit variance after normalization."""
 
 
 class FewTilesWarning(SimplerWarning):

@@ -19,7 +19,7 @@ Span = tuple[int, int]
 def resolve_keep(keep: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
     """Turn "the first n blocks" or a list of block numbers into the kept blocks.
 
-    This is the one place that says what a depth or a block number means; reading, cutting and loading all use it.
+    This is the one place that says what a depth or a block number means; feature extraction, pruning and loading all use it.
 
     Args:
         keep: A count n of first blocks, or block numbers, 0-based.
@@ -106,7 +106,7 @@ def resolve_width(width: object) -> float:
     """
     if is_width(width):
         return float(width)
-    why = " (no rule that needs no labels is known to choose one: look at the widths of a sweep)" if width == "auto" else ""
+    why = " (no criterion chooses a width: compare widths in a sweep)" if width == "auto" else ""
     msg = f"Found width {width!r}, expected a number above 0 and at most 1{why}: change the width."
     raise ConfigurationError(msg)
 

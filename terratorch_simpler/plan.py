@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, NotRequired
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, NotRequired
 
 from pydantic import (
     AfterValidator,
@@ -103,15 +103,67 @@ class CostOfDepth(TypedDict):
 
 
 @with_config(extra="forbid")
+class Probed(TypedDict):
+    """How well the labels are told at every depth, where the criterion is probe."""
+
+    metric: Annotated[str, Field(max_length=100)]
+    judged_on: Annotated[str, Field(max_length=100)]
+    groups: Count
+    errors: ByDepth
+    baseline: Number
+    best_depth: Depth
+    intact: Number
+
+
+@with_config(extra="forbid")
 class Overview(TypedDict):
     """What was not chosen."""
 
     criteria: Annotated[dict[Annotated[str, Field(max_length=100)], Alternative], Field(max_length=64)]
     depths: dict[Depth, CostOfDepth]
+    no_answer: NotRequired[dict[Annotated[str, Field(max_length=100)], Annotated[str, Field(max_length=1000)]]]
+    probe: NotRequired[Probed]
     repaired: NotRequired[list[Annotated[tuple[State, State, Number], AfterValidator(_ascending)]]]
 
 
-def _checked_as(schema: type) -> GetPydanticSchema:
+@with_config(extra="forbid")
+class VerdictFields(TypedDict):
+    """A verdict in plan.json."""
+
+    level: Literal["clear", "weak", "unsettled"]
+    reasons: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the criterion knows: ``str(verdict)`` reads like "clear: 7 of 12 blocks".
+
+    Attributes:
+        level: "clear", "weak" or "unsettled".
+        reasons: Sentences with their figures, the weightiest first.
+        depth: Number of blocks that the plan keeps; set by the plan.
+        num_blocks: Blocks of the intact encoder; set by the plan.
+    """
+
+    level: str
+    reasons: tuple[str, ...] = ()
+    depth: int | None = None
+    num_blocks: int | None = None
+
+    def __str__(self) -> str:
+        return self.level if self.depth is None else f"{self.level}: {self.depth} of {self.num_blocks} blocks"
+
+    def as_plain(self) -> VerdictFields:
+        """What plan.json holds."""
+        return {"level": self.level, "reasons": list(self.reasons)}  # type: ignore[typeddict-item]
+
+    @classmethod
+    def from_plain(cls, fields: VerdictFields | Verdict | None) -> Verdict | None:
+        """The verdict of a plan.json."""
+        return cls(fields["level"], tuple(fields["reasons"])) if isinstance(fields, dict) else fields
+
+
+def _checked_as(schema: Any) -> GetPydanticSchema:
     return GetPydanticSchema(lambda _, handler: handler.generate_schema(schema))
 
 
@@ -128,7 +180,7 @@ class SlimmingPlan:
         recovery: What stands in for dropped blocks; "none" or "linear".
         scores: Score of every depth that the criterion can judge.
         similarity: Similarity S of the intact encoder's blocks, L x L.
-        votes: Share of bootstrap resamples won by each depth; None with too few groups of tiles.
+        votes: Share of bootstrap resamples that choose each depth; None with too few groups of tiles.
         tiles_seen: Tiles the similarity was measured on.
         rows_seen: Rows of tokens drawn from them.
         parameters: Parameters of the encoder, ``before`` and ``after``.
@@ -137,8 +189,13 @@ class SlimmingPlan:
         versions: Package versions.
         overview: What was not chosen. ``criteria``: by name its ``kept_blocks`` and ``scores`` (by depth, or
             None) on the same statistics. ``depths``: by number of first blocks kept the ``parameters``, ``macs`` (or None),
-            ``similarity`` of the last kept block with the last one, and ``recovery_r2`` (or None). ``repaired``, where
-            recovery is linear: [state before, state after, share of variance explained] of each dropped range.
+            ``similarity`` of the last kept block with the last one, and ``recovery_r2`` (or None). ``no_answer``: by
+            name of a criterion that has none, why. ``repaired``, where recovery is linear:
+            [state before, state after, share of variance explained] of each dropped range. ``probe``, where that is the
+            criterion: ``metric``; what it was ``judged_on``, "validation" or "cross-validation", with how many ``groups``;
+            standard ``errors`` of the scores by depth; the ``baseline``, a constant prediction; ``best_depth``; and the
+            score of the ``intact`` encoder.
+        verdict: Whether the criterion knows, and why; None if the depth was given by hand, and in plans of earlier versions.
         maps: The linear maps by the state before the range they stand for (0 is the input of the first block, l the output
             of block l), where recovery is linear; in a file of their own beside plan.json.
     """
@@ -161,7 +218,13 @@ class SlimmingPlan:
     data: Mapping[str, Any] | None = None
     versions: Mapping[str, Any] | None = None
     overview: Annotated[Mapping[str, Any], _checked_as(Overview)] | None = None
+    verdict: Annotated[Verdict | None, _checked_as(VerdictFields | None), AfterValidator(Verdict.from_plain)] = None
     maps: SkipValidation[Mapping[int, RecoveryWeights] | None] = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.verdict is not None:
+            verdict = replace(self.verdict, depth=self.depth, num_blocks=self.full_num_blocks)
+            object.__setattr__(self, "verdict", verdict)
 
     @property
     def depth(self) -> int:
@@ -188,9 +251,11 @@ class SlimmingPlan:
     def to_json(self) -> str:
         """The content of plan.json."""
         content = {"format": FORMAT, "version": VERSION, **{field.name: getattr(self, field.name) for field in fields(self)}}
-        del content["maps"]
+        del content["maps"], content["verdict"]
         if self.overview is None:
             del content["overview"]  # as in plans made before there was one
+        if self.verdict is not None:
+            content["verdict"] = self.verdict.as_plain()
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -245,7 +310,7 @@ class SlimmingPlan:
         Raises:
             PlanError: If it is of another version, or a key is missing, unknown or wrong.
         """
-        content: dict[str, Any] = {"overview": None, **raw} if isinstance(raw, dict) else {"format": raw}
+        content: dict[str, Any] = {"overview": None, "verdict": None, **raw} if isinstance(raw, dict) else {"format": raw}
         if (found := content.pop("format", None)) != FORMAT:
             raise _wrong_key("format", found, f"Input should be '{FORMAT}'", source)
         if (version := content.pop("version", None)) != VERSION or isinstance(version, bool):

@@ -26,8 +26,9 @@ from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.cli_runner import DATA
 from tests.families import built
 
-# No test reaches the network: what tries to load from the Hub fails at once. One thread each: the models are tiny, and
-# test processes that share cores would otherwise wait for each other. The environment is for processes that tests start.
+# No test reaches the Hub: what tries to load from it fails at once (tests/dinov2.py asks the package index). One thread
+# each: the models are tiny, and test processes that share cores would otherwise wait for each other. The environment is for
+# processes that tests start.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.set_num_threads(1)

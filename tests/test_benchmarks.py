@@ -70,7 +70,7 @@ def test_other_packages_find_the_same(tmp_path):
     assert all(row["largest_difference"] < 1e-4 for row in found.values())
     ours = found["terratorch_simpler"]
     # Four times the groups add their slots, of 5 x 5 numbers, to features that are here hardly larger.
-    assert ours["peak_mib_4_groups"] - ours["peak_mib_1_group"] < 3 * 2048 / 2**20
+    assert ours["peak_mib_4_groups"] - ours["peak_mib_1_group"] < 5 * 2048 / 2**20
 
 
 def test_evidence_is_made_from_results(tmp_path):

@@ -258,7 +258,7 @@ def test_a_plan_that_cannot_be_kept_is_applied_all_the_same(choose, tmp_path, mo
         return save(self, path)
 
     monkeypatch.setattr(SlimmingPlan, "save", full)
-    with pytest.warns(SimplerWarning, match="Found no way to keep the plan in plan_cache"):
+    with pytest.warns(SimplerWarning, match="Could not write the plan to plan_cache"):
         assert choose().kept_blocks
 
 
@@ -375,8 +375,8 @@ ANSWERS = st.dictionaries(st.text(), st.integers() | st.text())
 @given(one=ANSWERS, other=ANSWERS)
 def test_another_question_is_another_entry(tmp_path, build, one, other):
     backbone, paths = _small(build), []
-    for made_from in (one, other):
-        with PlanCache(tmp_path).entry(made_from, backbone) as (path, _):
+    for selection in (one, other):
+        with PlanCache(tmp_path).entry(selection, backbone) as (path, _):
             paths.append(path)
     assert (paths[0] == paths[1]) == (one == other)
 

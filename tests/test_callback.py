@@ -168,6 +168,9 @@ class LikeMLflow(Remembers, MLFlowLogger):
         self.given.append((run_id, Path(local_path).name, artifact_path))
         assert Path(local_path).read_text().startswith("<!DOCTYPE html>")
 
+    def set_tag(self, run_id, key, value):
+        self.given.append((run_id, key, value))
+
     def finalize(self, status):
         pass
 
@@ -180,10 +183,15 @@ def test_report_goes_to_loggers_in_the_form_they_take(trainer, task, datamodule,
     plan = plan_of(tmp_path / "out")
     (table, columns, rows), picture = wandb.given
     assert (table, columns) == ("simpler/plan", ["encoder", "before", "after", "kept"])
-    assert rows[0][:3] == ["blocks", "12", str(len(plan.kept_blocks))]
-    assert [row[0] for row in rows] == ["blocks", "parameters", "MACs per tile"]
+    assert rows[0] == ["verdict", "", str(plan.verdict), ""]
+    assert rows[1][:3] == ["blocks", "12", str(len(plan.kept_blocks))]
+    assert [row[0] for row in rows[1:]] == ["blocks", "parameters", "MACs per tile"]
     assert picture == ("simpler/report", ["report.png"])
-    assert mlflow.given == [("7", "report.html", "simpler"), ("7", "figure", "simpler/report.png")]
+    assert mlflow.given == [
+        ("7", "report.html", "simpler"),
+        ("7", "simpler.verdict", str(plan.verdict)),
+        ("7", "figure", "simpler/report.png"),
+    ]
     assert plain.given == []
 
 
@@ -202,7 +210,7 @@ def test_labels_are_not_read_for_the_choice(trainer, task, datamodule, monkeypat
     class Chosen(Exception):
         pass
 
-    def stop(self, *_):
+    def stop(self, *_, **__):
         raise Chosen
 
     monkeypatch.setattr(SimplerCallback, "_report", stop)

@@ -242,7 +242,7 @@ def test_plan_on_a_plain_backbone_fails_with_the_line_to_write(config, tmp_path,
 
 def test_plan_on_a_cut_backbone_says_so(config, capsys):
     assert main(["plan", "-c", str(config), "--model.init_args.model_args.backbone_keep", "3"]) == 1
-    assert "Found an encoder that is cut already" in one_line(capsys)
+    assert "The encoder is pruned already" in one_line(capsys)
 
 
 @pytest.mark.parametrize(

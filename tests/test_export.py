@@ -512,7 +512,7 @@ def test_family_the_host_cannot_express_is_one_clear_sentence(trained, tmp_path,
     arguments = ["-c", str(tmp_path / "fit.yaml"), "--ckpt_path", str(checkpoint), "-o", str(tmp_path / "plain")]
     assert cli.main(["export", *arguments, "--formats", "onnx", "plain"]) == 1
     said = capsys.readouterr().err
-    assert "Found 'terramind_v1_tiny' cut to 5 of 12 blocks, expected an encoder whose depth TerraTorch can set" in said
+    assert "Found 'terramind_v1_tiny' pruned to 5 of 12 blocks, expected an encoder whose depth TerraTorch can set" in said
     assert "onnx or pt2" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "plain").exists()

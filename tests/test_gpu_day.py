@@ -156,7 +156,8 @@ def verdicts(findings):
         (machine.machine, ["PASS"]),
         (machine.marked_tests, ["SKIP"]),
         (selection.waits, ["SKIP"]),
-        (selection.precisions, ["PASS", "PASS", "SKIP"] * 2),
+        # PyTorch's bfloat16 convolution is wrong on some processors with AMX.
+        (selection.precisions, ["PASS", "PASS|FAIL", "SKIP"] * 2),
         (selection.batches, ["PASS"] * 4),
         (selection.random_state, ["PASS", "PASS", "SKIP"]),
         (selection.memory, ["PASS", "PASS", "SKIP"]),
@@ -167,7 +168,8 @@ def verdicts(findings):
 )
 def test_a_small_check_on_a_cpu(settings, function, expected):
     found = list(function(settings))
-    assert verdicts(found) == expected, found
+    assert len(found) == len(expected)
+    assert all(verdict in allowed.split("|") for verdict, allowed in zip(verdicts(found), expected, strict=True)), found
 
 
 @needs_peft

@@ -170,7 +170,9 @@ def kept_once(small, path):
         {"groups": 7},
         {"tiles": 65},
         {"position": "128"},
-        {"version": 2},
+        {"version": 1},
+        {"files": {1: 3}},
+        {"files": {"a": 128}},
         {"format": "other"},
         {"skips": {}},
         {"input_shape": (6, 10**9, 10**9)},
@@ -197,7 +199,7 @@ def test_code_in_the_file_is_not_run(small, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    torch.save({"format": partial_result.FORMAT, "version": 1, "position": Evil()}, path)
+    torch.save({"format": partial_result.FORMAT, "version": partial_result.VERSION, "position": Evil()}, path)
     with pytest.warns(SimplerWarning, match="damaged"):
         run(small, source(100), PartialResult(path))
     assert not (tmp_path / "ran").exists()

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from terratorch_simpler import criteria
 from terratorch_simpler.cli import main
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import (
@@ -255,7 +256,7 @@ def test_numbers_of_the_page_are_those_of_the_plan():
     } <= facts
     text = page.all("main")[0]["text"]
     assert "3 blocks (3-5) of the encoder's 6 transformer blocks are deleted before fine-tuning." in text
-    assert "gives this depth in 75% of the cases, and 2 blocks in 12%: it is a weak choice" in text
+    assert "gives this depth in 75% of the cases, and 2 blocks in 12%. Look at the whole curve" in text
     assert "Of 2 other criteria, asked on the same tiles, none would keep exactly the same blocks" in text
     assert "from 3 to 4" in text
     assert "Keeps 3 blocks: 0, 2, 5." in text
@@ -268,7 +269,7 @@ def test_numbers_of_the_page_are_those_of_the_plan():
 
 def test_boundaries_of_kept_blocks_are_drawn():
     def lines(plan):
-        return len(Page(report_page(plan)).all("g", "cut")) // 2  # each across and down
+        return len(Page(report_page(plan)).all("g", "boundary")) // 2  # each across and down
 
     assert lines(PLAN) == 1
     assert lines(KINDS["inner cut"]) == 4
@@ -291,7 +292,7 @@ def test_sentences_fit_the_plan():
     assert "arXiv 2601.22841" not in text["whole"]
     assert all("arXiv 2603.19873" in told and "more than 10 %" in told for told in text.values())
     firm = Page(report_page(replace(PLAN, votes={3: 0.96, 2: 0.04}))).all("main")[0]["text"]
-    assert "in 96% of the cases: the choice does not hang on which tiles were seen" in firm
+    assert "in 96% of the cases: it depends little on which tiles were seen" in firm
 
 
 def test_numbers_of_a_sweep():
@@ -434,3 +435,19 @@ def test_small_words():
         *(MISSING, "0", "999", "1 k", "64.6 M", "323 M", "59 G")
     ]  # fmt: skip
     assert json.loads(json.dumps(sweep_rows(PLAN)))  # plain values, as read from a CSV
+
+
+def test_a_users_own_criterion_brings_its_description_and_papers(monkeypatch):
+    class Own(criteria.Fixed):
+        name = "own"
+        description = "Keeps what <b>I</b> like."
+        papers = {"2501.00001": "where I found it"}  # noqa: RUF012
+
+    plan = replace(PLAN, criterion={"name": "own", "args": {}})
+    assert "A criterion that is not part of the package." in report_page(plan)
+    monkeypatch.setitem(criteria.base._CRITERIA, "own", Own)
+    page = report_page(plan)
+    assert "Keeps what &lt;b&gt;I&lt;/b&gt; like." in page
+    assert "A criterion that is not part of the package." not in page
+    assert "2501.00001" in page
+    assert ": where I found it" in page

@@ -187,7 +187,7 @@ def images():
 
 
 def answer_at(module, width):
-    with module.model.encoder.at_width(width).lent():
+    with module.model.encoder.at_width(width).applied():
         return answer(module, images())
 
 

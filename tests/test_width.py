@@ -152,7 +152,7 @@ def test_a_narrow_encoder_is_the_whole_one_with_units_at_zero(family, fused):
             found = answers(narrow, images)
             assert_alike(found, answers(masked(backbone, width), images))
             assert not all(torch.equal(a, b) for a, b in zip(found, intact, strict=True))
-        with backbone.at_width(float(width)).lent():
+        with backbone.at_width(float(width)).applied():
             assert all(torch.equal(a, b) for a, b in zip(answers(backbone, images), found, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(answers(backbone, images), intact, strict=True))
 
@@ -343,8 +343,10 @@ def test_what_is_no_width_is_refused(build, width):
             build(width=width)
 
 
-def test_no_rule_chooses_a_width(build):
-    with pytest.raises(ConfigurationError, match=r"Found width 'auto'.*no rule that needs no labels.*widths of a sweep"):
+def test_no_criterion_chooses_a_width(build):
+    with pytest.raises(
+        ConfigurationError, match=r"Found width 'auto'.*no criterion chooses a width: compare widths in a sweep"
+    ):
         SimplerCallback(width="auto")
     with pytest.raises(ConfigurationError, match=r"Found width 'auto'"):
         build(width="auto")

@@ -89,7 +89,7 @@ def finetune(run: Run, study: dict[str, Any], data: Path, folder: Path) -> dict[
     found = {**scores, "seconds": seconds}
     if run.variant == "slimmable":
         for width in study["slimmable"][:-1]:
-            with backbone.at_width(width).lent():
+            with backbone.at_width(width).applied():
                 found[f"test_miou_{width}"] = _test(trainer, task, datamodule)["test_miou"]
     found |= {
         "kept": list(backbone.kept),

@@ -16,12 +16,14 @@ from terratorch_simpler.criteria.base import (
 from terratorch_simpler.criteria.block_influence import BlockInfluence
 from terratorch_simpler.criteria.fixed import Fixed
 from terratorch_simpler.criteria.knee import Knee
+from terratorch_simpler.criteria.probe import Probe
 from terratorch_simpler.criteria.ranges import Angular, CkaIntervals
 from terratorch_simpler.criteria.simpler import Simpler
 from terratorch_simpler.criteria.sls import Sls
-from terratorch_simpler.criteria.statistics import GroupSums, Labelled, Statistics
+from terratorch_simpler.criteria.statistics import Evidence, GroupSums, Labelled, Statistics
+from terratorch_simpler.criteria.verdict import judge, verdict_on
 
-for _criterion in (Simpler, Knee, BlockInfluence, Angular, CkaIntervals, Sls, Fixed):
+for _criterion in (Simpler, Knee, BlockInfluence, Angular, CkaIntervals, Sls, Probe, Fixed):
     register(_criterion)
 
 __all__ = [
@@ -32,15 +34,19 @@ __all__ = [
     "Choice",
     "CkaIntervals",
     "Criterion",
+    "Evidence",
     "Fixed",
     "GroupSums",
     "Knee",
     "Labelled",
+    "Probe",
     "Simpler",
     "Sls",
     "Statistics",
     "bootstrap",
     "build_criterion",
+    "judge",
     "known_criteria",
     "register",
+    "verdict_on",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from terratorch_simpler.criteria.statistics import GroupSums, Statistics
 from terratorch_simpler.errors import ConfigurationError, DepthError
 from terratorch_simpler.indices import Span
+from terratorch_simpler.plan import Verdict
 
 TIE = 1e-6
 """Scores closer than this are a tie, which goes to the smaller depth; float32 is off by up to 2.5e-7 (ours)."""
@@ -60,10 +61,14 @@ class Choice:
     Attributes:
         kept_blocks: Blocks to keep, 0-based, ascending.
         scores: Score of every candidate depth, or None if the criterion does not score.
+        verdict: Verdict of the criterion itself on its choice; None to have it judged like that of any other.
+        details: Further entries for ``overview`` of plan.json.
     """
 
     kept_blocks: tuple[int, ...]
     scores: Mapping[int, float] | None = None
+    verdict: Verdict | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Criterion(ABC):
@@ -74,14 +79,23 @@ class Criterion(ABC):
 
     Attributes:
         name: Name in YAML and in plan.json.
+        description: What the criterion does, in a sentence for the report.
+        papers: What its papers are cited for, by arXiv number, for the report.
         needs_similarity: False if no tile has to be streamed to decide.
         needs_labels: Whether the tiles must have labels.
+        probes_labels: Whether labels of any kind are wanted, those of a validation split too, with LayerNormed features of
+            the encoder as pretrained; otherwise classes, with raw outputs of the encoder as tuned.
         drop_blocks: Number of blocks to drop; None if the criterion chooses the depth itself.
+        needs_positive_score: Whether a score of 0 or less means that nothing speaks for a depth.
     """
 
     name: ClassVar[str]
+    description: ClassVar[str] = ""
+    papers: ClassVar[Mapping[str, str]] = {}
     needs_similarity: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    needs_positive_score: ClassVar[bool] = False
+    probes_labels: ClassVar[bool] = False
     drop_blocks: int | None = None
 
     @property
@@ -168,7 +182,7 @@ class Criterion(ABC):
         depths = bounds.within(self.depths(num_blocks), num_blocks)
         scores = self.score(statistics, depths)
         allowed = self.allowed(num_blocks, bounds)
-        best = allowed[int(_first_best(torch.stack([scores[depths.index(depth)] for depth in allowed])))]
+        best = allowed[int(first_best(torch.stack([scores[depths.index(depth)] for depth in allowed])))]
         kept = self.kept(statistics, [best])[0].nonzero().flatten().tolist()
         return Choice(tuple(kept), dict(zip(depths, scores.tolist(), strict=True)))
 
@@ -215,14 +229,21 @@ class BudgetCriterion(Criterion):
         return [(i, i + n) for n in range(1, self.drop_blocks + 1) for i in range(num_blocks - n + 1)]
 
 
-def _first_best(scores: Tensor) -> Tensor:
-    """Index of the first score that is within ``TIE`` of the best, along the last dimension."""
+def first_best(scores: Tensor) -> Tensor:
+    """Index of the first score that is within ``TIE`` of the best, along the last dimension.
+
+    Args:
+        scores: Scores of C depths, (..., C).
+
+    Returns:
+        Indices, (...).
+    """
     best = scores.amax(dim=-1, keepdim=True)
     return (scores >= best - TIE).int().argmax(dim=-1)
 
 
 def bootstrap(criterion: Criterion, groups: GroupSums, bounds: Bounds, seed: int, resamples: int = 1000) -> dict[int, float]:
-    """Votes: fraction of bootstrap resamples of the groups that each depth wins.
+    """Votes: share of bootstrap resamples of the groups that choose each depth.
 
     Args:
         criterion: The criterion.
@@ -232,17 +253,34 @@ def bootstrap(criterion: Criterion, groups: GroupSums, bounds: Bounds, seed: int
         resamples: Number of resamples.
 
     Returns:
-        Fraction won by each depth that may be chosen. They sum to 1. A criterion with a budget has only one depth: its vote
-        is the fraction of resamples that choose the same blocks as all groups together.
+        Share of each depth that may be chosen. They sum to 1. A criterion with a budget has only one depth: its share is
+        that of the resamples that choose the same blocks as all groups together.
     """
     depths = criterion.allowed(groups.hsic.shape[-1] - 1, bounds)
     resampled = groups.resampled(resamples, seed)
     if criterion.drop_blocks is not None:
-        same = (criterion.kept(resampled, depths) == criterion.kept(groups.total(), depths)).all(dim=-1)
-        return {depths[0]: float(same.double().mean())}
-    winners = _first_best(criterion.score(resampled, depths))
+        kept = criterion.kept(groups.total(), depths)[0].nonzero().flatten().tolist()
+        return {depths[0]: float(kept_alike(criterion, resampled, kept, depths).double().mean())}
+    winners = first_best(criterion.score(resampled, depths))
     shares = torch.bincount(winners, minlength=len(depths)).double() / resamples
     return dict(zip(depths, shares.tolist(), strict=True))
+
+
+def kept_alike(criterion: Criterion, resampled: Statistics, kept: Sequence[int], depths: list[int]) -> Tensor:
+    """Resamples in which a criterion with a budget keeps the same blocks.
+
+    Args:
+        criterion: The criterion.
+        resampled: Statistics of R resamples.
+        kept: The blocks, 0-based.
+        depths: The depth that its budget leaves.
+
+    Returns:
+        Bools, (R,).
+    """
+    same = torch.zeros(resampled.num_blocks, dtype=torch.bool)
+    same[list(kept)] = True
+    return (criterion.kept(resampled, depths)[:, 0] == same).all(dim=-1)
 
 
 _CRITERIA: dict[str, type[Criterion]] = {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -28,6 +31,11 @@ class BlockInfluence(BudgetCriterion):
     """
 
     name = "block_influence"
+    description = (
+        "Drops the blocks that turn their input least: one minus the mean cosine of a token before and after. "
+        "The kept blocks may have gaps."
+    )
+    papers: ClassVar[Mapping[str, str]] = {"2403.03853": "ShortGPT: block influence"}
 
     def score(self, statistics: Statistics, depths: list[int]) -> Tensor:
         """Minus the summed influence of the dropped blocks."""

@@ -19,6 +19,7 @@ class Fixed(Criterion):
     """
 
     name = "fixed"
+    description = "Given by hand: nothing was measured."
     needs_similarity = False
 
     def __init__(self, keep: int | list[int] | None = None, drop_blocks: int | None = None) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -100,6 +101,8 @@ class Angular(BudgetCriterion):
     """
 
     name = "angular"
+    description = "Drops the range of blocks with the least mean angle between its input and its output."
+    papers: ClassVar[Mapping[str, str]] = {"2403.17887": "Gromov et al.: angular distance of a range of blocks"}
 
     def spans(self, num_blocks: int, bounds: Bounds) -> list[Span]:
         """Ranges of ``drop_blocks`` blocks."""
@@ -129,6 +132,8 @@ class CkaIntervals(BudgetCriterion):
     """
 
     name = "cka_intervals"
+    description = "Drops the one or two ranges of blocks across which the similarity falls least."
+    papers: ClassVar[Mapping[str, str]] = {"2609.36842": "ranges of blocks by CKA"}
 
     def __init__(self, drop_blocks: int, ranges: int = 2) -> None:
         super().__init__(drop_blocks)

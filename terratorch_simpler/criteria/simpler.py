@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -47,6 +50,15 @@ class Simpler(Criterion):
     """
 
     name = "simpler"
+    description = (
+        "Keeps the blocks up to where their outputs stop changing: how much neighbouring rows of the similarity differ "
+        "among the kept blocks, less how much among the dropped ones."
+    )
+    papers: ClassVar[Mapping[str, str]] = {
+        "2603.19873": "SIMPLER: the method, its score and its published results",
+        "2609.36842": "restates the score of SIMPLER",
+    }
+    needs_positive_score = True  # below 0, what is dropped changes more than what is kept
 
     def depths(self, num_blocks: int) -> range:
         """Depths 2 to L - 2.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -50,6 +53,8 @@ class Sls(Criterion):
     """
 
     name = "sls"
+    description = "Keeps the blocks up to where the labelled classes are almost as well separated as after the last block."
+    papers: ClassVar[Mapping[str, str]] = {"2407.14330": "SLS: depth by the silhouette of labelled classes"}
     needs_labels = True
 
     def __init__(self, alpha: float = 0.3) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from terratorch_simpler.errors import DegenerateFeaturesError
 from terratorch_simpler.functional.hsic import draw_groups, normalise_hsic
+from terratorch_simpler.functional.scores import LabelKind
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,19 @@ class Labelled:
 
     Attributes:
         features: After every block, (L, N, D), float32.
-        labels: Class of each of the N rows, (N,), int64.
+        labels: Class of each of the N rows, (N,), int64; its value, float32; or its labels that are 0 or 1, (N, K).
+        images: Position in ``names`` of the image each row is of, (N,), int64.
+        names: First file of every image, or another name that no other image has.
+        kind: What the labels are.
+        validation: Rows of other images to score on, if there are any.
     """
 
     features: Tensor
     labels: Tensor
+    images: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    names: tuple[str, ...] = ()
+    kind: LabelKind = "segmentation"
+    validation: Labelled | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,10 @@ class Statistics:
     cosine: Tensor
     angle: Tensor
     labelled: Labelled | None = None
+
+    def __getitem__(self, resamples: Tensor) -> Statistics:
+        """Statistics of some of the resamples."""
+        return Statistics(self.hsic[resamples], self.cosine[resamples], self.angle[resamples], self.labelled)
 
     @property
     def num_blocks(self) -> int:
@@ -98,12 +112,56 @@ class GroupSums:
         rows = self.rows.sum()
         return Statistics(self.hsic.sum(dim=0), self.cosine.sum(dim=0) / rows, self.angle.sum(dim=0) / rows)
 
-    def resampled(self, resamples: int, seed: int) -> Statistics:
-        """Statistics of ``resamples`` bootstrap resamples of the groups, as leading dimension."""
+    def resampled(self, resamples: int, seed: int, spread: float = 1.0) -> Statistics:
+        """Statistics of bootstrap resamples of the groups, as leading dimension.
+
+        Args:
+            resamples: Number of resamples.
+            seed: Seed of the draws.
+            spread: Factor on how far they lie from the statistics over all groups.
+        """
         counts = draw_groups(len(self), resamples, seed)
         rows = (counts @ self.rows.double())[:, None, None]
 
         def total(values: Tensor) -> Tensor:
             return torch.einsum("rg,gij->rij", counts, values)
 
-        return Statistics(total(self.hsic), total(self.cosine) / rows, total(self.angle) / rows)
+        drawn = Statistics(total(self.hsic), total(self.cosine) / rows, total(self.angle) / rows)
+        if spread == 1.0:
+            return drawn
+        middle = self.total()
+        return Statistics(
+            middle.hsic + spread * (drawn.hsic - middle.hsic),
+            middle.cosine + spread * (drawn.cosine - middle.cosine),
+            middle.angle + spread * (drawn.angle - middle.angle),
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a verdict on a choice is judged from.
+
+    Tiles of one file show one place, so they count as one observation, as in a cluster sample with complete correlation
+    inside the clusters: the variance of a mean over N tiles is that of N independent ones times the design effect
+    sum of n_k^2 / N, where file k has n_k tiles (Kish 1965, Survey Sampling). The stream is shuffled, so a group of tiles
+    mixes files, and the variance between groups is that of independent tiles (ours, docs/method.md).
+
+    Attributes:
+        groups: Sums per group.
+        conventions: Statistics over all groups by what a row is: ``raw``, ``LayerNorm`` or ``tile mean``.
+        tiles_of_file: Number of tiles of each file.
+    """
+
+    groups: GroupSums
+    conventions: Mapping[str, Statistics]
+    tiles_of_file: Collection[int]
+
+    @property
+    def design_effect(self) -> float:
+        """Factor on the variance because tiles share files; 1 if none do."""
+        return sum(count * count for count in self.tiles_of_file) / sum(self.tiles_of_file)
+
+    @property
+    def num_places(self) -> float:
+        """How many files with equally many tiles would weigh as much."""
+        return sum(self.tiles_of_file) / self.design_effect

@@ -3,6 +3,17 @@
 from terratorch_simpler.data.batches import BatchTiles
 from terratorch_simpler.data.datamodule import DatamoduleTiles, Split
 from terratorch_simpler.data.geotiff import GeoTiffTiles
-from terratorch_simpler.data.source import Batch, Shard, Skip, SkipCounter, TileSource
+from terratorch_simpler.data.source import TILE_KEYS, Batch, Shard, Skip, SkipCounter, TileSource
 
-__all__ = ["Batch", "BatchTiles", "DatamoduleTiles", "GeoTiffTiles", "Shard", "Skip", "SkipCounter", "Split", "TileSource"]
+__all__ = [
+    "TILE_KEYS",
+    "Batch",
+    "BatchTiles",
+    "DatamoduleTiles",
+    "GeoTiffTiles",
+    "Shard",
+    "Skip",
+    "SkipCounter",
+    "Split",
+    "TileSource",
+]

@@ -21,16 +21,20 @@ class BatchTiles:
 
     A batch is an image tensor float (B, C, H, W) or (B, C, T, H, W), a dictionary with ``image`` (or ``pixel_values``; also
     a dictionary of modalities), or a pair of images and labels. Pixels that are NaN in any channel count as nodata and are
-    set to 0. Of a dictionary, ``valid`` bool (B, H, W) and the ``index`` of :class:`GeoTiffTiles` are taken over.
+    set to 0. Of a dictionary, ``valid`` bool (B, H, W), and ``index`` and ``path`` of :class:`GeoTiffTiles` are taken over:
+    images with the same path are one place.
 
     Args:
         batches: The iterable; a generator can be streamed only once.
         max_tiles: Most tiles that are streamed.
         fewest: Fewest tiles that are enough.
         labels: Whether to hand on labels: the second of a pair, or ``mask``, ``label`` or ``labels`` of a dictionary.
+        what: Name of the iterable, for messages and for images without a name.
     """
 
-    def __init__(self, batches: Iterable[Any], max_tiles: int, fewest: int, labels: bool = False) -> None:
+    def __init__(
+        self, batches: Iterable[Any], max_tiles: int, fewest: int, labels: bool = False, what: str = "batches"
+    ) -> None:
         self.skips = self.new_skip_counter()
         self.pin_memory = False
         self.on_skip: Callable[[Skip], None] | None = None
@@ -38,6 +42,8 @@ class BatchTiles:
         self._max_tiles = max_tiles
         self._fewest = fewest
         self._labels = labels
+        self._what = what
+        self._names: dict[int, str] = {}
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -58,18 +64,24 @@ class BatchTiles:
         for batch in self._batches:
             tiles = _tiles(batch, count, self._labels)
             count += len(tiles["index"])
+            if self._labels:
+                self._names |= dict(zip(tiles["index"], map(str, tiles.get("path", ())), strict=False))
             yield tiles
         if count < self._fewest:
             once = " (a generator can be used only once)" if not count and isinstance(self._batches, Iterator) else ""
             msg = (
-                f"batches yielded {count} tiles{once}; at least {self._fewest} are needed to compare blocks, and 256 are "
-                "recommended: pass more unlabeled images."
+                f"{self._what} yielded {count} tiles{once}; at least {self._fewest} are needed to compare blocks, and 256 "
+                "are recommended: pass more unlabeled images."
             )
             raise TilesError(msg)
 
     def describe(self) -> dict[str, Any]:
         """Only the type of the iterable is known."""
         return {"source": type(self._batches).__name__}
+
+    def name_of(self, number: int) -> str:
+        """File of an image that was streamed with its label; where it is not known, its number."""
+        return self._names.get(number, f"image {number} of {self._what}")
 
     def modification_fingerprint(self) -> str:
         """Not known."""
@@ -100,6 +112,9 @@ def _tiles(batch: Any, first: int, labels: bool) -> Batch:
     numbers = given.get("index")
     known = isinstance(numbers, list) and len(numbers) == len(valid) and all(type(number) is int for number in numbers)
     tiles = {"image": image, "valid": valid, "index": numbers if known else positions, "position": positions}
+    paths = given.get("path", given.get("filename"))  # of GeoTiffTiles, and of TerraTorch's datasets
+    if isinstance(paths, list) and len(paths) == len(valid) and all(isinstance(path, str) for path in paths):
+        tiles["path"] = paths
     if labels:
         target = _first(batch, TARGET_KEYS, second=True)
         tiles["target"] = target.cpu() if isinstance(target, Tensor) else target

@@ -9,7 +9,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class DatamoduleTiles:
 
     def __init__(self, datamodule: LightningDataModule, seed: int = 0, split: Split = "train", labels: bool = False) -> None:
         self._name = type(datamodule).__name__
+        self.band_names = _band_names(datamodule)
+        self._split: Split = split
         self._dataset = _dataset_of(datamodule, split, labels)
         _check_dataset(datamodule, self._dataset, split)
         self._order = torch.randperm(len(self._dataset), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -96,6 +98,10 @@ class DatamoduleTiles:
         total = len(self._order)
         named = [[(stat.name, stat.size) for stat in stats] for stats in self._file_stats()]
         return {"source": self._name, "tiles": total, "fingerprint": fingerprint([*named, total, self._order])}
+
+    def name_of(self, number: int) -> str:
+        """First file of an image, by its number in the dataset; where files are not known, split and number."""
+        return next(iter(_files(self._dataset, number)), f"{SPLIT_NAMES[self._split]}, image {number}")
 
     def modification_fingerprint(self) -> str:
         """A fingerprint of names, sizes and modification times of all files."""
@@ -523,6 +529,22 @@ def _same_data(unfilled: Tensor | dict[str, Tensor], filled: Tensor | dict[str, 
     if not isinstance(unfilled, Tensor) or not isinstance(filled, Tensor):
         return False
     return unfilled.shape == filled.shape and bool(((unfilled == filled) | ~torch.isfinite(unfilled)).all())
+
+
+def _band_names(datamodule: LightningDataModule) -> list[str] | dict[str, list[str]]:
+    """What the bands of the images, or of each modality, are called where the datamodule says it."""
+    bands = getattr(datamodule, "output_bands", None) or getattr(datamodule, "bands", None)
+    if isinstance(bands, dict):
+        return {str(name): [_plain_name(band) for band in of_one] for name, of_one in bands.items() if _is_list(of_one)}
+    return [_plain_name(band) for band in bands] if _is_list(bands) else []
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, list | tuple)
+
+
+def _plain_name(band: object) -> str:
+    return str(getattr(band, "value", band))
 
 
 def _collate_equal_shapes(samples: Sequence[dict[str, Any]]) -> tuple[list[Batch], list[_Failure]]:

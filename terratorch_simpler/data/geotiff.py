@@ -213,6 +213,11 @@ class GeoTiffTiles:
             "fingerprint": fingerprint([*files, settings, self.seed]),
         }
 
+    @property
+    def band_names(self) -> list[str]:
+        """The bands that were asked for; empty if all of them are read."""
+        return [str(band) for band in self.bands or []]
+
     def modification_fingerprint(self) -> str:
         """A fingerprint of names, sizes and modification times of all files."""
         return fingerprint(self._file_stats())

@@ -19,6 +19,9 @@ Batch = dict[str, Any]
 pixel holds data; ``index`` list of B ints, the number of each tile; ``position`` list of B ints, its position in the stream
 of all shards; further keys are arguments of the encoder."""
 
+TILE_KEYS = frozenset({"index", "position", "path", "window"})
+"""Keys of a batch that describe its tiles."""
+
 MAX_NAMED = 5
 """How many skips are named in messages; all are counted."""
 

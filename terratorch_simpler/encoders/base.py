@@ -86,7 +86,7 @@ class EncoderSpec(ABC):
 
     @abstractmethod
     def out_channels(self, encoder: nn.Module) -> list[int]:
-        """Channels of the features after each block of the intact encoder."""
+        """Channels of the features after each block that the encoder holds."""
 
     @abstractmethod
     def prefix_tokens(self, encoder: nn.Module) -> int:

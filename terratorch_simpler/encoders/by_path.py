@@ -116,7 +116,7 @@ class BlockPathSpec(EncoderSpec):
         if len(features) != held:
             msg = (
                 f"Found {len(features)} features of {type(encoder).__name__} with {held} blocks, expected one for each: it "
-                "cannot be cut by its block path alone; write an encoder spec for it."
+                "cannot be pruned by its block path alone; write an encoder spec for it."
             )
             raise UnsupportedEncoderError(msg)
         return [features[position] for position in positions]

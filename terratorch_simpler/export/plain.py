@@ -52,7 +52,7 @@ def check_expressible(backbone: SimplerBackbone) -> None:
         raise ExportError(msg)
     if backbone.num_blocks < backbone.full_num_blocks and backbone.terratorch_kwargs() is None:
         msg = (
-            f"Found '{backbone.name}' cut to {backbone.num_blocks} of {backbone.full_num_blocks} blocks, expected an "
+            f"Found '{backbone.name}' pruned to {backbone.num_blocks} of {backbone.full_num_blocks} blocks, expected an "
             f"encoder whose depth TerraTorch can set: {backbone.family} has no such setting, so keep terratorch_simpler "
             "installed where the model runs, or export it as onnx or pt2."
         )

@@ -6,7 +6,7 @@ from terratorch_simpler.extraction.cost import count_macs, macs_by_block
 from terratorch_simpler.extraction.evaluating import as_pretrained, evaluating, on_device, random_state_kept
 from terratorch_simpler.extraction.hooks import FeatureExtractor, Readout
 from terratorch_simpler.extraction.inputs import check_input, explain
-from terratorch_simpler.extraction.labelled import IMAGES, LabelledRows, check_labels, collect_labelled
+from terratorch_simpler.extraction.labelled import IMAGES, LabelledRows, check_labels, collect_labelled, layer_normed
 from terratorch_simpler.extraction.loop import Measurement, measure
 from terratorch_simpler.extraction.partial_result import PartialResult
 from terratorch_simpler.extraction.progress import progress_bar
@@ -32,6 +32,7 @@ __all__ = [
     "count_macs",
     "evaluating",
     "explain",
+    "layer_normed",
     "macs_by_block",
     "measure",
     "on_device",

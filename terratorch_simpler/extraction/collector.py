@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ from terratorch_simpler.extraction.token_sampling import Tokens
 from terratorch_simpler.indices import Span
 
 CONVERGED_SHARE = 0.95
-"""Streaming stops once one depth has won this share of resamples."""
+"""Streaming stops once this share of the resamples choose one depth."""
 
 _position = attrgetter("position")
 
@@ -69,7 +71,7 @@ class _FeatureSpec(NamedTuple):
 class _Report(NamedTuple):
     """What one rank has read in a round."""
 
-    tiles: list[tuple[int, int]]  # position and rows of each
+    tiles: list[tuple[int, int, int | None]]  # position, rows and file of each
     position: float
     skips: list[Skip]
     feature_spec: _FeatureSpec | None  # None if nothing was read
@@ -100,7 +102,8 @@ class DistributedCollector:
         skips: Tiles that could not be used, up to the last accepted group.
         num_groups: Groups that were compared.
         accepted: Groups that count: those up to the one at which the pass converged.
-        converged: Whether one depth has won.
+        tiles_of_file: Accepted tiles of every file; a tile whose file is not known counts as the only one of its file.
+        converged: Whether the resamples agree on one depth.
         input_shape: Shape of one input of the encoder.
         batch_limit: Most tiles that fitted into memory at once, if it ran out with more.
     """
@@ -131,6 +134,8 @@ class DistributedCollector:
         self._device = float64_device(next(backbone.parameters()).device)
         self._progress = progress
         self._planner = GroupPlanner(config.max_tiles)
+        self.tiles_of_file: Counter[int] = Counter()
+        self._new_files: dict[int, Counter[int]] = {}  # of groups that are not accepted yet
         self._position_after = {0: 0}  # number of groups -> position of the stream to go on from
         self._feature_spec: _FeatureSpec | None = None  # the same on every rank, as is the next one
         self._special_rows = 0
@@ -169,7 +174,7 @@ class DistributedCollector:
         """
         self._round_end += TILES_PER_GROUP * self._processes.count
         reports = self._processes.all_gather(lambda: self._read(batches))
-        tiles = [TileRef(position, rank, rows) for rank, report in enumerate(reports) for position, rows in report.tiles]
+        tiles = [TileRef(tile[0], rank, *tile[1:]) for rank, report in enumerate(reports) for tile in report.tiles]
         self._planner.add(tiles, min(report.position for report in reports))
         self._pending_skips += [skip for report in reports for skip in report.skips]
         self._pending_skips.sort(key=_position)
@@ -179,6 +184,9 @@ class DistributedCollector:
         self._special_rows = max(report.special_rows for report in reports)
         groups = list(self._planner.complete())
         self._position_after.update({group.number + 1: group.end for group in groups})
+        for group in groups:
+            files = (-1 - tile.position if tile.file is None else tile.file for tile in group.tiles)
+            self._new_files[group.number] = Counter(files)
         assigned = self._exchange_features(groups)
         if groups:
             self._processes.all_gather(lambda: self._compare(assigned))
@@ -186,7 +194,7 @@ class DistributedCollector:
         self._progress(self.num_tiles)
 
     def accept_groups(self) -> None:
-        """Accept compared groups one after the other until one depth has won, however many were compared at once.
+        """Accept compared groups one after the other until the resamples agree, however many were compared at once.
 
         Raises:
             DegenerateFeaturesError: If a block's output is constant or not finite.
@@ -197,6 +205,7 @@ class DistributedCollector:
         config = self._config
         with self.similarity.summed_over_ranks():
             while self.accepted < self.num_groups and not self.converged:
+                self.tiles_of_file.update(self._new_files.pop(self.accepted, {}))
                 self.accepted += 1
                 self.count_skips()
                 self.similarity.check(self.accepted)
@@ -230,18 +239,22 @@ class DistributedCollector:
             return
         count = self.accepted
         state = {"position": self._position_after[count], "groups": count, "tiles": self.similarity.tiles(count),
-                 "skips": self.skips.state(), "input_shape": self.input_shape}  # fmt: skip
+                 "skips": self.skips.state(), "input_shape": self.input_shape,
+                 "files": dict(self.tiles_of_file)}  # fmt: skip
         with _warn_on_oserror():
             self._partial_result.update({**state, **self.similarity.state(count)})
 
     def _load(self) -> dict[str, Any] | None:
         if self._partial_result is None:
             return None
-        like = {"position": 0, "groups": 0, "tiles": 0, "skips": self.skips.state(), "input_shape": None}
+        like = {
+            "position": 0, "groups": 0, "tiles": 0, "skips": self.skips.state(), "input_shape": None, "files": {}
+        }  # fmt: skip
         state = self._partial_result.load({**like, **self.similarity.state(0)})
         if state is None:
             return None
         consistent = state["position"] >= state["tiles"] > 0 and GroupedSimilarity.is_consistent(state)
+        consistent = consistent and _adds_up(state["files"], state["tiles"])
         if not (consistent and _is_input_shape(state["input_shape"])):
             self._partial_result.warn_corrupt("sums that do not add up")
             return None
@@ -254,23 +267,24 @@ class DistributedCollector:
         self._position_after[self.num_groups] = state["position"]
         self._planner = GroupPlanner(self._config.max_tiles, state["tiles"], state["groups"])
         self.skips.resume(state["skips"])
+        self.tiles_of_file = Counter(state["files"])
         self.input_shape = state["input_shape"]
         if self._processes.first:  # the sums are over all ranks
             self.similarity.load_state(state)
 
     def _read(self, batches: Iterator[Batch]) -> _Report:
-        tiles: list[tuple[int, int]] = []
+        tiles: list[tuple[int, int, int | None]] = []
         spec: _FeatureSpec | None = None
         while self._next_position < self._round_end and self.num_tiles + len(tiles) < self._config.max_tiles:
             batch = next(batches, None)
             if batch is None:
                 self._next_position = END
                 break
-            for position, number, features in self._extract(batch):
+            for position, number, path, features in self._extract(batch):
                 states, rows, width = features.shape
                 if rows:
                     self._features[position] = features
-                    tiles.append((position, rows))
+                    tiles.append((position, rows, None if path is None else _file_number(path)))
                     spec = _FeatureSpec(states, width, features.dtype)
                 else:
                     self._new_skips.append(Skip(position, "nodata", f"tile {number}", bad=False))
@@ -284,9 +298,10 @@ class DistributedCollector:
             tiles, self._next_position, skips, spec, self._special_rows, self._extractor.input_shape, self._auto_batch.limit
         )
 
-    def _extract(self, batch: Batch) -> Iterator[tuple[int, int, Tensor]]:
-        """Position and number of every tile of a batch, and its features (L + 1, rows, D)."""
-        tiles = zip(batch["position"], batch["index"], strict=True)
+    def _extract(self, batch: Batch) -> Iterator[tuple[int, int, str | None, Tensor]]:
+        """Position, number and file of every tile of a batch, and its features (L + 1, rows, D)."""
+        paths = batch.get("path") or [None] * len(batch["index"])
+        tiles = zip(batch["position"], batch["index"], paths, strict=True)
         for features, sample in self._auto_batch.parts(batch):
             self._special_rows = sample.special
             for of_tile in features.split(sample.counts, dim=1):
@@ -324,6 +339,17 @@ class DistributedCollector:
         return [
             (group, [self._features.pop(tile.position) for tile in group.tiles]) for group in groups if group.rank == rank
         ]
+
+
+def _file_number(path: str) -> int:
+    """A number of a file that is the same on every rank."""
+    return int.from_bytes(hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=7).digest())
+
+
+def _adds_up(files: dict[object, object], tiles: int) -> bool:
+    """Whether so many tiles are counted by file."""
+    numbers = [*files, *files.values()]
+    return all(type(number) is int for number in numbers) and sum(files.values()) == tiles  # type: ignore[arg-type]
 
 
 def _is_input_shape(value: object) -> bool:

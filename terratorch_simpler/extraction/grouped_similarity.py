@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from terratorch_simpler.criteria import Bounds, Criterion, Statistics
+from terratorch_simpler.criteria import Bounds, Criterion, Evidence, Statistics
 from terratorch_simpler.distributed import Processes
 from terratorch_simpler.extraction.groups import half_group_sizes
 from terratorch_simpler.metrics import LayerSimilarity
@@ -44,11 +44,13 @@ class GroupedSimilarity:
             group: Number of the group.
         """
         tiles = len(offsets) - 1
-        self._full.update(features, tiles, group)
+        self._full.update(features, offsets, group)
         if group < MIN_FULL_GROUPS - 1:
             middle = half_group_sizes(tiles)[0]
             for half, (start, end) in enumerate(pairwise(sorted({0, middle, tiles}))):
-                self._half.update(features[:, offsets[start] : offsets[end]], end - start, 2 * group + half)
+                first = offsets[start]
+                within = [offset - first for offset in offsets[start : end + 1]]
+                self._half.update(features[:, first : offsets[end]], within, 2 * group + half)
 
     def tiles(self, count: int) -> int:
         """Tiles in the first ``count`` groups."""
@@ -64,7 +66,7 @@ class GroupedSimilarity:
         metric.check(groups)
 
     def bootstrap(self, count: int, criterion: Criterion, bounds: Bounds, seed: int) -> Mapping[int, float] | None:
-        """Share of resamples won by each depth over the first ``count`` groups.
+        """Share of resamples that choose each depth over the first ``count`` groups.
 
         None if there are too few groups, or the criterion does not look at similarity alone.
         """
@@ -77,6 +79,16 @@ class GroupedSimilarity:
         """Statistics over the first ``count`` groups."""
         metric, groups = self._select(count)
         return metric.statistics(groups)
+
+    def evidence(self, count: int, tiles_of_file: Collection[int]) -> Evidence:
+        """What a verdict on the first ``count`` groups is judged from.
+
+        Args:
+            count: Number of groups.
+            tiles_of_file: Tiles in these groups by file.
+        """
+        metric, groups = self._select(count)
+        return Evidence(metric.sums(groups), metric.conventions(groups), tiles_of_file)
 
     @contextmanager
     def summed_over_ranks(self) -> Iterator[None]:

@@ -8,20 +8,28 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from terratorch_simpler.metrics import MIN_GROUP_TILES
+
 TILES_PER_GROUP = 64
-MIN_LAST_GROUP_TILES = 32
-"""A last group with fewer tiles than this joins the group before it."""
 
 END = math.inf
 """Position after the last one of a stream."""
 
 
 class TileRef(NamedTuple):
-    """A usable tile: its position in the stream, the rank that has its features, and how many rows they are."""
+    """A usable tile.
+
+    Attributes:
+        position: Its position in the stream.
+        rank: The rank that has its features.
+        rows: How many rows they are.
+        file: Number of the file that it is a window of, the same on every rank; None if it is the only tile of its file.
+    """
 
     position: int
     rank: int
     rows: int
+    file: int | None = None
 
 
 class Group(NamedTuple):
@@ -45,7 +53,7 @@ class GroupPlanner:
 
     Tiles come from several ranks, each with a share of the stream. The order of a tile is known only once every rank has
     passed its position; a group is complete only once enough tiles of the next one have come, since a last group of fewer
-    than ``MIN_LAST_GROUP_TILES`` joins the one before it. So groups do not depend on the number of ranks.
+    than ``MIN_GROUP_TILES`` joins the one before it. So groups do not depend on the number of ranks.
 
     Args:
         max_tiles: Tiles after which the pass ends.
@@ -88,7 +96,7 @@ class GroupPlanner:
 
     def complete(self) -> Iterator[Group]:
         """Yield the groups that are complete, once each; the last one when the stream is done."""
-        while len(self._ungrouped) >= TILES_PER_GROUP + MIN_LAST_GROUP_TILES:
+        while len(self._ungrouped) >= TILES_PER_GROUP + MIN_GROUP_TILES:
             yield self._next_group(TILES_PER_GROUP)
         if self.done and self._ungrouped:
             yield self._next_group(len(self._ungrouped))
@@ -105,4 +113,4 @@ class GroupPlanner:
 def half_group_sizes(tiles: int) -> list[int]:
     """Sizes of the half groups of a group; a second half that would be too small joins the first one."""
     half = TILES_PER_GROUP // 2
-    return [half, tiles - half] if tiles >= half + MIN_LAST_GROUP_TILES else [tiles]
+    return [half, tiles - half] if tiles >= half + MIN_GROUP_TILES else [tiles]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from terratorch_simpler.data import Batch
 from terratorch_simpler.encoders import InputShape
+from terratorch_simpler.extraction.input_statistics import InputStatistics
 from terratorch_simpler.extraction.inputs import check_input, explain
 from terratorch_simpler.extraction.token_sampling import TokenSample, TokenSampler
 from terratorch_simpler.models.plain import Encoder
@@ -35,6 +36,7 @@ class FeatureExtractor:
         sampler: Chooses the tokens of each tile, once per batch.
         readout: What is taken for the features of a block; by default its raw output.
         include_input: Whether to extract the input of the first block too.
+        input_statistics: Takes the images as they reach the encoder.
 
     Attributes:
         input_shape: Shape of one input of the encoder, without the batch; of each modality by name.
@@ -48,6 +50,7 @@ class FeatureExtractor:
         *,
         readout: Readout | None = None,
         include_input: bool = True,
+        input_statistics: InputStatistics | None = None,
     ) -> None:
         self.backbone = backbone
         self.input_shape: InputShape = ()
@@ -55,6 +58,7 @@ class FeatureExtractor:
         self._sampler = sampler
         self._readout = readout
         self._include_input = include_input
+        self._input_statistics = input_statistics
         self._hooks = ExitStack()
         self._inputs: Tensor | Mapping[str, Any] | None = None  # of the encoder; None before a batch has reached it
         self._batch: Batch = {}
@@ -110,6 +114,8 @@ class FeatureExtractor:
     def _before_encoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._inputs = inputs = args[0] if args else next(iter(kwargs.values()))
         check_input(self.backbone, inputs)
+        if self._input_statistics is not None:
+            self._input_statistics.add(inputs, self._batch["valid"])
         if isinstance(inputs, Mapping):
             images = {name: part for name, part in inputs.items() if isinstance(part, Tensor) and part.ndim >= 4}
             self.input_shape = {name: tuple(part.shape[1:]) for name, part in images.items()}

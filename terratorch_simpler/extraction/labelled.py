@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from terratorch_simpler.criteria import Labelled
 from terratorch_simpler.data import Batch
 from terratorch_simpler.encoders import Layout, PatchGrid
 from terratorch_simpler.errors import LabelsError
 from terratorch_simpler.extraction.auto_batch import AutoBatch
 from terratorch_simpler.extraction.hooks import FeatureExtractor, Readout
 from terratorch_simpler.extraction.token_sampling import Tokens, TokenSample, TokenSampler, token_masks
+from terratorch_simpler.functional.scores import LabelKind
 from terratorch_simpler.models.plain import Encoder
 
 IMAGES = 512
@@ -28,13 +30,68 @@ class LabelledRows(NamedTuple):
 
     Attributes:
         features: After every kept block, (L, N, D), float32, on the CPU.
-        labels: Class of every row, (N,), int64.
+        labels: Class of every row, (N,), int64; its value, float32; or its labels that are 0 or 1, (N, K).
         images: Number of the image every row is of, (N,), int64.
+        kind: What the labels are.
     """
 
     features: Tensor
     labels: Tensor
     images: Tensor
+    kind: LabelKind
+
+    def named(self, name_of: Callable[[int], str]) -> Labelled:
+        """The rows for a criterion, with the names of their images in the order in which they come.
+
+        Args:
+            name_of: Gives the name of an image by its number.
+        """
+        positions = {number: position for position, number in enumerate(dict.fromkeys(self.images.tolist()))}
+        images = torch.tensor([positions[number] for number in self.images.tolist()])
+        return Labelled(self.features, self.labels, images, tuple(map(name_of, positions)), self.kind)
+
+
+def layer_normed(_block: int, output: Tensor) -> Tensor:
+    """Readout: every token with mean 0 and variance 1, as before a head; float32."""
+    return nn.functional.layer_norm(output.float(), output.shape[-1:])
+
+
+def read_labels(batch: Batch, ignore_index: int | None, kind: LabelKind | None) -> tuple[Tensor, LabelKind]:
+    """Labels of any kind of a batch, and their kind.
+
+    Args:
+        batch: A batch of a source with labels.
+        ignore_index: Class or value that stands for no label.
+        kind: Kind of labels; None for what they look like: floating-point labels are values, and whole numbers classes,
+            unless an image has several of them.
+
+    Returns:
+        Classes (B,) or (B, H, W), int64, -1 where there is none; values (B,) or (B, H, W), float32, NaN where there is none;
+        or labels (B, K), int64, a row of -1 where there are none.
+
+    Raises:
+        LabelsError: If there are none, or they are of another kind.
+    """
+    target = batch.get("target")
+    if isinstance(target, Tensor) and kind in (None, "multilabel") and target.ndim == 2 and target.shape[1] > 1:
+        if not ((target == 0) | (target == 1)).all():
+            msg = "Labels of an image are not all 0 or 1, expected one column for each label: encode them so."
+            raise LabelsError(msg)
+        return target.long(), "multilabel"
+    if isinstance(target, Tensor) and (kind == "regression" or (kind is None and target.is_floating_point())):
+        if target.ndim in (2, 4) and target.shape[1] == 1:
+            target = target[:, 0]
+        if target.ndim not in (1, 3):
+            msg = f"Values have shape {tuple(target.shape[1:])} for an image, expected one for every image or every pixel."
+            raise LabelsError(msg)
+        values = target.float()
+        missing = ~values.isfinite() if ignore_index is None else ~values.isfinite() | (values == ignore_index)
+        return values.masked_fill(missing, torch.nan), "regression"
+    if isinstance(target, Tensor) and kind is not None and target.is_floating_point():
+        batch = {**batch, "target": target.nan_to_num(NO_LABEL)}  # tasks of classes round masks of floating point as well
+        batch["target"] = batch["target"].long()
+    classes = read_targets(batch, ignore_index)
+    return classes, "classification" if classes.ndim == 1 else "segmentation"
 
 
 def read_targets(batch: Batch, ignore_index: int | None) -> Tensor:
@@ -101,6 +158,7 @@ def collect_labelled(
     ignore_index: int | None = None,
     readout: Readout | None = None,
     class_token: bool = False,
+    kind: LabelKind | Literal["classes", "any"] = "classes",
     limit: int = IMAGES,
     seed: int = 0,
 ) -> LabelledRows:
@@ -118,35 +176,45 @@ def collect_labelled(
         ignore_index: Class that stands for no label.
         readout: What is taken for the features of a block; by default its raw output.
         class_token: With labels by image, take the class token instead, if the encoder has one.
+        kind: Kind of labels: "classes" takes no other; "any" takes what they look like. A patch has the mean of its values.
         limit: Images with labels after which to stop.
         seed: Seed of the sampled patches.
 
     Raises:
         LabelsError: If there are no classes, or only one.
     """
-    sampler = _LabelledTokenSampler(seed=seed, ignore_index=ignore_index, class_token=class_token)
-    parts: list[LabelledRows] = []
+    sampler = _LabelledTokenSampler(seed=seed, ignore_index=ignore_index, class_token=class_token, kind=kind)
+    kinds: list[LabelKind] = []
+    asked: LabelKind | None = None if kind == "classes" or kind == "any" else kind
+
+    def noted(batch: Batch) -> Batch:
+        kinds.append(read_labels(batch, ignore_index, asked)[1])
+        return batch
+
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     num_images = 0
     with (
         torch.compiler.set_stance("force_eager"),
         FeatureExtractor(backbone, stop_after, sampler, readout=readout, include_input=False) as extractor,
     ):
-        for features, sample in chain.from_iterable(map(AutoBatch(extractor, forward).parts, batches)):
+        for features, sample in chain.from_iterable(map(AutoBatch(extractor, forward).parts, map(noted, batches))):
             assert sample.labels is not None
             assert sample.numbers is not None
             images = torch.tensor(sample.numbers).repeat_interleave(torch.tensor(sample.counts))
             wanted = images.unique(sorted=False)[: limit - num_images]
             num_images += len(wanted)
             keep = torch.isin(images, wanted)
-            parts.append(LabelledRows(features.float().cpu()[:, keep], sample.labels[keep], images[keep]))
+            parts.append((features.float().cpu()[:, keep], sample.labels[keep], images[keep]))
             if num_images >= limit:
                 break
     if not parts:
         raise _one_class(set(), what)
-    rows = LabelledRows(*(torch.cat(each, dim=dim) for each, dim in zip(zip(*parts, strict=True), (1, 0, 0), strict=True)))
-    if len(classes := set(rows.labels.unique().tolist())) < 2:
+    features, labels, images = (
+        torch.cat(each, dim=dim) for each, dim in zip(zip(*parts, strict=True), (1, 0, 0), strict=True)
+    )
+    if labels.ndim == 1 and len(classes := set(labels.unique().tolist())) < 2:
         raise _one_class(classes, what)
-    return rows
+    return LabelledRows(features, labels, images, kinds[0])
 
 
 @dataclass(frozen=True)
@@ -155,53 +223,65 @@ class _LabelledTokenSampler(TokenSampler):
 
     ignore_index: int | None = None
     class_token: bool = False
+    kind: LabelKind | Literal["classes", "any"] = "classes"
 
     def sample(self, batch: Batch, images: int, layout: Layout, device: torch.device) -> TokenSample:
-        targets = read_targets(batch, self.ignore_index)
+        if self.kind == "classes":
+            targets = read_targets(batch, self.ignore_index)
+        else:
+            targets, _ = read_labels(batch, self.ignore_index, None if self.kind == "any" else self.kind)
         valid, special = token_masks(batch["valid"], images, layout)
         numbers = batch["index"]
-        if targets.ndim == 1:
-            valid = valid & (targets != NO_LABEL)[:, None, None]
+        if targets.ndim < 3:
+            known = _known(targets) if targets.ndim == 1 else _known(targets).all(dim=1)
+            valid = valid & known[:, None, None]
             token: Tokens = "cls" if self.class_token and bool(special[0]) else "mean"
             sample = TokenSampler(token, self.seed)._draw(valid, special, numbers, device)
-            labels = targets.repeat_interleave(torch.tensor(sample.counts))
+            labels = targets.repeat_interleave(torch.tensor(sample.counts), dim=0)
         else:
             of_tokens = patch_labels(targets, valid.shape[1], layout)
-            sample = self._draw(valid & (of_tokens != NO_LABEL), special, numbers, device)
+            sample = self._draw(valid & _known(of_tokens), special, numbers, device)
             labels = of_tokens.flatten()[sample.rows.cpu()]
         return sample._replace(labels=labels, numbers=numbers)
+
+
+def _known(targets: Tensor) -> Tensor:
+    return ~targets.isnan() if targets.is_floating_point() else targets != NO_LABEL
 
 
 def patch_labels(masks: Tensor, images: int, layout: Layout) -> Tensor:
     """Class of every token: the most frequent one among the pixels of its patch, the smaller number of equals (ours).
 
+    Of values it is the mean.
+
     Args:
-        masks: Class of every pixel, (B, H, W); -1 where there is none.
+        masks: Class of every pixel, (B, H, W), int64; -1 where there is none. Or values, float32; NaN where there is none.
         images: Images that the encoder sees of one tile.
         layout: What the tokens of an image stand for.
 
     Returns:
-        int64 of shape (B, images, N); -1 for tokens that show no patch, and where half the pixels or more have no class.
+        As ``masks``, (B, images, N); -1 or NaN for tokens that show no patch, and where half the pixels or more have none.
     """
     labels = []
+    missing, of_patch = (torch.nan, patch_means) if masks.is_floating_point() else (NO_LABEL, majority)
     for part in layout:
         if isinstance(part, PatchGrid):
-            of_patches = majority(_fit(masks, part), part.patch[1:])
+            of_patches = of_patch(_fit(masks, part, missing), part.patch[1:])
             frames = part.size[0] // part.patch[0]  # all show the same place
             labels.append(of_patches.flatten(1).repeat(1, frames)[:, None].expand(-1, images, -1))
         else:
-            labels.append(torch.full((len(masks), images, part), NO_LABEL))
+            labels.append(torch.full((len(masks), images, part), missing))
     return torch.cat(labels, dim=2)
 
 
-def _fit(masks: Tensor, grid: PatchGrid) -> Tensor:
+def _fit(masks: Tensor, grid: PatchGrid, missing: float) -> Tensor:
     """Masks of the size of the image, which the model may have padded evenly on both sides, or resized."""
     height, width = grid.size[1:]
     rows, columns = height - masks.shape[1], width - masks.shape[2]
     if min(rows, columns) < 0:
-        return nn.functional.interpolate(masks[:, None].double(), size=(height, width))[:, 0].long()
+        return nn.functional.interpolate(masks[:, None].double(), size=(height, width))[:, 0].to(masks.dtype)
     top, left = rows // 2, columns // 2
-    return nn.functional.pad(masks, (left, columns - left, top, rows - top), value=NO_LABEL)
+    return nn.functional.pad(masks, (left, columns - left, top, rows - top), value=missing)
 
 
 def majority(masks: Tensor, patch: tuple[int, ...]) -> Tensor:
@@ -223,3 +303,19 @@ def majority(masks: Tensor, patch: tuple[int, ...]) -> Tensor:
     known = counts[..., :classes]
     enough = 2 * known.sum(dim=3) > height * width
     return torch.where(enough, known.argmax(dim=3), NO_LABEL) if classes else torch.full(patches.shape[:3], NO_LABEL)
+
+
+def patch_means(masks: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Mean value of every patch, and NaN where half of the pixels or more have none.
+
+    Args:
+        masks: Values of shape (B, H, W), NaN where there is none.
+        patch: Height and width of a patch.
+
+    Returns:
+        Shape (B, rows, columns).
+    """
+    height, width = patch
+    patches = masks.unfold(1, height, height).unfold(2, width, width).flatten(3)
+    enough = 2 * (~patches.isnan()).sum(dim=3) > height * width
+    return patches.nanmean(dim=3).masked_fill(~enough, torch.nan)

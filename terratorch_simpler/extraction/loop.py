@@ -1,4 +1,4 @@
-"""One pass over the tiles, by one rank or several: compare the outputs of the blocks until one depth has won."""
+"""One pass over the tiles, by one rank or several: compare the outputs of the blocks until the bootstrap agrees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from terratorch_simpler.criteria import Statistics
+from terratorch_simpler.criteria import Evidence, Statistics
 from terratorch_simpler.data import Batch, SkipCounter, TileSource
 from terratorch_simpler.distributed import Processes
 from terratorch_simpler.encoders import InputShape
@@ -18,13 +18,12 @@ from terratorch_simpler.errors import TilesError
 from terratorch_simpler.extraction.collector import DistributedCollector, ExtractionConfig
 from terratorch_simpler.extraction.evaluating import as_pretrained, evaluating
 from terratorch_simpler.extraction.hooks import FeatureExtractor
+from terratorch_simpler.extraction.input_statistics import InputStatistics
 from terratorch_simpler.extraction.partial_result import PartialResult
 from terratorch_simpler.extraction.recovery import RecoveryStatistics
 from terratorch_simpler.extraction.token_sampling import TokenSampler
+from terratorch_simpler.metrics import MIN_GROUP_TILES
 from terratorch_simpler.models.plain import Encoder
-
-FEWEST_TILES = 32
-"""A pass over fewer usable tiles is an error: at least one group of so many is compared."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,11 @@ class Measurement:
 
     Attributes:
         statistics: What criteria choose by, on the CPU.
-        votes: Share of bootstrap resamples won by each depth, or None with too few groups.
+        votes: Share of bootstrap resamples that choose each depth, or None with too few groups.
+        evidence: What a verdict on the choice is judged from.
         tiles_seen: Tiles measured.
         rows_seen: Rows of tokens sampled from them.
-        converged: Whether the pass stopped early because one depth had won.
+        converged: Whether the pass stopped early because the bootstrap agreed on a depth.
         skips: Count of tiles that could not be used, up to the last tile measured.
         input_shape: Shape of one input of the encoder, without the batch; of each modality by name.
         seconds: Duration of the pass.
@@ -48,6 +48,7 @@ class Measurement:
 
     statistics: Statistics
     votes: Mapping[int, float] | None
+    evidence: Evidence
     tiles_seen: int
     rows_seen: int
     converged: bool
@@ -94,6 +95,9 @@ def measure(
     Returns:
         Statistics and bootstrap shares, the same on every rank.
 
+    Warns:
+        ImplausibleInputWarning: If a band is far from zero mean and unit variance after normalization.
+
     Raises:
         TilesError: If fewer than 32 tiles could be measured, or they do not fit the encoder.
         DegenerateFeaturesError: If a block's output is constant or not finite.
@@ -106,12 +110,13 @@ def measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started, waiting = time.perf_counter(), _DataWait(device)
+    input_statistics = InputStatistics(getattr(source, "band_names", ()))
     sampler = TokenSampler(config.tokens, config.seed, with_special=bool(config.spans))
     with (
         torch.compiler.set_stance("force_eager"),  # compiling the intact model with hooks would be for this pass only
         evaluating(stop_after, config.seed),
         as_pretrained(stop_after, backbone),
-        FeatureExtractor(backbone, stop_after, sampler) as extractor,
+        FeatureExtractor(backbone, stop_after, sampler, input_statistics=input_statistics) as extractor,
     ):
         collector = DistributedCollector(
             extractor, forward, source, config, processes, partial_result, progress or (lambda _: None)
@@ -124,10 +129,10 @@ def measure(
                 collector.accept_groups()
             if not collector.converged:
                 collector.count_skips()
-        if not collector.converged and collector.num_tiles < FEWEST_TILES:
+        if not collector.converged and collector.num_tiles < MIN_GROUP_TILES:
             skipped = f" ({collector.skips})" if collector.skips.counts else ""
             msg = (
-                f"Only {collector.num_tiles} usable tiles{skipped}; comparing blocks needs at least {FEWEST_TILES}: give "
+                f"Only {collector.num_tiles} usable tiles{skipped}; comparing blocks needs at least {MIN_GROUP_TILES}: give "
                 "the callback more unlabeled images with tiles, or a plan, or set backbone_keep to the number of blocks to "
                 "keep."
             )
@@ -141,6 +146,7 @@ def measure(
             result = Measurement(
                 statistics=similarity.statistics(count),
                 votes=similarity.bootstrap(count, config.criterion, config.bounds, config.seed),
+                evidence=similarity.evidence(count, tuple(collector.tiles_of_file.values())),
                 tiles_seen=similarity.tiles(count),
                 rows_seen=similarity.rows(count),
                 converged=collector.converged,
@@ -152,6 +158,7 @@ def measure(
                 recovery=collector.recovery,
                 peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             )
+    input_statistics.warn_implausible(processes)
     if partial_result is not None and processes.first:
         partial_result.remove()
     return result

@@ -16,7 +16,8 @@ from terratorch_simpler.errors import SimplerWarning
 from terratorch_simpler.files import atomic_write, load_tensors
 
 FORMAT = "terratorch-simpler/unfinished"
-VERSION = 1
+VERSION = 2
+"""2 holds the similarity by three conventions and the tiles of every file; a file of version 1 is ignored."""
 SECONDS_BETWEEN = 60.0
 """How often a running pass is saved."""
 

@@ -13,12 +13,13 @@ Maximization", theorem 2); summing it over minibatches before taking the ratio i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from terratorch_simpler.errors import DegenerateFeaturesError
 
@@ -98,6 +99,37 @@ def hsic_matrix(features: Tensor) -> Tensor:
         products = row_sums @ row_sums.mT  # 1' K M 1
     hsic = traces + totals[:, None] * totals[None, :] / ((m - 1) * (m - 2)) - products * (2 / (m - 2))
     return (hsic + hsic.T) / (2 * m * (m - 3))  # a GEMM rounds (i, j) and (j, i) differently
+
+
+def layer_normed(features: Tensor) -> Tensor:
+    """Tokens with zero mean and unit variance over their width, as LayerNorm without its affine part leaves them.
+
+    Args:
+        features: Block outputs of shape (L, m, D).
+
+    Returns:
+        The same shape, float32 or wider.
+    """
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return nn.functional.layer_norm(wide, wide.shape[-1:], eps=1e-6)
+
+
+def tile_means(features: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Mean of the rows of every tile.
+
+    Args:
+        features: Block outputs of shape (L, m, D), the rows of one tile after those of another.
+        offsets: First row of each of T tiles, and m at the end.
+
+    Returns:
+        Means of shape (L, T, D), float32 or wider.
+    """
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    weights = torch.zeros(len(offsets) - 1, wide.shape[1], dtype=wide.dtype)
+    for tile, (first, end) in enumerate(pairwise(offsets)):
+        weights[tile, first:end] = 1 / max(end - first, 1)
+    with full_float32(), torch.autocast(features.device.type, enabled=False):
+        return weights.to(features.device, non_blocking=features.is_cuda) @ wide
 
 
 def normalise_hsic(hsic: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from terratorch_simpler.models.checkpoint import read_pruned_state
 from terratorch_simpler.plan import RECOVERIES, SlimmingPlan
-from terratorch_simpler.planning import SelectionConfig
+from terratorch_simpler.planning import OnUnsettled, SelectionConfig, check_on_unsettled, is_unsettled, tell_unsettled
 from terratorch_simpler.report import plan_table
 from terratorch_simpler.terratorch.factories import check_factory
 
@@ -49,8 +49,8 @@ class SimplerCallback(Callback):
 
     Args:
         tiles: Unlabeled tiles to stream; by default the datamodule's training images, without labels or augmentation.
-        criterion: Name of a criterion ("simpler", "knee", "block_influence", "angular", "cka_intervals", "sls", "fixed"), or
-            a criterion.
+        criterion: Name of a criterion ("simpler", "knee", "block_influence", "angular", "cka_intervals", "sls", "probe",
+            "fixed"), or a criterion.
         drop_blocks: Number of blocks to drop, for criteria that need a budget.
         min_depth: Least number of blocks to keep.
         max_depth: Largest number of blocks to keep.
@@ -62,11 +62,14 @@ class SimplerCallback(Callback):
         plan: A plan.json to apply; nothing is streamed.
         plan_cache: Folder of plans that runs share: a run with the same encoder, tiles and settings takes the plan from
             there, and one that was interrupted during the selection is resumed.
-        plan_cache_every_tile: Recognise the data by the contents of every tile, which are read for it, instead of by those
-            of 64 tiles spread over the stream and the sizes and times of the files.
+        plan_cache_every_tile: Identify the data by a hash of every tile, for which all are read, instead of by 64 tiles
+            spread over the stream and the sizes and times of the files.
         output_dir: Folder for plan.json, report.html and report.png, or a URL that fsspec knows (``s3://...``); by default
             ``<trainer.log_dir>/simpler``.
         seed: Same data and seed give the same plan.
+        on_unsettled: What to do where the verdict is unsettled, which means that the data support no depth: "apply" takes
+            the choice all the same and warns with the reasons, "half" keeps half of the blocks, "intact" all of them, and
+            "error" writes the report and ends the run.
         export: At the end of fit, write the best checkpoint as plain TerraTorch config and checkpoint into the subfolder
             ``plain`` of that folder.
 
@@ -95,6 +98,7 @@ class SimplerCallback(Callback):
         output_dir: str | None = None,
         seed: int = 0,
         export: bool = False,
+        on_unsettled: OnUnsettled = "apply",
     ) -> None:
         """Check the options; nothing is read yet."""
         if (cli := running_cli()) is not None:  # it builds callbacks before the model
@@ -113,11 +117,12 @@ class SimplerCallback(Callback):
         if recovery != "none" and tokens != "patch":
             msg = f"Found recovery {recovery} with tokens {tokens!r}, expected 'patch', which maps are for: change one."
             raise ConfigurationError(msg)
+        check_on_unsettled(on_unsettled)
         width = resolve_width(width)
         if recovery != "none" and width != 1:
             msg = (
-                f"Found recovery {recovery} with width {width:g}, expected one of them, since a map is found in the encoder "
-                "at full width: remove one."
+                f"Found recovery {recovery} with width {width:g}, expected one of them, since maps are fitted at full "
+                "width: remove one."
             )
             raise ConfigurationError(msg)
         if plan is not None and width != 1:
@@ -142,7 +147,18 @@ class SimplerCallback(Callback):
             max_tiles=max_tiles,
             seed=seed,
             recovery=recovery,
+            on_unsettled=on_unsettled,
         )
+
+    @property
+    def on_unsettled(self) -> OnUnsettled:
+        """What to do where the verdict is unsettled."""
+        return self._config.on_unsettled
+
+    @on_unsettled.setter
+    def on_unsettled(self, value: OnUnsettled) -> None:
+        check_on_unsettled(value)
+        self._config = replace(self._config, on_unsettled=value)
 
     def compare(self, report: Callable[[Measurement], None]) -> None:
         """Measure every depth, whether the criterion needs it or not.
@@ -202,7 +218,7 @@ class SimplerCallback(Callback):
         return {} if self._backbone is None else self._backbone.pruned_state.as_plain()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Release the signals to Lightning's own handlers, and check the optimizers."""
+        """Restore Lightning's own signal handlers, and check the optimizers."""
         self._release_signals()
         _check_optimizers(trainer, pl_module)
 
@@ -231,7 +247,7 @@ class SimplerCallback(Callback):
             requeue_job()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Release the signals."""
+        """Restore the signal handlers."""
         self._release_signals()
 
     def _release_signals(self) -> None:
@@ -264,7 +280,8 @@ class SimplerCallback(Callback):
             else:
                 processes.broadcast_from_zero(lambda: self._check_folders(trainer, log_dir))
                 plan = self._select(trainer, pl_module, backbone, processes)
-            processes.broadcast_from_zero(lambda: self._report(trainer, plan, log_dir))
+            # A plan that was given is not judged again.
+            processes.broadcast_from_zero(lambda: self._report(trainer, plan, log_dir, judge=path is None))
 
     def _select(
         self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone, processes: Processes
@@ -279,7 +296,8 @@ class SimplerCallback(Callback):
             cache = PlanCache(self.plan_cache, every_tile=self.plan_cache_every_tile)
         return select(trainer, pl_module, backbone, self.tiles, config, processes, cache)
 
-    def _report(self, trainer: Trainer, plan: SlimmingPlan, log_dir: str | None) -> None:
+    def _report(self, trainer: Trainer, plan: SlimmingPlan, log_dir: str | None, judge: bool) -> None:
+        refused = judge and self.on_unsettled == "error" and is_unsettled(plan)
         if log.isEnabledFor(logging.INFO):
             Console().print(plan_table(plan))
         if fast_dev_run(trainer):
@@ -287,10 +305,12 @@ class SimplerCallback(Callback):
                 f"fast_dev_run: nothing is written, and at most {FAST_DEV_RUN_TILES} tiles were compared; this model stays "
                 "pruned, so build it anew for a real fit."
             )
-            return
-        output = self._output(trainer, log_dir)
-        write_report(trainer, plan, output)
-        self.written = output
+        else:
+            output = self._output(trainer, log_dir)
+            write_report(trainer, plan, output, report_only=refused)
+            self.written = output
+        if judge:
+            tell_unsettled(plan, self.on_unsettled)
 
 
 def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from terratorch.tasks import (
+    ClassificationTask,
+    MultiLabelClassificationTask,
+    PixelwiseRegressionTask,
+    ScalarRegressionTask,
+    SemanticSegmentationTask,
+)
 
 from terratorch_simpler.criteria import Labelled
 from terratorch_simpler.data import DatamoduleTiles, Split
-from terratorch_simpler.errors import LabelsError
+from terratorch_simpler.errors import ConfigurationError, LabelsError
 from terratorch_simpler.extraction import (
     LabelledRows,
     Readout,
@@ -16,8 +25,10 @@ from terratorch_simpler.extraction import (
     check_labels,
     collect_labelled,
     evaluating,
+    layer_normed,
     on_device,
 )
+from terratorch_simpler.functional.scores import LabelKind
 from terratorch_simpler.lightning.task import outermost_encoder, task_forward
 from terratorch_simpler.models.backbone import find_backbone
 
@@ -42,6 +53,7 @@ def labelled_rows(
     tuned: bool = False,
     readout: Readout | None = None,
     class_token: bool = False,
+    kind: LabelKind | Literal["classes", "any"] = "classes",
 ) -> LabelledRows:
     """Features with labels after every block of a task's encoder; batches go the way of a training step.
 
@@ -53,6 +65,7 @@ def labelled_rows(
         tuned: Keep adapters (LoRA) and prompts switched on, instead of running the encoder as pretrained.
         readout: Turns the output of a block into features; by default they are its raw output.
         class_token: With labels by image, take the class token, if there is one, instead of the mean of the patches.
+        kind: Kind of labels: "classes" takes no other; "any" takes what they look like.
 
     Raises:
         LabelsError: If there are no labels, or of one class only.
@@ -74,6 +87,7 @@ def labelled_rows(
             ignore_index=_ignore_index(pl_module),
             readout=readout,
             class_token=class_token,
+            kind=kind,
             seed=seed,
         )
 
@@ -82,6 +96,36 @@ def labelled_features(trainer: Trainer, pl_module: LightningModule, seed: int) -
     """Labelled features of the encoder as it was tuned, for criteria that need some; block outputs before any norm."""
     rows = labelled_rows(trainer, pl_module, "train", seed, tuned=True, class_token=True)
     return Labelled(rows.features, rows.labels)
+
+
+def probed_features(trainer: Trainer, pl_module: LightningModule, seed: int) -> Labelled:
+    """Labelled, LayerNormed features of the encoder as pretrained, of the training and, if there are any, validation images.
+
+    The kind of labels is that of the task.
+    """
+    kind = _kind_of_task(pl_module)
+
+    def collect(split: Split) -> Labelled:
+        source = labelled_source(trainer, split, seed)
+        return labelled_rows(trainer, pl_module, split, seed, readout=layer_normed, kind=kind).named(source.name_of)
+
+    train = collect("train")
+    try:
+        labelled_source(trainer, "val", seed)
+    except ConfigurationError:  # a datamodule without validation images
+        return train
+    return replace(train, validation=collect("val"))
+
+
+def _kind_of_task(pl_module: LightningModule) -> LabelKind | Literal["any"]:
+    kinds: dict[type, LabelKind] = {
+        MultiLabelClassificationTask: "multilabel",  # a ClassificationTask as well
+        ClassificationTask: "classification",
+        SemanticSegmentationTask: "segmentation",
+        PixelwiseRegressionTask: "regression",
+        ScalarRegressionTask: "regression",
+    }
+    return next((kind for task, kind in kinds.items() if isinstance(pl_module, task)), "any")
 
 
 def labelled_source(trainer: Trainer, split: Split, seed: int) -> DatamoduleTiles:

@@ -19,24 +19,31 @@ FIGURE_FILE = "report.png"
 PAGE_FILE = "report.html"
 
 
-def write_report(trainer: Trainer, plan: SlimmingPlan, output: str | Path) -> None:
+def write_report(trainer: Trainer, plan: SlimmingPlan, output: str | Path, report_only: bool = False) -> None:
     """Write plan.json, report.html and report.png, and pass the report to the loggers.
 
     Args:
         trainer: Its loggers get the report.
         plan: The plan that was applied.
         output: A folder, or a URL that fsspec knows.
+        report_only: Leave out plan.json, since the plan is not used.
     """
-    if isinstance(output, Path) and _is_another_plan(output / PLAN_FILE, plan):
+    if not report_only and isinstance(output, Path) and _is_another_plan(output / PLAN_FILE, plan):
         log.info(f"Replaces the plan of an earlier fit in {output}; give output_dir to keep both.")
     with written_to(output) as folder:
-        plan.save(folder / PLAN_FILE)
+        if not report_only:
+            plan.save(folder / PLAN_FILE)
         page = save_page(report_page(plan), folder / PAGE_FILE)
         _log_page(trainer, plan, page)
         if plan.similarity is not None:
             figure = plan_figure(plan)
             _log_figure(trainer, figure, save_figure(figure, folder / FIGURE_FILE))
-    log.info(f"The plan is in {below(output, PLAN_FILE)}, what led to it in {below(output, PAGE_FILE)}.")
+    page_at = below(output, PAGE_FILE)
+    log.info(
+        f"The report is in {page_at}."
+        if report_only
+        else f"The plan is in {below(output, PLAN_FILE)}, what led to it in {page_at}."
+    )
 
 
 def _is_another_plan(path: Path, plan: SlimmingPlan) -> bool:
@@ -53,8 +60,12 @@ def _log_page(trainer: Trainer, plan: SlimmingPlan, page: Path) -> None:
             logger.experiment.add_text("simpler/report", plan_markdown(plan))
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_artifact(logger.run_id, str(page), "simpler")
+            if plan.verdict is not None:
+                logger.experiment.set_tag(logger.run_id, "simpler.verdict", str(plan.verdict))
         elif hasattr(logger, "log_table"):
             columns, *rows = plan_rows(plan)
+            if plan.verdict is not None:
+                rows.insert(0, ["verdict", "", str(plan.verdict), ""])
             logger.log_table(key="simpler/plan", columns=columns, data=rows)
 
 

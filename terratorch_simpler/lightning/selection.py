@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from terratorch_simpler.cache import PlanCache, describe_selection, keep
+from terratorch_simpler.cache import PlanCache, describe_selection, store_plan
 from terratorch_simpler.criteria import Labelled
 from terratorch_simpler.data import DatamoduleTiles, GeoTiffTiles, TileSource
 from terratorch_simpler.distributed import Processes
@@ -31,7 +31,7 @@ from terratorch_simpler.extraction import (
     random_state_kept,
 )
 from terratorch_simpler.lightning.internals import fast_dev_run
-from terratorch_simpler.lightning.labelled import labelled_features
+from terratorch_simpler.lightning.labelled import labelled_features, probed_features
 from terratorch_simpler.lightning.task import batch_normalizer, outermost_encoder, task_forward
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
@@ -39,7 +39,7 @@ from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.planning import SelectionConfig, build_plan, describe_tiles, package_versions
 
 
-@random_state_kept()  # training draws what it would have drawn with the plan given
+@random_state_kept()  # training sees the same random numbers as with a given plan
 def select(
     trainer: Trainer,
     pl_module: LightningModule,
@@ -49,7 +49,7 @@ def select(
     processes: Processes,
     cache: PlanCache | None = None,
 ) -> SlimmingPlan:
-    """Measure the intact encoder if the criterion needs it, choose a plan and apply it; all ranks get the same plan.
+    """Extract features of the intact encoder if the criterion needs them, choose a plan and apply it on all ranks.
 
     Args:
         trainer: Gives device, precision and progress bar.
@@ -58,7 +58,7 @@ def select(
         tiles: Tiles given by the user; None for the datamodule's training images.
         config: Settings of the selection.
         processes: The ranks of the run: each measures a share of the tiles, rank 0 chooses.
-        cache: Plans of earlier runs, which the new one joins.
+        cache: Plans of earlier runs; the new plan is added.
 
     Returns:
         The plan that was applied.
@@ -75,7 +75,8 @@ def select(
         cache = None  # a plan does not hold what is compared, and labels are not part of its key
     labelled: list[Labelled] = []  # on rank 0 only, which chooses
     if config.criterion.needs_labels:
-        processes.broadcast_from_zero(lambda: labelled.append(labelled_features(trainer, pl_module, config.seed)))
+        collect = probed_features if config.criterion.probes_labels else labelled_features
+        processes.broadcast_from_zero(lambda: labelled.append(collect(trainer, pl_module, config.seed)))
     with ExitStack() as cache_lock:
 
         def look_up() -> tuple[Path | None, SlimmingPlan | None]:
@@ -100,7 +101,7 @@ def select(
         # Rounding may differ between machines: all ranks apply the plan of rank 0.
         plan = _apply(backbone, processes.broadcast_from_zero(lambda: build_plan(backbone, config, measurement, data)))
         if path is not None:
-            processes.broadcast_from_zero(lambda: keep(plan, path))
+            processes.broadcast_from_zero(lambda: store_plan(plan, path))
         return plan
 
 
@@ -144,6 +145,7 @@ def _cache_key(
             backbone, source, config.criterion, config.bounds, config.max_tiles, normalize, every_tile=every_tile
         ),
         "pass": [config.tokens, config.min_tiles, config.max_tiles, config.seed, config.recovery],
+        "on_unsettled": config.on_unsettled,  # plans of before there was a verdict are made again
         "precision": trainer.precision,
         "task": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
         "versions": package_versions(),
@@ -161,7 +163,7 @@ def _stream(
 ) -> Measurement:
     """Stream the tiles through the task up to its encoder, on the trainer's device, and measure the encoder."""
     blocks = backbone.full_num_blocks
-    config.bounds.within(config.criterion.depths(blocks), blocks)  # refuses before streaming
+    config.bounds.within(config.criterion.depths(blocks), blocks)  # raises before streaming
     if backbone.pretrained is False and processes.first:
         warnings.warn(
             f"'{backbone.name}' was built without pretrained weights; a depth chosen on random weights means nothing: set "

@@ -103,7 +103,7 @@ class SlimmableTraining(Callback):
         def run(batch: Any, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
             result = step(batch, *args, **kwargs)
             for width in self._narrower_widths(trainer.fit_loop.total_batch_idx):
-                with self._narrow[width].lent(), _without_logging(pl_module):
+                with self._narrow[width].applied(), _without_logging(pl_module):
                     result = _add_loss(result, step(_shallow_copy(batch), *args, **kwargs))
             return result
 
@@ -115,7 +115,7 @@ class SlimmableTraining(Callback):
             original = _shallow_copy(batch)
             result = step(batch, *args, **kwargs)
             for width, narrow in self._narrow.items():
-                with narrow.lent(), _without_logging(pl_module, f"_width_{width:g}"):
+                with narrow.applied(), _without_logging(pl_module, f"_width_{width:g}"):
                     step(_shallow_copy(original), *args, **kwargs)
             return result
 

@@ -13,8 +13,7 @@ from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from terratorch_simpler.cache import TILE_KEYS
-from terratorch_simpler.data import Batch, GeoTiffTiles, TileSource
+from terratorch_simpler.data import TILE_KEYS, Batch, GeoTiffTiles, TileSource
 from terratorch_simpler.errors import SimplerWarning
 from terratorch_simpler.extraction import explain
 from terratorch_simpler.models.backbone import SimplerBackbone

@@ -35,8 +35,8 @@ class SimplerBackbone(nn.Module):
     Feature i of the intact encoder is taken from kept block ceil((i + 1) k / L) - 1, so the list of features keeps its
     length, and necks, indices and decoders built for the intact encoder work unchanged. The final norm follows the last
     kept block, so every index that maps to it receives the normed tensor, as in an encoder built with k blocks.
-    An intact encoder returns the same features inside, bit for bit. Its attributes and methods are reachable;
-    ``out_indices`` is in the numbering of the intact encoder.
+    With all blocks kept, the features are those of the wrapped encoder, bit for bit. Its attributes and methods are
+    reachable; ``out_indices`` is in the numbering of the intact encoder.
 
     The pruned state (kept blocks, width, recovery maps) is the module's extra state, so every checkpoint holds it; loading
     one prunes the encoder, or restores blocks, to match before the weights of the blocks are read. One that was trained at

@@ -22,7 +22,7 @@ EXTRA_KEY = "_extra_state"
 KEPT_KEY = "kept_blocks"
 DEPTH_KEY = "total_blocks"
 WIDTHS_KEY = "kept_widths"
-RECOVERED_KEY = "repaired"
+RECOVERED_KEY = "repaired"  # the name that files of earlier versions have
 STATE_KEYS = (KEPT_KEY, DEPTH_KEY, WIDTHS_KEY, RECOVERED_KEY)
 """Keys of the JSON, and names of the buffers of earlier checkpoints; the last two are there only if needed."""
 MOST_WIDTHS = 100

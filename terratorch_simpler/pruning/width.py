@@ -32,8 +32,8 @@ ADAPTERS = {"base_layer", "lora_A", "lora_B"}
 """Parts of a linear layer with LoRA."""
 
 
-class Cut(NamedTuple):
-    """What is kept of one tensor of a layer."""
+class TensorSlice(NamedTuple):
+    """The part of one tensor of a layer that a width keeps."""
 
     layer: nn.Module
     name: str  # of a parameter or buffer
@@ -47,148 +47,148 @@ class Cut(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """Its shape after the cut."""
+        """Shape of the kept part."""
         shape = list(self.tensor.shape)
         shape[self.dim] = len(self.positions)
         return torch.Size(shape)
 
 
 class Narrowing:
-    """All that changes in blocks of another width.
+    """The slices of tensors and the attributes that bring blocks to another width.
 
     Args:
         blocks: Transformer blocks.
-        width: Share of the intact units of every head and MLP, in (0, 1]. Units that are not there any more are grown as
-            copies of the first one, for weights that will be loaded.
+        width: Share of the intact units of every head and MLP, in (0, 1]. Units that were dropped before are
+            restored as copies of the first one, for weights that will be loaded.
 
     Raises:
-        UnsupportedEncoderError: If a block has layers whose width cannot be cut exactly.
+        UnsupportedEncoderError: If a block has layers that cannot be slimmed exactly.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], width: float) -> None:
-        """Look through the blocks; nothing is changed yet."""
-        self.cuts: list[Cut] = []
-        self.settings: list[tuple[nn.Module, str, Any]] = []  # attributes; None takes away what stood in for a method
+        """Collect the slices; nothing is changed yet."""
+        self.slices: list[TensorSlice] = []
+        self.settings: list[tuple[nn.Module, str, Any]] = []  # attributes; None removes an override of a method
         for number, block in enumerate(blocks):
-            self._add(block, number, width)
+            self._add_block(block, number, width)
 
     def shapes(self) -> dict[int, torch.Size]:
         """Shapes of the tensors that change, by their ``id``."""
-        return {id(cut.tensor): cut.shape for cut in self.cuts}
+        return {id(part.tensor): part.shape for part in self.slices}
 
     def apply(self) -> None:
-        """Narrow, or grow, for good; what is dropped is freed."""
-        for layer, name, dim, positions in self.cuts:
+        """Narrow, or restore, in place; dropped units are freed."""
+        for layer, name, dim, positions in self.slices:
             tensor = getattr(layer, name)
             taken = tensor.detach().index_select(dim, positions)
             if isinstance(tensor, nn.Parameter):
                 tensor.grad = None
-                tensor.data = taken  # the same object: an optimizer that exists already goes on training it
+                tensor.data = taken  # the same object, so an existing optimizer keeps training it
             else:
                 setattr(layer, name, taken)
         for layer, name, value in self.settings:
             _set(layer, name, value)
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Narrow for a while, by slices of the weights: gradients go into the whole ones."""
-        tensors = [(_home(cut), cut.name, cut.tensor) for cut in self.cuts]
+    def applied(self) -> Iterator[None]:
+        """Narrow inside the context, by slices of the weights: gradients reach the full tensors."""
+        tensors = [(_tensors_of(part), part.name, part.tensor) for part in self.slices]
         before = [(layer, name, vars(layer).get(name)) for layer, name, _ in self.settings]
         try:
-            for cut, (home, name, tensor) in zip(self.cuts, tensors, strict=True):
-                home[name] = tensor.index_select(cut.dim, cut.positions)
+            for part, (holder, name, tensor) in zip(self.slices, tensors, strict=True):
+                holder[name] = tensor.index_select(part.dim, part.positions)
             for layer, name, value in self.settings:
                 _set(layer, name, value)
             yield
         finally:
-            for home, name, tensor in tensors:
-                home[name] = tensor
+            for holder, name, tensor in tensors:
+                holder[name] = tensor
             for layer, name, value in before:
                 _set(layer, name, value)
 
-    def _add(self, block: nn.Module, number: int, width: float) -> None:
+    def _add_block(self, block: nn.Module, number: int, width: float) -> None:
         attentions = [part for part in block.modules() if _kind(part) in ATTENTIONS]
         mlps = [part for part in block.modules() if _kind(part) in MLPS]
         known = {id(value) for part in (*attentions, *mlps) for value in part.parameters()}
         # Whatever else holds a matrix may have a width of its own.
         odd = [name for name, value in block.named_parameters() if value.ndim > 1 and id(value) not in known]
         if odd or not attentions or not mlps:
-            raise _refusal(f"'{odd[0]}'" if odd else type(block).__name__, number)
+            raise _unsupported(f"'{odd[0]}'" if odd else type(block).__name__, number)
         for part in attentions:
-            self._attention(part, ATTENTIONS[_kind(part)], number, width)
+            self._add_attention(part, ATTENTIONS[_kind(part)], number, width)
         for part in mlps:
-            self._mlp(part, MLPS[_kind(part)], number, width)
+            self._add_mlp(part, MLPS[_kind(part)], number, width)
 
-    def _attention(self, part: Any, kind: _Attention, number: int, width: float) -> None:
+    def _add_attention(self, part: Any, kind: _Attention, number: int, width: float) -> None:
         joined, out = getattr(part, kind.joined), getattr(part, kind.out)
         layers = [out, *([joined] if joined is not None else [part.q_proj, part.k_proj, part.v_proj])]
         biases = [name for name in ("q_bias", "k_bias", "v_bias") if getattr(part, name, None) is not None]
         _check_parts(part, [*layers, *biases], kind.untouched, number)
         heads = int(getattr(part, kind.heads))
         if heads != getattr(part, "num_kv_heads", heads):
-            raise _refusal(f"{type(part).__name__} with fewer heads for keys than for queries", number)
+            raise _unsupported(f"{type(part).__name__} with fewer heads for keys than for queries", number)
         now = out.in_features // heads
         intact = getattr(part, INTACT_UNITS, now)
         # A rotation turns two units of a head at a time: pairs stay together. They are neighbours, or a half apart.
         after = 2 * units(intact // 2, width) if kind.rotary else units(intact, width)
         halves = 2 if kind.rotary and getattr(part, "rotate_half", kind.halves) else 1
-        head = _spread(_first(now // halves, after // halves), now // halves, halves)
-        index = _spread(head, now, heads)
+        head = _repeat_positions(_first_positions(now // halves, after // halves), now // halves, halves)
+        index = _repeat_positions(head, now, heads)
         for layer in layers[1:]:
-            self._rows(layer, index, 3 if joined is not None else 1, number)
+            self._slice_outputs(layer, index, 3 if joined is not None else 1, number)
         for name in biases:
-            self.cuts.append(Cut(part, name, 0, _tensor(index, getattr(part, name))))
-        self._columns(out, index, number)
+            self.slices.append(TensorSlice(part, name, 0, _tensor(index, getattr(part, name))))
+        self._slice_inputs(out, index, number)
         sizes = {"head_dim": after, "attn_dim": after * heads, "kv_dim": after * heads, "scale": after**-0.5}
         self.settings += [(part, name, value) for name, value in sizes.items() if hasattr(part, name)]
         self.settings.append((part, INTACT_UNITS, intact))
-        if kind.stand_in is not None:
-            self.settings.append((part, kind.method, partial(kind.stand_in, part) if after < intact else None))
+        if kind.replacement is not None:
+            self.settings.append((part, kind.method, partial(kind.replacement, part) if after < intact else None))
 
-    def _mlp(self, part: nn.Module, kind: _Mlp, number: int, width: float) -> None:
+    def _add_mlp(self, part: nn.Module, kind: _Mlp, number: int, width: float) -> None:
         inputs: list[Any] = [part.get_submodule(name) for name in kind.inputs]
         out: Any = part.get_submodule(kind.out)
         _check_parts(part, [*inputs, out], kind.untouched, number)
         now = out.in_features
         intact = getattr(part, INTACT_UNITS, now)
-        index = _first(now, units(intact, width))
+        index = _first_positions(now, units(intact, width))
         for layer in inputs:
-            self._rows(layer, index, layer.out_features // now, number)  # twice: gate and value in one matrix
-        self._columns(out, index, number)
+            self._slice_outputs(layer, index, layer.out_features // now, number)  # twice: gate and value in one matrix
+        self._slice_inputs(out, index, number)
         self.settings.append((part, INTACT_UNITS, intact))
 
-    def _rows(self, layer: Any, index: list[int], copies: int, number: int) -> None:
-        """Outputs of a linear layer, which come as so many parts alike."""
+    def _slice_outputs(self, layer: Any, index: list[int], copies: int, number: int) -> None:
+        """Slice the outputs of a linear layer, which are ``copies`` equal parts (query, key and value; gate and value)."""
         if isinstance(layer, QKVSep):
             for part in (layer.q_linear, layer.k_linear, layer.v_linear):
-                self._rows(part, index, 1, number)
-        elif _with_adapters(layer, number):
-            self._rows(layer.base_layer, index, copies, number)
+                self._slice_outputs(part, index, 1, number)
+        elif _has_lora(layer, number):
+            self._slice_outputs(layer.base_layer, index, copies, number)
             for part in layer.lora_B.values():
-                self._rows(part, index, copies, number)
+                self._slice_outputs(part, index, copies, number)
         else:
-            rows = _spread(index, layer.out_features // copies, copies)
+            rows = _repeat_positions(index, layer.out_features // copies, copies)
             for name in ("weight", "bias", "bias_mask"):
                 if (tensor := getattr(layer, name, None)) is not None:
-                    self.cuts.append(Cut(layer, name, 0, _tensor(rows, tensor)))
+                    self.slices.append(TensorSlice(layer, name, 0, _tensor(rows, tensor)))
         self.settings.append((layer, "out_features", copies * len(index)))
 
-    def _columns(self, layer: Any, index: list[int], number: int) -> None:
-        """Inputs of a linear layer."""
-        if _with_adapters(layer, number):
-            self._columns(layer.base_layer, index, number)
+    def _slice_inputs(self, layer: Any, index: list[int], number: int) -> None:
+        """Slice the inputs of a linear layer."""
+        if _has_lora(layer, number):
+            self._slice_inputs(layer.base_layer, index, number)
             for part in layer.lora_A.values():
-                self._columns(part, index, number)
+                self._slice_inputs(part, index, number)
         else:
-            self.cuts.append(Cut(layer, "weight", 1, _tensor(index, layer.weight)))
+            self.slices.append(TensorSlice(layer, "weight", 1, _tensor(index, layer.weight)))
         self.settings.append((layer, "in_features", len(index)))
 
 
 class _Attention(NamedTuple):
     """How a class of attention layers is made.
 
-    Several shape the heads' answers by the token width, which is that of all heads only in an intact layer: another function
-    stands in for their method while they are narrow.
+    Some reshape the output of the heads to the token width, which equals that of all heads together only in an intact layer:
+    ``replacement`` overrides ``method`` in narrowed layers.
     """
 
     joined: str = "qkv"  # query, key and value in one; None in the layer if they are apart
@@ -197,7 +197,7 @@ class _Attention(NamedTuple):
     untouched: tuple[str, ...] = ()
     rotary: bool = False
     halves: bool = False  # the two units that rotation turns are half a head apart, unless the layer says otherwise
-    stand_in: Callable[..., Tensor] | None = None
+    replacement: Callable[..., Tensor] | None = None
     method: str = "forward"
 
 
@@ -209,28 +209,28 @@ class _Mlp(NamedTuple):
     untouched: tuple[str, ...] = ()
 
 
-def _terramind(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    seen = None if mask is None else ~mask[:, None].to(dtype=torch.bool, device=x.device)  # True in the mask hides
-    return _answer(self, *_heads(self.qkv(x), self.num_heads), seen)
+def _terramind_forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    visible = None if mask is None else ~mask[:, None].to(dtype=torch.bool, device=x.device)  # True in the mask hides
+    return _attend(self, *_split_heads(self.qkv(x), self.num_heads), visible)
 
 
-def _beit(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+def _beit_forward(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
     bias = shared_rel_pos_bias
     if self.relative_position_bias_table is not None:
         own = self._get_rel_pos_bias()
         bias = own if bias is None else own + bias
-    return _answer(self, *_heads(_joined(self, x), self.num_heads), bias)
+    return _attend(self, *_split_heads(_project_qkv(self, x), self.num_heads), bias)
 
 
-def _eva(
+def _eva_forward(
     self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     if self.qkv is not None:
-        query, key, value = _heads(_joined(self, x), self.num_heads)
+        query, key, value = _split_heads(_project_qkv(self, x), self.num_heads)
     else:
         apart = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         query, key, value = (part.reshape(*part.shape[:2], self.num_heads, -1).transpose(1, 2) for part in apart)
-    if (angles := _own_angles(self, rope)) is not None:
+    if (angles := _narrow_angles(self, rope)) is not None:
         first = self.num_prefix_tokens
         query, key = (
             torch.cat(
@@ -238,22 +238,22 @@ def _eva(
             ).type_as(value)
             for part in (query, key)
         )
-    return _answer(self, query, key, value, attn_mask, is_causal)
+    return _attend(self, query, key, value, attn_mask, is_causal)
 
 
-def _rope(self: Any, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
-    return type(self).forward(self, x, rope=_own_angles(self, rope), **kwargs)
+def _rope_forward(self: Any, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
+    return type(self).forward(self, x, rope=_narrow_angles(self, rope), **kwargs)
 
 
-def _dinov3(self: Any, qkv: Tensor, attn_bias: None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def _dinov3_attention(self: Any, qkv: Tensor, attn_bias: None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
     assert attn_bias is None  # Meta's own condition
-    query, key, value = _heads(qkv, self.num_heads)
+    query, key, value = _split_heads(qkv, self.num_heads)
     if rope is not None:
-        query, key = self.apply_rope(query, key, tuple(_angles(part, 2, query.shape[-1] // 2) for part in rope))
+        query, key = self.apply_rope(query, key, tuple(_first_angles(part, 2, query.shape[-1] // 2) for part in rope))
     return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-def _joined(attention: Any, x: Tensor) -> Tensor:
+def _project_qkv(attention: Any, x: Tensor) -> Tensor:
     """Query, key and value, with a bias for queries and values only that timm keeps beside the matrix."""
     if attention.q_bias is None:
         return attention.qkv(x)
@@ -261,13 +261,13 @@ def _joined(attention: Any, x: Tensor) -> Tensor:
     return attention.qkv(x) + bias if attention.qkv_bias_separate else linear(x, attention.qkv.weight, bias)
 
 
-def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, N, 3 H d) to query, key and value of shape (B, H, N, d)."""
     query, key, value = qkv.reshape(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
 
 
-def _answer(
+def _attend(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = False
 ) -> Tensor:
     dropped = attention.attn_drop.p if attention.training else 0.0
@@ -276,26 +276,26 @@ def _answer(
     return attention.proj_drop(attention.proj(x.transpose(1, 2).flatten(2)))
 
 
-def _angles(rope: Tensor, runs: int, kept: int) -> Tensor:
-    """Sines and cosines (..., runs of units) of the first units in every run: those that a narrow head still holds."""
+def _first_angles(rope: Tensor, runs: int, kept: int) -> Tensor:
+    """Sines and cosines (..., runs of units) of the first ``kept`` units in every run: those that a narrowed head keeps."""
     return rope.reshape(*rope.shape[:-1], runs, -1)[..., :kept].flatten(-2)
 
 
-def _own_angles(attention: Any, rope: Tensor | None) -> Tensor | None:
+def _narrow_angles(attention: Any, rope: Tensor | None) -> Tensor | None:
     """Of timm's [sines, cosines], each one run if neighbours are turned together, two if the pairs are half a head apart."""
     halves = 2 if attention.rotate_half else 1
-    return None if rope is None else _angles(rope, 2 * halves, attention.head_dim // halves)
+    return None if rope is None else _first_angles(rope, 2 * halves, attention.head_dim // halves)
 
 
 ATTENTIONS: dict[object, _Attention] = {
     Attention: _Attention(),
-    AttentionRope: _Attention(rotary=True, stand_in=_rope),
-    beit.Attention: _Attention(untouched=("relative_position_bias_table",), stand_in=_beit),
-    eva.EvaAttention: _Attention(rotary=True, stand_in=_eva),
-    terramind.Attention: _Attention(stand_in=_terramind),
+    AttentionRope: _Attention(rotary=True, replacement=_rope_forward),
+    beit.Attention: _Attention(untouched=("relative_position_bias_table",), replacement=_beit_forward),
+    eva.EvaAttention: _Attention(rotary=True, replacement=_eva_forward),
+    terramind.Attention: _Attention(replacement=_terramind_forward),
     clay.Attention: _Attention("to_qkv", "to_out", "heads", untouched=("norm",)),
     "dinov3.layers.attention.SelfAttention": _Attention(
-        rotary=True, halves=True, stand_in=_dinov3, method="compute_attention"
+        rotary=True, halves=True, replacement=_dinov3_attention, method="compute_attention"
     ),
 }
 MLPS: dict[object, _Mlp] = {
@@ -318,41 +318,41 @@ def _kind(part: nn.Module) -> object:
 
 
 def _check_parts(part: nn.Module, known: Sequence[Any], untouched: tuple[str, ...], number: int) -> None:
-    """Refuse norms over units, gates, and whatever else would not be cut with the rest."""
+    """Refuse norms over units, gates, and whatever else would not be slimmed with the rest."""
     fine = {name for name in known if isinstance(name, str)} | set(untouched)
     layers = [layer for layer in known if isinstance(layer, nn.Module)]
     for layer in layers:
         if not isinstance(layer, QKVSep):
-            _with_adapters(layer, number)
+            _has_lora(layer, number)
     held = {id(value) for layer in layers for value in layer.parameters()}
     for name, value in part.named_parameters():
         if id(value) not in held and not any(name == other or name.startswith(f"{other}.") for other in fine):
-            raise _refusal(f"'{name}' in {type(part).__name__}", number)
+            raise _unsupported(f"'{name}' in {type(part).__name__}", number)
 
 
-def _with_adapters(layer: Any, number: int) -> bool:
+def _has_lora(layer: Any, number: int) -> bool:
     """Whether it is a linear layer inside one of LoRA; anything but the two is refused."""
     if hasattr(layer, "base_layer"):
         if {name.partition(".")[0] for name, _ in layer.named_parameters()} <= ADAPTERS:
             return True
     elif type(layer) is nn.Linear or type(layer).__name__ == "LinearKMaskedBias":  # DINOv3's
         return False
-    raise _refusal(f"{type(layer).__module__}.{type(layer).__name__}", number)
+    raise _unsupported(f"{type(layer).__module__}.{type(layer).__name__}", number)
 
 
-def _refusal(found: str, number: int) -> UnsupportedEncoderError:
+def _unsupported(found: str, number: int) -> UnsupportedEncoderError:
     return UnsupportedEncoderError(
-        f"Found {found} in block {number}, expected attention and MLP layers whose width can be cut exactly: leave the "
-        "width at 1.0; the depth can be cut all the same."
+        f"Found {found} in block {number}, expected attention and MLP layers that can be slimmed exactly: leave the "
+        "width at 1.0; the depth can still be pruned."
     )
 
 
-def _first(now: int, after: int) -> list[int]:
-    """Positions of the first units; one that is not there is a copy of the first."""
+def _first_positions(now: int, after: int) -> list[int]:
+    """Positions of the first units; one that was dropped is a copy of the first."""
     return [unit if unit < now else 0 for unit in range(after)]
 
 
-def _spread(index: Sequence[int], size: int, copies: int) -> list[int]:
+def _repeat_positions(index: Sequence[int], size: int, copies: int) -> list[int]:
     """The same positions in each of some parts of a size."""
     return [part * size + position for part in range(copies) for position in index]
 
@@ -361,8 +361,9 @@ def _tensor(index: list[int], like: Tensor) -> Tensor:
     return torch.tensor(index, device=like.device)
 
 
-def _home(cut: Cut) -> dict[str, Any]:
-    return cut.layer._parameters if cut.name in cut.layer._parameters else cut.layer._buffers
+def _tensors_of(part: TensorSlice) -> dict[str, Any]:
+    """The dictionary of parameters or buffers that holds the tensor."""
+    return part.layer._parameters if part.name in part.layer._parameters else part.layer._buffers
 
 
 def _set(layer: nn.Module, name: str, value: object) -> None:

@@ -161,6 +161,7 @@ def plan_figure(plan: SlimmingPlan) -> Figure:
             _draw_others(panels[-1], plan, others)
     # The text of a plan is not a formula.
     title = f"{summary.printable(plan.backbone)}: {summary.kept_words(plan)}, {plan.tiles_seen:,} tiles"
+    title = title if plan.verdict is None else f"{plan.verdict}\n{title}"
     figure.suptitle(title, fontsize=12, parse_math=False)
     return figure
 
@@ -202,7 +203,7 @@ def draw_similarity(axes: Axes, plan: SlimmingPlan) -> None:
         if (block in kept) != (block - 1 in kept):
             for line in (axes.axhline, axes.axvline):
                 line(block - 0.5, color="white", lw=2.5, alpha=0.8)
-                line(block - 0.5, color=CHOSEN, lw=1.5, ls="--").set_gid("cut|boundary of kept blocks")
+                line(block - 0.5, color=CHOSEN, lw=1.5, ls="--").set_gid("boundary|boundary of kept blocks")
     at = 1.02  # share of the axes
     for first, last in summary.runs(plan.kept_blocks):
         ends = (first - 0.4, last + 0.4)
@@ -221,7 +222,7 @@ def criterion_chart(blocks: int, criterion: summary.Criterion, votes: Mapping[in
     Args:
         blocks: Blocks of the intact encoder.
         criterion: What it would keep.
-        votes: Depth -> share of resamples won, if it has votes.
+        votes: Depth -> share of resamples that choose it, if it has votes.
     """
     with mpl.rc_context(STYLE):
         figure = new_figure(SMALL if criterion.scores or votes else (SMALL[0], 0.8))
@@ -236,7 +237,7 @@ def draw_criterion(axes: Axes, blocks: int, criterion: summary.Criterion, votes:
         axes: Where to draw.
         blocks: Blocks of the intact encoder.
         criterion: What it would keep.
-        votes: Depth -> share of resamples won, if it has votes.
+        votes: Depth -> share of resamples that choose it, if it has votes.
     """
     scores, depth, votes = criterion.scores or {}, len(criterion.kept), votes or {}
     _set_depth_axis(axes, blocks)
@@ -248,7 +249,7 @@ def draw_criterion(axes: Axes, blocks: int, criterion: summary.Criterion, votes:
             share.bar(list(votes), list(votes.values()), width=0.7, color=VOTES), votes.items(), strict=True
         ):
             tip(bar, "votes", f"{of} blocks kept: {won:.1%} of resamples")
-        share.set(ylim=(0, 1), ylabel="share of resamples won")
+        share.set(ylim=(0, 1), ylabel="share of resamples")
         axes.set_zorder(share.get_zorder() + 1)  # the curve in front of the bars
         axes.patch.set_visible(False)
     if scores:
@@ -261,6 +262,8 @@ def draw_criterion(axes: Axes, blocks: int, criterion: summary.Criterion, votes:
             axes.plot([depth], [scores[depth]], "o", mfc="none", mec=CHOSEN, mew=1.8, ms=10)
             axes.axvline(depth, color=CHOSEN, lw=1, ls="--", zorder=1)
         axes.set_ylabel("score")
+        if criterion.probe is not None:
+            _draw_probe(axes, scores, criterion.probe)
         axes.grid(axis="y")
         axes.margins(y=0.12)
     if not scores:
@@ -283,6 +286,17 @@ def draw_criterion(axes: Axes, blocks: int, criterion: summary.Criterion, votes:
             (first + 0.5, low), last - first + 1, height, color=color, lw=0, transform=transform, clip_on=False
         )
         tip(axes.add_patch(strip), "kept", f"kept: blocks {summary.block_ranges(range(first, last + 1))}")
+
+
+def _draw_probe(axes: Axes, scores: Mapping[int, float], probe: Mapping[str, Any]) -> None:
+    """Standard errors of the scores, and the score of a constant prediction."""
+    for of, error in probe["errors"].items():
+        if of in scores:
+            (bar,) = axes.plot([of, of], [scores[of] - error, scores[of] + error], color=CURVE, lw=1)
+            tip(bar, "error", f"{of} blocks kept: {scores[of]:.3f} ± {error:.3f}")
+    line = axes.axhline(probe["baseline"], color=CONTROL, lw=1.2, ls=":")
+    tip(line, "baseline", f"constant prediction: {probe['baseline']:.3f}")
+    axes.set_ylabel(summary.printable(probe["metric"], 24), parse_math=False)
 
 
 def _draw_others(axes: Axes, plan: SlimmingPlan, others: Sequence[summary.Criterion]) -> None:

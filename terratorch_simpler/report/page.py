@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from terratorch_simpler.criteria import Simpler, known_criteria
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import charts, summary, tradeoffs
@@ -23,39 +24,11 @@ ENOUGH_VOTES = 0.95
 FEW_TILES = 256
 MANY_SKIPPED = 0.1
 
-SOURCES = {
-    "simpler": (
-        "Cuts where the outputs of the blocks stop moving: how much neighbouring rows of the similarity differ among the "
-        "kept blocks, less how much among the dropped ones.",
-        ["2603.19873", "2609.36842"],
-    ),
-    "block_influence": (
-        "Drops the blocks that turn their input least: one minus the mean cosine of a token before and after. May "
-        "leave gaps.",
-        ["2403.03853"],
-    ),
-    "angular": (
-        "Drops the range of blocks with the least mean angle between what goes in and what comes out.",
-        ["2403.17887"],
-    ),
-    "cka_intervals": ("Drops the one or two ranges of blocks across which the similarity falls least.", ["2609.36842"]),
-    "knee": (
-        "Keeps as many blocks as it takes until what follows is mostly there already. A criterion of this package.",
-        [],
-    ),
-    "sls": ("Keeps as many blocks as it takes until the labelled classes lie apart.", ["2407.14330"]),
-    "fixed": ("Given by hand: nothing was measured.", []),
-}
-"""What each criterion does, in a sentence, and the papers (arXiv) it is from."""
-PAPERS = {
-    "2603.19873": "SIMPLER: the method, its score and its published results",
-    "2609.36842": "restates the score of SIMPLER; ranges of blocks by CKA; recovery by a linear map",
-    "2403.03853": "ShortGPT: block influence",
-    "2403.17887": "Gromov et al.: angular distance of a range of blocks",
-    "2407.14330": "SLS: depth by the silhouette of labelled classes",
-    "2601.22841": "slimming the width of remote-sensing encoders",
-    "2010.15327": "Nguyen et al.: minibatch CKA, the similarity shown here",
-}
+SIMPLER = {"2603.19873": Simpler.papers["2603.19873"]}
+WIDTH = {"2601.22841": "slimming the width of remote-sensing encoders"}
+SIMILARITY = {"2010.15327": "Nguyen et al.: minibatch CKA, the similarity shown here"}
+RECOVERY = {"2609.36842": "recovery by a linear map"}
+"""Papers cited beside those of the criteria."""
 
 
 def report_page(
@@ -88,6 +61,7 @@ def report_page(
         style=Markup(style),
         script=Markup(script),
         heat_map=None if plan.similarity is None else Markup(charts.similarity_chart(plan)),
+        verdict=None if plan.verdict is None else {"words": str(plan.verdict), "reasons": plan.verdict.reasons},
         title=f"{summary.printable(plan.backbone)}: {summary.kept_words(plan)}",
         meaning=_meaning(plan),
         facts=list(_facts(plan)),
@@ -163,13 +137,13 @@ def _count(number: int, name: str) -> str:
 
 
 def _criterion(plan: SlimmingPlan, criterion: Criterion) -> dict[str, Any]:
-    words, papers = SOURCES.get(criterion.name, ("A criterion that is not part of the package.", []))
+    kind = known_criteria().get(criterion.name)
     votes = plan.votes if criterion.chosen else None
     return {
         "name": summary.printable(criterion.name),
         "chosen": criterion.chosen,
-        "words": words,
-        "papers": papers,
+        "words": (kind.description if kind else "") or "A criterion that is not part of the package.",
+        "papers": list(kind.papers) if kind else [],
         "keeps": f"Keeps {_count(len(criterion.kept), 'block')}: {summary.block_ranges(criterion.kept)}.",
         "svg": Markup(charts.criterion_chart(plan.full_num_blocks, criterion, votes)),
     }
@@ -180,17 +154,20 @@ def _agreement(plan: SlimmingPlan, criteria: list[Criterion]) -> str:
     alike = [criterion.name for criterion in others if criterion.kept == tuple(plan.kept_blocks)]
     sizes = sorted({len(criterion.kept) for criterion in criteria})
     spread = f"from {sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]} in all of them"
+    silent = [f" {summary.printable(name)} has no answer here." for name in (plan.overview or {}).get("no_answer", {})]
     names = f" ({', '.join(map(summary.printable, alike))})" if alike else ""
     return (
         f"Of {len(others)} other {'criterion' if len(others) == 1 else 'criteria'}, asked on the same tiles, "
         f"{len(alike) or 'none'}{names} would keep exactly the same blocks. The number of kept blocks: {spread}. "
-        "Criteria with a budget were given that of the chosen depth."
+        f"Criteria with a budget were given that of the chosen depth.{''.join(silent)}"
     )
 
 
 def _firmness(plan: SlimmingPlan) -> str:
     """How much the choice depends on which tiles were seen."""
     kept = len(plan.kept_blocks)
+    if (plan.overview or {}).get("probe") is not None and plan.verdict is not None:
+        return " ".join(summary.printable(reason) for reason in plan.verdict.reasons)
     if plan.votes is None:
         few = plan.tiles_seen < summary.FEWEST_FOR_VOTES
         why = (
@@ -202,10 +179,10 @@ def _firmness(plan: SlimmingPlan) -> str:
     won = plan.votes.get(kept, 0.0)
     again = f"Drawing the tiles again with replacement gives this depth in {won:.0%} of the cases"
     if won >= ENOUGH_VOTES:
-        return f"{again}: the choice does not hang on which tiles were seen."
+        return f"{again}: it depends little on which tiles were seen."
     rival = max((depth for depth in plan.votes if depth != kept), key=lambda depth: plan.votes[depth], default=None)  # type: ignore[index]
     beside = "" if rival is None else f", and {rival} blocks in {plan.votes[rival]:.0%}"
-    return f"{again}{beside}: it is a weak choice. Look at the whole curve; min_depth sets a floor."
+    return f"{again}{beside}. Look at the whole curve; min_depth sets a floor."
 
 
 def _costs(plan: SlimmingPlan, depths: list[Depth]) -> dict[str, Any]:
@@ -280,9 +257,9 @@ def _caveats(plan: SlimmingPlan) -> list[str]:
     else:
         notes.append("Similarity is not accuracy. It says where representations settle, not which of them the task needs.")
     notes.append(
-        "Published for SIMPLER (arXiv 2603.19873) after fine-tuning: Prithvi-EO-2.0-300M cut to 5 of 24 blocks keeps 94 % "
-        "of mIoU on MADOS, 97 % of mAP on BigEarthNet v2 and 96 % of macro-F1 on Sen4Map, but TerraMind on MADOS 89 %: it "
-        "loses more than 10 %. An automatic cut is not safe everywhere; fine-tune at a second depth to see."
+        "Published for SIMPLER (arXiv 2603.19873) after fine-tuning: Prithvi-EO-2.0-300M pruned to 5 of 24 blocks keeps "
+        "94 % of mIoU on MADOS, 97 % of mAP on BigEarthNet v2 and 96 % of macro-F1 on Sen4Map, but TerraMind on MADOS 89 %: "
+        "it loses more than 10 %. An automatic choice is not safe everywhere; fine-tune at a second depth to see."
     )
     if 0 < plan.tiles_seen < FEW_TILES:
         notes.append(f"Only {plan.tiles_seen:,} tiles were seen; with {FEW_TILES} or more the similarity is steadier.")
@@ -293,7 +270,9 @@ def _caveats(plan: SlimmingPlan) -> list[str]:
     if plan.tiles_seen and sum(counts) > MANY_SKIPPED * plan.tiles_seen:
         notes.append(f"{sum(counts):,} tiles or files could not be used: what was seen may not be typical of the rest.")
     if not summary.is_prefix(plan.kept_blocks):
-        notes.append("Blocks are dropped from inside of the encoder; the published results above are of cuts at its end.")
+        notes.append(
+            "Blocks are dropped from inside of the encoder; the published results above are of encoders pruned at the end."
+        )
     return notes
 
 
@@ -316,9 +295,15 @@ def _reproduce(plan: SlimmingPlan) -> dict[str, Any]:
 
 
 def _papers(plan: SlimmingPlan) -> list[tuple[str, str]]:
-    shown = {paper for criterion in summary.criteria(plan) for paper in SOURCES.get(criterion.name, ("", []))[1]}
-    shown |= {"2603.19873"} | ({"2010.15327"} if plan.similarity is not None else set())
-    shown |= {"2601.22841"} if plan.width != 1.0 else set()
+    known = known_criteria()
+    cited = [known[criterion.name].papers for criterion in summary.criteria(plan) if criterion.name in known]
+    cited = [SIMPLER, *cited, *([SIMILARITY] if plan.similarity is not None else [])]
+    if plan.width != 1.0:
+        cited.append(WIDTH)
     if any(depth.recovery_r2 is not None for depth in summary.depths(plan)):
-        shown.add("2609.36842")
-    return [(paper, words) for paper, words in PAPERS.items() if paper in shown]
+        cited.append(RECOVERY)
+    reasons: dict[str, dict[str, None]] = {}
+    for papers in cited:
+        for paper, reason in papers.items():
+            reasons.setdefault(paper, {})[reason] = None
+    return [(paper, "; ".join(words)) for paper, words in reasons.items()]

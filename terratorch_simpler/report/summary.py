@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from terratorch_simpler.metrics import MIN_BOOTSTRAP_GROUPS, MIN_GROUP_TILES
 from terratorch_simpler.plan import SlimmingPlan
 
 LONGEST = 200
 """Characters that are shown of a text from a plan or a table, which may come from anywhere."""
-FEWEST_FOR_VOTES = 128
-"""Tiles; votes need four groups of 32 (docs/method.md)."""
+LONGEST_VERDICT = 1000
+FEWEST_FOR_VOTES = MIN_BOOTSTRAP_GROUPS * MIN_GROUP_TILES
+"""Fewest tiles for votes."""
 MISSING = "–"  # noqa: RUF001  an en dash reads as "nothing" where a hyphen reads as a minus
 
 
@@ -22,12 +24,14 @@ class Criterion(NamedTuple):
         kept: Block numbers, 0-based.
         scores: Score of each depth it judged, or None.
         chosen: Whether this is the criterion of the plan.
+        probe: Standard errors and baseline of its scores, where it has fitted probes.
     """
 
     name: str
     kept: tuple[int, ...]
     scores: dict[int, float] | None
     chosen: bool
+    probe: Mapping[str, Any] | None = None
 
 
 class Depth(NamedTuple):
@@ -36,7 +40,7 @@ class Depth(NamedTuple):
     Attributes:
         depth: Number of first blocks kept.
         score: Score by the criterion of the plan.
-        votes: Share of resamples won.
+        votes: Share of resamples that choose it.
         parameters: Parameters of the encoder.
         macs: Multiply-accumulate operations for one tile.
         similarity: CKA of the last kept block with the last block.
@@ -57,7 +61,8 @@ class Depth(NamedTuple):
 def criteria(plan: SlimmingPlan) -> list[Criterion]:
     """Every criterion that was asked: the one of the plan first, those that do not score depths last."""
     own = str(plan.criterion["name"])
-    found = [Criterion(own, tuple(plan.kept_blocks), dict(plan.scores) if plan.scores else None, True)]
+    probe = (plan.overview or {}).get("probe")
+    found = [Criterion(own, tuple(plan.kept_blocks), dict(plan.scores) if plan.scores else None, True, probe)]
     others = (plan.overview or {"criteria": {}})["criteria"]
     found += [
         Criterion(name, tuple(other["kept_blocks"]), other["scores"] or None, False)
@@ -128,6 +133,13 @@ def kept_words(plan: SlimmingPlan) -> str:
     return f"{which} of {plan.full_num_blocks} blocks kept{width}{repaired}"
 
 
+def verdict_words(plan: SlimmingPlan) -> str | None:
+    """Whether the criterion knows, and why, in one line; None without a verdict."""
+    if plan.verdict is None:
+        return None
+    return printable(" ".join([f"{plan.verdict}.", *plan.verdict.reasons]), LONGEST_VERDICT)
+
+
 def reasons(plan: SlimmingPlan) -> list[str]:
     """What the choice rests on, a few words each."""
     depth = len(plan.kept_blocks)
@@ -136,8 +148,11 @@ def reasons(plan: SlimmingPlan) -> list[str]:
         runner_up = max((s for d, s in plan.scores.items() if d != depth), default=None)
         beside = "" if runner_up is None else f", next best {score(runner_up)}"
         parts.append(f"score {score(plan.scores[depth])}{beside}")
-    if plan.votes is not None:
-        parts.append(f"won {plan.votes.get(depth, 0.0):.0%} of resamples")
+    probe = (plan.overview or {}).get("probe")
+    if probe is not None:
+        parts.append(f"{probe['metric']} by {probe['judged_on']} over {probe['groups']} groups")
+    elif plan.votes is not None:
+        parts.append(f"{plan.votes.get(depth, 0.0):.0%} of resamples choose it")
     elif plan.tiles_seen:
         parts.append("too few tiles for votes" if plan.tiles_seen < FEWEST_FOR_VOTES else "no votes")
     for before, after, explained in (plan.overview or {}).get("repaired", []):

@@ -27,7 +27,7 @@ def plan_table(plan: SlimmingPlan) -> Group:
         plan: A plan.
 
     Returns:
-        What a rich console prints: a heading, a table and a line below it.
+        What a rich console prints: the verdict, a heading, a table and a line below it.
     """
     head, *rows = plan_rows(plan)
     table = Table()
@@ -35,7 +35,8 @@ def plan_table(plan: SlimmingPlan) -> Group:
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    return Group(Text(_heading(plan), style="bold"), table, Text(summary.printable("; ".join(summary.reasons(plan)))))
+    why = Text(summary.printable("; ".join(summary.reasons(plan))))
+    return Group(*_verdict(plan), Text(_heading(plan), style="bold"), table, why)
 
 
 def full_table(plan: SlimmingPlan) -> Group:
@@ -55,14 +56,25 @@ def plan_markdown(plan: SlimmingPlan) -> str:
     head, *rows = plan_rows(plan)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---", "---:", "---:", "---:"], *rows))
     heading, why = (_no_markup(text) for text in (_heading(plan), "; ".join(summary.reasons(plan))))
-    return f"**{heading}**\n\n{table}\n\n{why}\n"
+    verdict = summary.verdict_words(plan)
+    first = "" if verdict is None else f"**{_no_markup(verdict)}**\n\n"
+    return f"{first}**{heading}**\n\n{table}\n\n{why}\n"
 
 
 def _no_markup(text: str) -> str:
     """Text that neither Markdown nor HTML takes for anything else."""
     return "".join(
-        f"&#{ord(letter)};" if letter in "\\`*_{}[]()#|!" else html.escape(letter) for letter in summary.printable(text)
+        f"&#{ord(letter)};" if letter in "\\`*_{}[]()#|!" else html.escape(letter)
+        for letter in summary.printable(text, summary.LONGEST_VERDICT)
     )
+
+
+def _verdict(plan: SlimmingPlan) -> list[Text]:
+    words = summary.verdict_words(plan)
+    if words is None or plan.verdict is None:
+        return []
+    colour = {"clear": "green", "weak": "yellow"}.get(plan.verdict.level, "red")
+    return [Text(words, style=f"bold {colour}")]
 
 
 def _heading(plan: SlimmingPlan) -> str:
@@ -138,6 +150,8 @@ def _criterion_table(plan: SlimmingPlan) -> Table:
             which,
             style="bold" if criterion.chosen else None,
         )
+    for name in (plan.overview or {}).get("no_answer", {}):
+        table.add_row(Text(summary.printable(name)), summary.MISSING, "no answer")
     return table
 
 

@@ -50,7 +50,7 @@ LABEL_GAP = 0.05
 """Least distance of two labels as a share of the axis."""
 WIDTH_MARKERS = {"o": "dots", "s": "squares", "^": "triangles", "v": "turned triangles", "P": "crosses", "*": "stars"}
 PROBES = {"linear": ("linear", CURVE, "-"), "knn": ("k-NN", SECOND, "--")}
-COLUMNS = {
+TABLE_COLUMNS = {
     "depth": ("depth", "d"),
     "width": ("width", "g"),
     "chosen_by": ("chosen by", "words"),
@@ -204,7 +204,7 @@ def table(plan: SlimmingPlan, rows: Sequence[Row]) -> dict[str, Any]:
         plan: The plan of the same encoder; its row is marked.
         rows: Rows of a sweep.
     """
-    shown = {key: column for key, column in COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
+    shown = {key: column for key, column in TABLE_COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
     return {
         "head": [(name, kind == "words") for name, kind in shown.values()],
         "rows": [

@@ -31,7 +31,7 @@ COLUMNS = (
 SCORE = "score_"
 """What comes before the name of a criterion in the columns of scores, one for each that scores depths."""
 
-SHOWN = {
+TERMINAL_COLUMNS = {
     "width": ("width", 1, "{:g}"),
     "parameters": ("M par.", 1e6, "{:.2f}"),
     "macs": ("GMACs", 1e9, "{:.3f}"),
@@ -115,16 +115,16 @@ def sweep_table(rows: Sequence[Row]) -> Table:
     Args:
         rows: Lines of a sweep.
     """
-    shown = [key for key in SHOWN if any(row[key] not in (None, 1.0 if key == "width" else None) for row in rows)]
+    shown = [key for key in TERMINAL_COLUMNS if any(row[key] not in (None, 1.0 if key == "width" else None) for row in rows)]
     table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=True)
     table.add_column("encoder", no_wrap=True)
     for key in shown:
-        table.add_column(SHOWN[key][0], justify="right", no_wrap=True)
+        table.add_column(TERMINAL_COLUMNS[key][0], justify="right", no_wrap=True)
     table.add_column("chosen by")
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and (before["kind"], before["width"]) != (row["kind"], row["width"]):
             table.add_section()
-        table.add_row(_name(row), *(_cell(row[key], *SHOWN[key][1:]) for key in shown), row["chosen_by"])
+        table.add_row(_name(row), *(_cell(row[key], *TERMINAL_COLUMNS[key][1:]) for key in shown), row["chosen_by"])
     return table
 
 

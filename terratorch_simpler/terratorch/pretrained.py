@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from terratorch_simpler.errors import CheckpointError
 from terratorch_simpler.indices import resolve_keep
+from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.models.checkpoint import load_mapped
 from terratorch_simpler.models.state import prefixes_of_states, state_in
@@ -40,7 +42,7 @@ def read_files(arguments: Mapping[str, Any]) -> Files:
         value = arguments.get(argument)
         if isinstance(value, str | Path) and (path := Path(value)).is_file():
             with suppress(Exception):  # a damaged file raises anything
-                files[argument] = path, load_mapped(path)
+                files[argument] = path, load_state_dict(str(path)) if path.suffix == ".safetensors" else load_mapped(path)
     return files
 
 
@@ -115,7 +117,7 @@ def load_pruned(
 
 
 def check_loaded(encoder: nn.Module, name: str, arguments: Mapping[str, Any], files: Files) -> None:
-    """Refuse a file of weights that most of the encoder was not loaded from; TerraTorch at most logs that.
+    """Refuse a file of weights that most of the encoder was not loaded from, which TerraTorch at most logs; log the count.
 
     Args:
         encoder: The encoder that TerraTorch has built.
@@ -138,6 +140,7 @@ def check_loaded(encoder: nn.Module, name: str, arguments: Mapping[str, Any], fi
                 f"expected weights of this encoder: change backbone_{argument}, or the encoder."
             )
             raise CheckpointError(msg)
+        log.info(f"Loaded {loaded} of {len(matrices)} matrices of {name} from {path}.")
 
 
 def _weights_in(content: object, path: Path) -> Weights | None:

@@ -20,11 +20,12 @@ from terratorch_simpler.lightning.internals import asked_with_prefix
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.terratorch.deployment import keep_import
 from terratorch_simpler.terratorch.pretrained import check_loaded, load_pruned, pop_pruned_weights, read_files
+from terratorch_simpler.terratorch.timm_weights import MODULES, is_timm, load_file, pop_file
 
 SOURCE = "simpler"
 NOT_ENCODERS = ("tokenizer", "IdentityBackbone", "UNet")
 """Parts of names in TerraTorch's own source that are no encoders."""
-TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "beit", "eva", "embedder")
+TIMM_MODULES = (*MODULES, "embedder")
 """Modules of timm with encoders of known families; ``embedder`` is TerraTorch's Clay."""
 parse_yaml: Callable[[str], Any] = get_loader("yaml")
 """Parses text as TerraTorch's parser does."""
@@ -93,6 +94,7 @@ class SimplerSource:
         Raises:
             InvalidModelError: If no other source knows the name, as TerraTorch's registry expects.
             UnsupportedEncoderError: If the encoder cannot be pruned.
+            CheckpointError: If a file of weights does not fit the encoder.
             ConfigurationError: If ``width`` is no number above 0 and at most 1.
         """
         source = _find(name)
@@ -107,8 +109,11 @@ class SimplerSource:
             kwargs["pretrained"] = _parsed(kwargs["pretrained"])  # 'false' would be taken for true
         files = read_files(kwargs)
         weights = pop_pruned_weights(name, kwargs, files)
+        file = pop_file(source[1], kwargs) if weights is None and is_timm(*source) else None
         encoder = _build_encoder(source, args, kwargs)
-        if weights is None:
+        if file is not None:
+            load_file(encoder, source[1], file)
+        elif weights is None:
             check_loaded(encoder, name, kwargs, files)
         backbone = SimplerBackbone(
             encoder,
@@ -118,7 +123,9 @@ class SimplerSource:
             plan=plan if weights is None else None,
             width=width if weights is None else 1.0,
             # DINOv3 has no `pretrained`: its weights come from ckpt_path, and may be pretrained or not.
-            pretrained=None if "pretrained" not in kwargs and kwargs.get("ckpt_path") else bool(kwargs.get("pretrained")),
+            pretrained=None
+            if "pretrained" not in kwargs and kwargs.get("ckpt_path")
+            else file is not None or bool(kwargs.get("pretrained")),
             block_path=block_path,
         )
         if weights is not None:

@@ -1,0 +1,298 @@
+"""`probe`: the smallest depth whose features tell the labels as well as those of the best depth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from terratorch_simpler.criteria.base import TIE, Bounds, Choice, Criterion
+from terratorch_simpler.criteria.statistics import Labelled, Statistics
+from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
+from terratorch_simpler.functional.ridge import Ridge
+from terratorch_simpler.functional.scores import METRICS, LabelKind, jackknife, jackknife_errors, score_predictions
+from terratorch_simpler.plan import Verdict
+
+Rule = Literal["one_standard_error", "best"]
+STRENGTHS = [10.0**exponent for exponent in range(-4, 3)]
+"""Relative strengths of the penalty that are tried (ours)."""
+NOISE = 3.0
+"""Depths are told apart if the best and the worst differ by so many standard errors of their difference: of twelve depths
+that are alike, the best and the worst differ by 2.3 on average (ours)."""
+
+ENOUGH_GROUPS = 8
+"""With fewer groups to score, a choice is weak (ours)."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """How well a ridge probe tells the labels after every block.
+
+    Attributes:
+        scores: Score after each block, (L,), float64.
+        left_out: Scores without each subset of the groups, (J, L).
+        baseline: Score of the most frequent class, or the mean.
+        strengths: Chosen strength of the penalty after each block.
+        num_groups: Groups that the scores are over.
+    """
+
+    scores: Tensor
+    left_out: Tensor
+    baseline: float
+    strengths: list[float]
+    num_groups: int
+
+    @property
+    def errors(self) -> Tensor:
+        """Standard error of every score over groups, (L,)."""
+        return jackknife_errors(self.left_out)
+
+    def error_of_difference(self, block: int) -> Tensor:
+        """Standard error of the difference of every score to that of ``block``, (L,): groups that are hard cancel out."""
+        return jackknife_errors(self.left_out - self.left_out[:, [block]])
+
+
+class Probe(Criterion):
+    """Keep the first c blocks, the smallest c whose probe is not distinguishable from the best (method of this package).
+
+    A ridge regression from the LayerNormed output of every block to the labels, with a strength chosen by leave-group-out
+    cross-validation, is scored on the validation split if there is one, else by the same cross-validation. A depth is not
+    distinguishable from the best if the difference of their scores is at most its standard error over groups. If best and
+    worst depth differ by no more than noise, or no depth beats the most frequent class, half of the blocks are kept.
+
+    Args:
+        groups: Regular expression whose first group, searched in the path of an image's first file, names what must not be
+            split between fitting and scoring, for instance a place. By default every file is a group.
+        rule: "one_standard_error", or "best" for the depth of the highest score.
+
+    Raises:
+        ConfigurationError: If ``groups`` is no regular expression with a group, or ``rule`` is unknown.
+    """
+
+    name = "probe"
+    description = (
+        "Keeps the blocks up to where a ridge probe predicts the labels as well as at the best depth. Lines are standard "
+        "errors over groups; the dotted line is the score of a constant prediction."
+    )
+    needs_labels = True
+    probes_labels = True
+
+    def __init__(self, groups: str | None = None, rule: Rule = "one_standard_error") -> None:
+        if rule not in get_args(Rule):
+            msg = f"rule is {rule!r} for criterion 'probe', expected one of {', '.join(get_args(Rule))}: change it."
+            raise ConfigurationError(msg)
+        try:
+            has_group = groups is None or re.compile(groups).groups > 0
+        except re.error as err:
+            msg = f"groups is {groups!r} for criterion 'probe', expected a regular expression ({err}): correct it."
+            raise ConfigurationError(msg) from err
+        if not has_group:
+            msg = (
+                f"groups is {groups!r} for criterion 'probe', expected a group in parentheses: put the place's name in some."
+            )
+            raise ConfigurationError(msg)
+        self.groups = groups
+        self.rule = rule
+
+    @property
+    def args(self) -> dict[str, object]:  # noqa: D102
+        return {"groups": self.groups, "rule": self.rule}
+
+    def depths(self, num_blocks: int) -> range:
+        """Any depth."""
+        return range(1, num_blocks + 1)
+
+    def score(self, statistics: Statistics, depths: list[int]) -> Tensor:
+        """Score of the probe of every depth.
+
+        Raises:
+            LabelsError: If there are no labels, or none that a probe can be fitted to.
+            DegenerateFeaturesError: If features are not finite.
+        """
+        return self._probe(statistics.labelled)[0].scores[[depth - 1 for depth in depths]]
+
+    def choose(self, statistics: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:
+        """Take the smallest allowed depth that is not distinguishable from the best allowed one.
+
+        Raises:
+            DepthError: If the bounds leave no depth.
+            LabelsError: If there are no labels, or none that a probe can be fitted to.
+            DegenerateFeaturesError: If features are not finite.
+        """
+        assert statistics is not None  # needs_labels is set
+        allowed = bounds.within(self.depths(num_blocks), num_blocks)
+        result, judged_on = self._probe(statistics.labelled)
+        assert statistics.labelled is not None
+        metric = METRICS[statistics.labelled.kind]
+        scores, errors = result.scores, result.errors
+        best, worst = max(allowed, key=lambda c: float(scores[c - 1])), min(allowed, key=lambda c: float(scores[c - 1]))
+        from_best = scores[best - 1] - scores
+        noise = result.error_of_difference(best - 1)
+        reasons = []
+        if len(allowed) > 1 and from_best[worst - 1] <= NOISE * noise[worst - 1] + TIE:
+            reasons.append(
+                f"The depths cannot be told apart: best ({best}) and worst ({worst}) differ by "
+                f"{from_best[worst - 1]:.3f} in {metric}, with a standard error of {noise[worst - 1]:.3f}."
+            )
+        if scores[best - 1] - result.baseline <= errors[best - 1] + TIE:
+            reasons.append(
+                f"No depth beats the baseline: the best {metric} is {scores[best - 1]:.3f}, with a standard error of "
+                f"{errors[best - 1]:.3f}, and that of a constant prediction {result.baseline:.3f}."
+            )
+        settled = not reasons
+        if not settled:
+            depth = min(max((num_blocks + 1) // 2, allowed[0]), allowed[-1])
+        elif self.rule == "best":
+            depth = next(c for c in allowed if from_best[c - 1] <= TIE)
+        else:
+            depth = next(c for c in allowed if from_best[c - 1] <= noise[c - 1] + TIE)
+        if settled:
+            at = scores[depth - 1]
+            what = "Smallest depth not distinguishable from the best" if self.rule == "one_standard_error" else "Best depth"
+            reasons.append(
+                f"{what}: {depth} ({metric} {at:.3f} ± {errors[depth - 1]:.3f}; all {num_blocks}: {scores[-1]:.3f})."
+            )
+        few = []
+        if settled and result.num_groups < ENOUGH_GROUPS:
+            few.append(f"Scores are over {result.num_groups} groups, and standard errors are rough below {ENOUGH_GROUPS}.")
+        details: dict[str, Any] = {
+            "metric": metric,
+            "judged_on": judged_on,
+            "groups": result.num_groups,
+            "errors": dict(enumerate(errors.tolist(), start=1)),
+            "baseline": result.baseline,
+            "best_depth": best,
+            "intact": float(scores[-1]),
+        }
+        by_depth: Mapping[int, float] = dict(enumerate(scores.tolist(), start=1))
+        verdict = Verdict("unsettled" if not settled else "weak" if few else "clear", (*few, *reasons))
+        return Choice(tuple(range(depth)), by_depth, verdict, {"probe": details})
+
+    def _probe(self, labelled: Labelled | None) -> tuple[ProbeResult, str]:
+        """The result, and what it is judged on; validation images of one place alone have no standard error."""
+        if labelled is None:
+            msg = "There are no labels for criterion 'probe': choose another criterion, or give the data its labels."
+            raise LabelsError(msg)
+        train = group_numbers(labelled, self.groups)
+        validation = labelled.validation
+        if validation is None:
+            return probe_blocks(labelled, train), "cross-validation"
+        both = Labelled(
+            labelled.features, labelled.labels, torch.cat([labelled.images, validation.images + len(labelled.names)]),
+            (*labelled.names, *validation.names), labelled.kind,
+        )  # fmt: skip
+        groups = group_numbers(both, self.groups)
+        inside, outside = groups[: len(train)], groups[len(train) :]
+        if len(outside.unique()) < 2:
+            return probe_blocks(labelled, train), "cross-validation"
+        apart = ~torch.isin(inside, outside)  # a place is never on both sides
+        rows = Labelled(labelled.features[:, apart], labelled.labels[apart], kind=labelled.kind)
+        return probe_blocks(rows, inside[apart], validation, outside), "validation"
+
+
+def group_numbers(labelled: Labelled, pattern: str | None) -> Tensor:
+    """Group of every row, numbered from 0 in the order in which groups come, (N,).
+
+    Args:
+        labelled: Rows, with the name of the image that each is of.
+        pattern: Regular expression whose first group names the group; None for the whole name.
+
+    Raises:
+        ConfigurationError: If it does not match a name.
+    """
+    numbers: dict[str, int] = {}
+    of_image = []
+    for name in labelled.names:
+        found = None if pattern is None else re.search(pattern, name)
+        if pattern is not None and (found is None or found[1] is None):
+            msg = (
+                f"groups {pattern!r} of criterion 'probe' does not match '{name}', expected every file to match: change it."
+            )
+            raise ConfigurationError(msg)
+        of_image.append(numbers.setdefault(name if found is None else found[1], len(numbers)))
+    return torch.tensor(of_image)[labelled.images]
+
+
+def probe_blocks(
+    train: Labelled, groups: Tensor, validation: Labelled | None = None, validation_groups: Tensor | None = None
+) -> ProbeResult:
+    """Fit a ridge regression to the output of every block and score it on other groups.
+
+    Args:
+        train: Rows to fit.
+        groups: Group of each.
+        validation: Rows to score; by default the rows to fit, each by the regression without its group.
+        validation_groups: Group of each.
+
+    Raises:
+        LabelsError: If there are fewer than two groups, or labels do not vary, or not without one group.
+        DegenerateFeaturesError: If features are not finite.
+    """
+    if (found := len(groups.unique())) < 2:
+        msg = (
+            f"Labelled rows come from {found} group, expected at least 2 for cross-validation: give labels of more places, "
+            "or change groups of criterion 'probe'."
+        )
+        raise LabelsError(msg)
+    for rows in (train, *([] if validation is None else [validation])):
+        if wrong := [n for n, block in enumerate(rows.features, start=1) if not torch.isfinite(block).all()]:
+            msg = f"Labelled features after blocks {wrong} are not finite: run the encoder in higher precision."
+            raise DegenerateFeaturesError(msg)
+    judged_labels = train.labels if validation is None else validation.labels
+    targets, judged = one_hot(train.kind, train.labels, judged_labels)
+    _check_varies(targets, groups)
+    judged_groups = groups if validation_groups is None else validation_groups
+    judged_groups = judged_groups.unique(return_inverse=True)[1]
+    scores, left_out, strengths = [], [], []
+    for block, features in enumerate(train.features):
+        ridge = Ridge.fit(features, targets)
+        held_out = ridge.leave_group_out(features, targets, groups, STRENGTHS)
+        crossed = torch.tensor([score_predictions(train.kind, each, targets) for each in held_out])
+        chosen = int((crossed >= crossed.max() - TIE).nonzero().max())  # of equals the strongest
+        strengths.append(STRENGTHS[chosen])
+        predicted = held_out[chosen]
+        if validation is not None:
+            predicted = ridge.predict(validation.features[block], STRENGTHS[chosen])
+
+        def score(rows: Tensor, predicted: Tensor = predicted) -> float:
+            return score_predictions(train.kind, predicted[rows], judged[rows])
+
+        scores.append(score(torch.ones(len(judged), dtype=torch.bool)))
+        left_out.append(jackknife(score, judged_groups))
+    constant = targets.mean(dim=0).expand_as(judged)
+    return ProbeResult(
+        torch.tensor(scores, dtype=torch.float64), torch.stack(left_out, dim=1),
+        score_predictions(train.kind, constant, judged), strengths, len(judged_groups.unique()),
+    )  # fmt: skip
+
+
+def one_hot(kind: LabelKind, labels: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets of a regression, (N, K) and (M, K), float64: classes become one-hot, in as many columns as there are classes.
+
+    Args:
+        kind: Kind of labels.
+        labels: Labels to fit, (N,), or (N, K) if an image has several.
+        judged: Labels to score, (M,) or (M, K).
+    """
+    if kind in ("multilabel", "regression"):
+        return tuple(each.double().reshape(len(each), -1) for each in (labels, judged))  # type: ignore[return-value]
+    classes = torch.cat([labels, judged]).unique()
+    return (labels[:, None] == classes).double(), (judged[:, None] == classes).double()
+
+
+def _check_varies(targets: Tensor, groups: Tensor) -> None:
+    varies = (targets != targets[0]).any()
+    if not varies:
+        msg = "All labels are the same, expected two classes or values at least: check labels and masks."
+        raise LabelsError(msg)
+    folds = [targets[groups != group] for group in groups.unique()]
+    if not any((fold != fold[0]).any() for fold in folds):
+        msg = (
+            "Without any one group all labels are the same, so nothing can be cross-validated: give labels of more places, "
+            "or change groups of criterion 'probe'."
+        )
+        raise LabelsError(msg)

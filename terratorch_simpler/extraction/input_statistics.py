@@ -1,0 +1,99 @@
+"""Mean and standard deviation of every band as it reaches the encoder: raw pixels would make any choice worthless."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from terratorch_simpler.distributed import Processes
+from terratorch_simpler.errors import ImplausibleInputWarning
+
+LARGEST_MEAN = 3.0
+SMALLEST_STD, LARGEST_STD = 0.1, 10.0
+PIXELS_ACROSS = 64
+"""Rows and columns of a tile that are looked at: every n-th one of larger tiles."""
+MOST_NAMED = 12
+
+
+class InputStatistics:
+    """Sums over the valid pixels of every band, on the device of the images: nothing waits for it before the end.
+
+    Attributes:
+        names: Names of the bands, of one image or of each modality, where they are known.
+    """
+
+    def __init__(self, names: Sequence[str] | Mapping[str, Sequence[str]] = ()) -> None:
+        self.names = names
+        self._sums: dict[str, Tensor] = {}  # by modality, "" if there are none; (3, C): pixels, their sum, that of squares
+
+    def add(self, images: Tensor | Mapping[str, object], valid: Tensor) -> None:
+        """Add the images of a batch.
+
+        Args:
+            images: What reaches the encoder, (B, C, ...), or that of each modality by name; frames may be images of their
+                own, so that there is a multiple of B.
+            valid: Valid pixels of the B tiles, (B, H, W) or (B, T, H, W), on the CPU.
+        """
+        for name, image in (images if isinstance(images, Mapping) else {"": images}).items():
+            if not isinstance(image, Tensor) or image.ndim < 4 or not image.is_floating_point():
+                continue
+            pixels, mask = _sampled(image, valid)
+            pixels = pixels.double() if pixels.device.type != "mps" else pixels.float()
+            mask = mask.to(pixels.device, non_blocking=pixels.is_cuda).to(pixels.dtype)
+            axes = tuple(axis for axis in range(pixels.ndim) if axis != 1)
+            seen = torch.where(mask > 0, pixels, 0)  # NaN in nodata times 0 would be NaN
+            sums = torch.stack([mask.expand_as(pixels).sum(axes), seen.sum(axes), seen.square().sum(axes)])
+            self._sums[name] = self._sums.get(name, 0) + sums
+
+    def warn_implausible(self, processes: Processes) -> None:
+        """Warn, on rank 0, of bands whose mean or standard deviation no normalized image has; all ranks take part.
+
+        Warns:
+            ImplausibleInputWarning: If there are any.
+        """
+        of_ranks = processes.all_gather(lambda: {name: sums.cpu().double() for name, sums in self._sums.items()})
+        if not processes.first:
+            return
+        wrong = []
+        for name in dict.fromkeys(name for sums in of_ranks for name in sums):
+            pixels, total, squares = torch.stack([sums[name] for sums in of_ranks if name in sums]).sum(dim=0)
+            mean = total / pixels
+            std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
+            bad = (mean.abs() > LARGEST_MEAN) | (std < SMALLEST_STD) | (std > LARGEST_STD)
+            wrong += [
+                f"{self._band(name, band, len(mean))} (mean {float(mean[band]):.3g}, std {float(std[band]):.3g})"
+                for band in bad.nonzero().flatten().tolist()
+            ]
+        if wrong:
+            more = f" and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
+            warnings.warn(
+                f"After normalization the values of {', '.join(wrong[:MOST_NAMED])}{more} are implausible, expected a mean "
+                f"within {LARGEST_MEAN:g} of 0 and a standard deviation from {SMALLEST_STD:g} to {LARGEST_STD:g}: check the "
+                "means and stds of the data, its scale and its nodata value.",
+                ImplausibleInputWarning,
+                stacklevel=3,
+            )
+
+    def _band(self, modality: str, band: int, bands: int) -> str:
+        names = self.names.get(modality, ()) if isinstance(self.names, Mapping) else self.names
+        named = f"band {names[band]}" if len(names) == bands else f"band {band} (0-based)"
+        return f"{named} of {modality}" if modality else named
+
+
+def _sampled(image: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Some pixels of the images, (B, C, T, h, w), and which of them are valid, (B, 1, T or 1, h, w)."""
+    tiles = len(valid)
+    steps = [max(1, size // PIXELS_ACROSS) for size in image.shape[-2:]]
+    pixels = image[..., :: steps[0], :: steps[1]]
+    frames = len(image) // tiles  # more than one if frames have become images
+    if pixels.ndim == 4:
+        pixels = pixels.reshape(tiles, frames, *pixels.shape[1:]).transpose(1, 2)
+    mask = valid if valid.ndim == 4 else valid[:, None]
+    if mask.shape[1] not in (1, pixels.shape[2]):
+        mask = mask.all(dim=1, keepdim=True)
+    if mask.shape[-2:] != image.shape[-2:]:  # padded or resized: the mask is stretched, which moves it by few pixels
+        mask = torch.nn.functional.interpolate(mask.float(), size=image.shape[-2:])
+    return pixels, mask[:, None, :, :: steps[0], :: steps[1]]

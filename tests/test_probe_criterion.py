@@ -1,0 +1,290 @@
+"""Criterion probe: the depth that labels ask for, with whole places held out, by callback, command and Python API."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from sklearn.linear_model import Ridge as Reference
+from sklearn.metrics import jaccard_score
+from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+
+from terratorch_simpler import SlimmingPlan, select_depth
+from terratorch_simpler.cli import main
+from terratorch_simpler.criteria import Bounds, Labelled, Probe, Statistics, build_criterion
+from terratorch_simpler.criteria.probe import STRENGTHS, group_numbers, probe_blocks
+from terratorch_simpler.data import DatamoduleTiles
+from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
+from terratorch_simpler.extraction.labelled import patch_means, read_labels
+from terratorch_simpler.lightning.labelled import probed_features
+from terratorch_simpler.lightning.task import batch_normalizer
+from terratorch_simpler.report import plan_figure, report_page
+from terratorch_simpler.report.summary import reasons
+from tests import cli_runner
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning"),
+    pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.UntrainedEncoderWarning"),
+]
+PLACES = 12
+
+
+def planted(*gaps, kind="segmentation", rows=240, seed=0, places=PLACES, prefix=""):
+    """Blocks after which labels can be told so well; every place has an offset of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.arange(rows) % places
+    offset = torch.randn(places, 8, generator=generator)[images]
+    if kind == "multilabel":
+        labels = torch.randint(0, 2, (rows, 3), generator=generator)
+        signal = torch.nn.functional.pad(labels.float(), (0, 5))
+    elif kind == "regression":
+        labels = torch.randn(rows, generator=generator)
+        signal = labels[:, None] * torch.ones(8)
+    else:
+        labels = torch.randint(0, 3, (rows,), generator=generator)
+        signal = torch.eye(8)[labels]
+    features = torch.stack([gap * signal + offset + torch.randn(rows, 8, generator=generator) for gap in gaps])
+    return Labelled(features, labels, images, tuple(f"{prefix}place{n}_2020.tif" for n in range(places)), kind)
+
+
+def choose(labelled, criterion=None, **bounds):
+    blocks = 4 if labelled is None else len(labelled.features)
+    states = torch.ones(blocks + 1, blocks + 1, dtype=torch.float64)
+    return (criterion or Probe()).choose(Statistics(states, states, states, labelled), blocks, Bounds(**bounds))
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "classification", "multilabel", "regression"])
+def test_the_planted_depth_is_found(kind):
+    choice = choose(planted(0.2, 1, 6, 6, 1, 0.5, kind=kind))
+    assert choice.kept_blocks in ((0, 1, 2), (0, 1, 2, 3))
+    assert choice.verdict.level == "clear"
+    assert choice.details["probe"]["best_depth"] in (3, 4)
+    assert choice.details["probe"]["judged_on"] == "cross-validation"
+    assert choice.details["probe"]["groups"] == PLACES
+    assert "Smallest depth not distinguishable from the best: " in choice.verdict.reasons[0]
+    assert "; all 6: " in choice.verdict.reasons[0]
+
+
+def test_scores_are_those_of_scikit_learn_on_the_same_folds():
+    labelled = planted(0.5, 3, 1)
+    choice = choose(labelled)
+    targets = torch.eye(3)[labelled.labels].double().numpy()
+    for block, features in enumerate(labelled.features.double().numpy(), start=1):
+        centred = features - features.mean(axis=0)
+        penalty = (centred**2).sum() / centred.shape[1]
+        scores = []
+        for strength in STRENGTHS:
+            predicted = cross_val_predict(
+                Reference(strength * penalty), features, targets, groups=labelled.images.numpy(), cv=LeaveOneGroupOut()
+            ).argmax(axis=1)
+            scores.append(jaccard_score(labelled.labels, predicted, average="macro"))
+        assert choice.scores[block] == pytest.approx(max(scores), abs=1e-6)
+
+
+def test_one_standard_error_and_best():
+    labelled = planted(0, 4, 4.1, 4, 0)
+    best = choose(labelled, Probe(rule="best"))
+    smallest = choose(labelled)
+    assert len(best.kept_blocks) == best.details["probe"]["best_depth"]
+    assert len(smallest.kept_blocks) <= len(best.kept_blocks)
+    result = probe_blocks(labelled, labelled.images)
+    block = best.details["probe"]["best_depth"] - 1
+    noise = result.error_of_difference(block)
+    alike = (result.scores[block] - result.scores <= noise + 1e-6).nonzero().flatten()
+    assert len(smallest.kept_blocks) == int(alike[0]) + 1
+
+
+@pytest.mark.parametrize(("gaps", "message"), [
+    ((5, 5, 5, 5, 5), "The depths cannot be told apart"),
+    ((0, 0, 0, 0, 0), "No depth beats the baseline"),
+])  # fmt: skip
+def test_where_labels_do_not_tell_half_is_kept(gaps, message):
+    labelled = planted(*gaps, kind="classification")
+    choice = choose(labelled)
+    assert choice.verdict.level == "unsettled"
+    assert choice.kept_blocks == (0, 1, 2)
+    assert any(message in reason for reason in choice.verdict.reasons)
+    assert len(choose(labelled, max_depth=2).kept_blocks) == 2
+
+
+def test_bounds_limit_best_and_choice():
+    labelled = planted(0, 2, 8, 8)
+    assert choose(labelled, max_depth=2).details["probe"]["best_depth"] == 2
+    assert len(choose(labelled, min_depth=4).kept_blocks) == 4
+
+
+def test_validation_places_are_judged_and_never_fitted(monkeypatch):
+    seen = {}
+    original = probe_blocks
+
+    def spy(train, groups, validation=None, validation_groups=None):
+        seen.update(train=groups, validation=validation_groups)
+        return original(train, groups, validation, validation_groups)
+
+    monkeypatch.setattr("terratorch_simpler.criteria.probe.probe_blocks", spy)
+    train, validation = planted(0, 6, 0), planted(0, 6, 0, seed=1, places=5)
+    labelled = Labelled(train.features, train.labels, train.images, train.names, train.kind, validation)
+    choice = choose(labelled, Probe(groups="(place[0-9]+)_"))
+    assert choice.details["probe"]["judged_on"] == "validation"
+    assert choice.details["probe"]["groups"] == 5
+    assert not set(seen["train"].tolist()) & set(seen["validation"].tolist())
+    assert len(seen["train"].unique()) == PLACES - 5
+    one = planted(0, 6, 0, seed=1, places=1)  # no standard error over one place
+    labelled = Labelled(train.features, train.labels, train.images, train.names, train.kind, one)
+    assert choose(labelled).details["probe"]["judged_on"] == "cross-validation"
+
+
+def test_groups_are_named_by_the_expression():
+    labelled = Labelled(torch.zeros(1, 4, 1), torch.zeros(4), torch.tensor([0, 1, 2, 0]), ("b_1.tif", "a_1.tif", "b_2.tif"))
+    assert group_numbers(labelled, None).tolist() == [0, 1, 2, 0]
+    assert group_numbers(labelled, "^([ab])_").tolist() == [0, 1, 0, 0]
+    with pytest.raises(ConfigurationError, match=r"does not match 'b_1.tif', expected every file to match"):
+        group_numbers(labelled, "(c)")
+
+
+@pytest.mark.parametrize(("labelled", "error", "message"), [
+    (None, LabelsError, "There are no labels for criterion 'probe'"),
+    (planted(1, 1, places=1), LabelsError, "Labelled rows come from 1 group, expected at least 2"),
+    (Labelled(torch.randn(2, 6, 3), torch.ones(6).long(), torch.arange(6), tuple("abcdef")), LabelsError,
+     "All labels are the same"),
+    (Labelled(torch.randn(2, 6, 3), torch.arange(6) % 2, torch.arange(6) % 2, ("a", "b")), LabelsError,
+     "Without any one group all labels are the same"),
+    (Labelled(torch.full((2, 6, 3), torch.nan), torch.arange(6) % 2, torch.arange(6) % 3, ("a", "b", "c")),
+     DegenerateFeaturesError, r"after blocks \[1, 2\] are not finite"),
+])  # fmt: skip
+def test_what_cannot_be_judged_is_refused(labelled, error, message):
+    with pytest.raises(error, match=message):
+        choose(labelled)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"rule": "first"}, "rule is 'first' for criterion 'probe'"),
+    ({"groups": "("}, "expected a regular expression"),
+    ({"groups": "abc"}, "expected a group in parentheses"),
+])  # fmt: skip
+def test_impossible_arguments_are_refused(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Probe(**arguments)
+
+
+def test_it_is_known_by_name():
+    assert build_criterion("probe").args == {"groups": None, "rule": "one_standard_error"}
+
+
+# --- labels
+
+
+def test_labels_of_every_kind_are_read():
+    def read(target, ignore=None, kind=None):
+        return read_labels({"target": target}, ignore, kind)
+
+    values, kind = read(torch.tensor([[[1.0, -9999.0]]]), -9999)
+    assert kind == "regression"
+    assert values.isnan().tolist() == [[[False, True]]]
+    assert read(torch.tensor([1, 2]))[1] == "classification"
+    assert read(torch.zeros(1, 2, 2).long())[1] == "segmentation"
+    assert read(torch.tensor([[0, 1, 1]]))[1] == "multilabel"
+    assert read(torch.tensor([1, 2]), kind="regression")[0].dtype == torch.float32
+    assert read(torch.tensor([[[1.0, torch.nan]]]), kind="segmentation")[0].tolist() == [[[1, -1]]]
+    with pytest.raises(LabelsError, match="not all 0 or 1"):
+        read(torch.tensor([[0, 2]]))
+
+
+def test_a_patch_has_the_mean_of_its_values():
+    values = torch.tensor([[[1.0, 2, torch.nan, torch.nan], [3, torch.nan, torch.nan, 5]]])
+    means = patch_means(values, (2, 2))
+    assert means[0, 0, 0] == 2
+    assert means[0, 0, 1].isnan()
+
+
+# --- one plan everywhere
+
+
+def pairs(kind, batches=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(batches):
+        images = torch.randn(8, 3, 32, 32, generator=generator)
+        patches = torch.randint(0, 2, (8, 2, 2), generator=generator)
+        pixels = patches.repeat_interleave(16, 1).repeat_interleave(16, 2)
+        of_image = torch.randint(0, 2, (8, 3), generator=generator)
+        labels = {
+            "segmentation": pixels, "regression": pixels.float(), "classification": of_image[:, 0], "multilabel": of_image,
+        }[kind]  # fmt: skip
+        yield images + (pixels[:, None] if labels.ndim == 3 else of_image[:, :, None, None]), labels
+
+
+@pytest.mark.parametrize(("kind", "metric"), [
+    ("segmentation", "mean IoU"), ("classification", "accuracy"), ("multilabel", "mAP"), ("regression", "R2"),
+])  # fmt: skip
+def test_pairs_of_images_and_labels_of_every_kind(kind, metric, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2)
+    plan = select_depth(
+        model, list(pairs(kind)), criterion="probe", validation=list(pairs(kind, 2, 1)), min_tiles=32, progress=False
+    )
+    assert plan.overview["probe"]["metric"] == metric
+    assert plan.overview["probe"]["judged_on"] == "validation"
+    assert set(plan.scores) == {1, 2, 3}
+    assert plan.votes is None
+    assert SlimmingPlan.load(plan.save(tmp_path / "plan.json")).overview["probe"] == plan.overview["probe"]
+    assert any(f"{metric} by validation over 16 groups" in reason for reason in reasons(plan))
+    assert plan.verdict.level in ("clear", "unsettled")
+    assert f"{metric}" in [axes.get_ylabel() for axes in plan_figure(plan).axes]
+    assert "constant prediction" in report_page(plan)
+
+
+def test_validation_is_for_probe_alone():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=5, embed_dim=24, num_heads=2)
+    with pytest.raises(ConfigurationError, match="validation is given to criterion 'simpler'"):
+        select_depth(model, [], validation=[])
+
+
+@pytest.fixture(scope="module")
+def config(scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe")
+    settings = cli_runner.config(scenes, folder, criterion="probe")
+    settings["trainer"]["callbacks"] = settings["trainer"]["callbacks"][:1]
+    return folder, settings
+
+
+def test_fit_and_command_make_one_plan(config, tmp_path, capsys):
+    folder, settings = config
+    command = cli_runner.Command(folder, settings, "--trainer.max_epochs", "1")
+    assert command.wait() == [0], command.output()[-3000:]
+    fitted = SlimmingPlan.load(folder / "simpler" / "plan.json")
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert main(["plan", "-c", str(path), "-o", str(tmp_path)]) == 0
+    planned = SlimmingPlan.load(tmp_path / "plan.json")
+    assert planned.kept_blocks == fitted.kept_blocks
+    assert planned.overview["probe"] == fitted.overview["probe"]
+    assert planned.scores == fitted.scores
+    assert fitted.overview["probe"]["judged_on"] == "validation"
+
+
+def test_python_makes_the_plan_of_the_callback(trainer, task, datamodule):
+    module, run, data = task(), trainer(), datamodule()
+    data.setup("fit")
+    data.trainer, run.datamodule = run, data
+    backbone = module.model.encoder
+    labelled = probed_features(run, module, 0)
+    expected = Probe().choose(
+        Statistics(*[torch.ones(13, 13, dtype=torch.float64)] * 3, labelled), backbone.full_num_blocks, Bounds()
+    )
+
+    def batches(split):
+        source = DatamoduleTiles(data, 0, split, labels=True)
+        normalise = batch_normalizer(run, backbone, source)
+        return [
+            {**batch, **normalise({"image": batch["image"]}), "mask": batch["target"]} for batch in source
+        ]  # fmt: skip
+
+    plan = select_depth(backbone, batches("train"), criterion="probe", validation=batches("val"), progress=False)
+    assert plan.kept_blocks == expected.kept_blocks
+    np.testing.assert_allclose(list(plan.scores.values()), list(expected.scores.values()), atol=1e-6)
+
+
+def test_real_tiles_have_groups(shared_data):
+    tiles = sorted((shared_data / "hls_water" / "images").iterdir())[:4]
+    labelled = Labelled(torch.zeros(1, 4, 1), torch.zeros(4), torch.arange(4), tuple(map(str, tiles)))
+    assert group_numbers(labelled, r"/(\d+)_image").tolist() == [0, 1, 2, 3]
