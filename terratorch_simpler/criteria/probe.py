@@ -22,7 +22,7 @@ STRENGTHS = [10.0**exponent for exponent in range(-4, 3)]
 """Relative strengths of the penalty that are tried (ours)."""
 NOISE = 3.0
 """Depths are told apart if the best and the worst differ by so many standard errors of their difference: of twelve depths
-that are alike, the best and the worst differ by 2.3 on average (ours)."""
+that are alike and independent, best and worst differ by 3.26 / sqrt(2) = 2.3 on average (ours)."""
 
 ENOUGH_GROUPS = 8
 """With fewer groups to score, a choice is weak (ours)."""

@@ -17,6 +17,7 @@ from terratorch_simpler.errors import LabelsError
 from terratorch_simpler.extraction.auto_batch import AutoBatch
 from terratorch_simpler.extraction.hooks import FeatureExtractor, Readout
 from terratorch_simpler.extraction.token_sampling import Tokens, TokenSample, TokenSampler, token_masks
+from terratorch_simpler.functional import hsic
 from terratorch_simpler.functional.scores import LabelKind
 from terratorch_simpler.models.plain import Encoder
 
@@ -53,7 +54,7 @@ class LabelledRows(NamedTuple):
 
 def layer_normed(_block: int, output: Tensor) -> Tensor:
     """Readout: every token with mean 0 and variance 1, as before a head; float32."""
-    return nn.functional.layer_norm(output.float(), output.shape[-1:])
+    return hsic.layer_normed(output)
 
 
 def read_labels(batch: Batch, ignore_index: int | None, kind: LabelKind | None) -> tuple[Tensor, LabelKind]:

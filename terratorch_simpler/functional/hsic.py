@@ -105,7 +105,7 @@ def layer_normed(features: Tensor) -> Tensor:
     """Tokens with zero mean and unit variance over their width, as LayerNorm without its affine part leaves them.
 
     Args:
-        features: Block outputs of shape (L, m, D).
+        features: Block outputs of shape (..., D).
 
     Returns:
         The same shape, float32 or wider.
