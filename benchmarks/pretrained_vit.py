@@ -40,6 +40,8 @@ from benchmarks.study.data import COVER, IGNORED, read_split
 from terratorch_simpler import SlimmingPlan, prune, select_depth
 from terratorch_simpler.criteria import Angular, BlockInfluence, CkaIntervals, Knee, Simpler
 from terratorch_simpler.errors import DepthError
+from terratorch_simpler.extraction.labelled import majority
+from terratorch_simpler.functional.hsic import layer_normed
 from terratorch_simpler.metrics import MIN_GROUP_TILES
 
 MODEL = "vit_small_patch14_dinov2"
@@ -94,7 +96,7 @@ def hls(data: Path, target: str, size: int) -> Task:
         codes = list(COVER) if target == "cover" else [0, 1]
         classes = np.select([masks == code for code in codes], range(len(codes)), IGNORED)
         all_masks[split] = classes
-        labels[split] = majority(classes, len(codes))
+        labels[split] = majority(torch.from_numpy(classes), (PATCH, PATCH)).flatten(1).numpy()
         places[split] = np.array([site[name] for name in names])
     mean, std = pixels["train"].mean((0, 2, 3)), pixels["train"].std((0, 2, 3))
     images = {split: _normalize(values, mean, std) for split, values in pixels.items()}
@@ -118,22 +120,13 @@ def rsscn7(data: Path, size: int) -> Task:
     return Task("scenes", len(kinds), images, masks, labels, places, (14, 70, 700))
 
 
-def majority(classes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Most frequent class of each patch: (N, H, W) to (N, patches)."""
-    n, height, width = classes.shape
-    patches = classes.reshape(n, height // PATCH, PATCH, width // PATCH, PATCH).swapaxes(2, 3).reshape(n, -1, PATCH**2)
-    counts = np.stack([(patches == number).sum(-1) for number in range(count)], -1)
-    most: NDArray[np.int64] = np.where(counts.sum(-1) > 0, counts.argmax(-1), IGNORED)
-    return most
-
-
 def features(model: nn.Module, images: Tensor, mean: bool) -> NDArray[np.float32]:
     """LayerNormed output of every block: patch tokens, or their mean, as (L, N, tokens, D)."""
     found = []
     with torch.inference_mode():
         for start in range(0, len(images), BATCH):
             outputs = model.forward_intermediates(images[start : start + BATCH], output_fmt="NLC", intermediates_only=True)
-            tokens = torch.stack([nn.functional.layer_norm(output, output.shape[-1:]) for output in outputs])
+            tokens = layer_normed(torch.stack(outputs))
             found.append(tokens.mean(2, keepdim=True) if mean else tokens)
     values: NDArray[np.float32] = torch.cat(found, 1).numpy()
     return values
