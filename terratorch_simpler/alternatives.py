@@ -11,7 +11,6 @@ from torch import nn
 from terratorch_simpler.criteria import Bounds, BudgetCriterion, Choice, Criterion, known_criteria
 from terratorch_simpler.errors import DegenerateFeaturesError, DepthError, NoAnswerError
 from terratorch_simpler.extraction import Measurement, macs_by_block
-from terratorch_simpler.indices import spans_between
 from terratorch_simpler.models.plain import Encoder
 
 
@@ -21,7 +20,6 @@ def compare_alternatives(
     bounds: Bounds,
     choice: Choice,
     measurement: Measurement,
-    recovery: str = "none",
 ) -> dict[str, Any]:
     """Compare what other criteria and depths would give, from the same statistics.
 
@@ -31,7 +29,6 @@ def compare_alternatives(
         bounds: Bounds on the kept depth.
         choice: Its choice.
         measurement: The statistics.
-        recovery: How dropped blocks are replaced.
 
     Returns:
         The entry ``overview`` of plan.json.
@@ -45,9 +42,6 @@ def compare_alternatives(
     }
     if no_answer:
         overview["no_answer"] = no_answer
-    if recovery != "none" and measurement.recovery is not None:
-        spans = spans_between(kept, backbone.full_num_blocks)
-        overview["repaired"] = [[*span, measurement.recovery.patch.explained(span)] for span in spans]
     return overview
 
 

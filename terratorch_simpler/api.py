@@ -161,7 +161,9 @@ def select_depth(
         source = BatchTiles(batches, max_tiles, MIN_GROUP_TILES)
         with (
             as_pretrained(model, encoder),
-            progress_bar(progress, _num_images(batches, max_tiles), encoder.name) as update_progress,
+            progress_bar(
+                progress, _num_images(batches, max_tiles), f"Comparing the blocks of {encoder.name}"
+            ) as update_progress,
         ):
             measurement = measure(
                 _forward(encoder),

@@ -19,6 +19,7 @@ from terratorch_simpler.data import TILE_KEYS, Batch, TileSource
 from terratorch_simpler.errors import ConfigurationError, PlanError, SimplerWarning
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.models.peft import PROMPTS, adapter_names
 from terratorch_simpler.plan import SlimmingPlan
 
 SAMPLED_TILES = 64
@@ -150,9 +151,7 @@ def hash_of_weights(backbone: SimplerBackbone) -> str:
     Args:
         backbone: The intact encoder, on the CPU.
     """
-    tuned = {"vpt_prompt_embeddings"}
-    for part in backbone.modules():
-        tuned.update(getattr(part, "adapter_layer_names", ()))  # what PEFT's layers call what they add
+    tuned = {PROMPTS, *adapter_names(backbone)}
     return hash_of_tensors(
         {name: value for name, value in backbone.encoder.state_dict().items() if tuned.isdisjoint(name.split("."))}
     )

@@ -20,12 +20,13 @@ from pydantic import (
     ValidationInfo,
     with_config,
 )
+from torch import Tensor
 from typing_extensions import TypedDict  # pydantic refuses that of typing before Python 3.12
 
 from terratorch_simpler.errors import PlanError
 from terratorch_simpler.files import atomic_write
-from terratorch_simpler.indices import LARGEST_DEPTH, spans_between
-from terratorch_simpler.pruning.recovery import RecoveryWeights, load_maps, save_maps
+from terratorch_simpler.indices import LARGEST_DEPTH, Span, spans_between
+from terratorch_simpler.pruning.recovery import RecoveryWeights, load_maps, load_weights, save_maps, save_weights
 
 FORMAT = "terratorch-simpler/plan"
 VERSION = 1
@@ -33,13 +34,17 @@ LARGEST_FILE = 16 * 2**20
 """Bytes; the plan of an encoder with 64 blocks has a hundred thousand."""
 LARGEST_NUMBER = 1e300
 LARGEST_INTEGER = 2**63 - 1
-RECOVERIES = ("none", "linear")
+RECOVERIES = ("none", "linear", "distill")
 
 
 def _within_depth(number: int, info: ValidationInfo[int]) -> int:
     if number > info.context:
         raise ValueError(f"Input should be at most {info.context}, the number of blocks")
     return number
+
+
+def _within_depth_or_none(number: int | None, info: ValidationInfo[int]) -> int | None:
+    return None if number is None else _within_depth(number, info)
 
 
 def _block_numbers(blocks: Sequence[int], info: ValidationInfo[int]) -> Sequence[int]:
@@ -116,6 +121,17 @@ class Probed(TypedDict):
 
 
 @with_config(extra="forbid")
+class Distillation(TypedDict):
+    """What a distillation has trained on, and how much of its target the pruned encoder explains."""
+
+    steps: Count
+    tiles: Count
+    held_out: Count
+    explained_before: Number
+    explained_after: Number
+
+
+@with_config(extra="forbid")
 class Overview(TypedDict):
     """What was not chosen."""
 
@@ -123,6 +139,7 @@ class Overview(TypedDict):
     depths: dict[Depth, CostOfDepth]
     no_answer: NotRequired[dict[Annotated[str, Field(max_length=100)], Annotated[str, Field(max_length=1000)]]]
     probe: NotRequired[Probed]
+    distilled: NotRequired[Distillation]
     repaired: NotRequired[list[Annotated[tuple[State, State, Number], AfterValidator(_ascending)]]]
 
 
@@ -177,7 +194,8 @@ class SlimmingPlan:
         kept_blocks: Kept blocks, 0-based, ascending.
         criterion: ``name`` and ``args`` of the criterion.
         width: Kept share of the units of every attention head and MLP; 1.0 is all of them.
-        recovery: What stands in for dropped blocks; "none" or "linear".
+        recovery: What makes up for dropped blocks: "none", "linear" or "distill".
+        recovery_target: Number of blocks of the intact encoder whose output the recovery is for; None for all of them.
         scores: Score of every depth that the criterion can judge.
         similarity: Similarity S of the intact encoder's blocks, L x L.
         votes: Share of bootstrap resamples that choose each depth; None with too few groups of tiles.
@@ -191,13 +209,16 @@ class SlimmingPlan:
             None) on the same statistics. ``depths``: by number of first blocks kept the ``parameters``, ``macs`` (or None),
             ``similarity`` of the last kept block with the last one, and ``recovery_r2`` (or None). ``no_answer``: by
             name of a criterion that has none, why. ``repaired``, where recovery is linear:
-            [state before, state after, share of variance explained] of each dropped range. ``probe``, where that is the
+            [state before, state after, share of variance explained] of each dropped range. ``distilled``, where recovery is
+            distill: ``steps``, ``tiles`` trained on, tiles ``held_out``, and the share of the target's variance on these
+            that the pruned encoder ``explained_before`` and ``explained_after``. ``probe``, where that is the
             criterion: ``metric``; what it was ``judged_on``, "validation" or "cross-validation", with how many ``groups``;
             standard ``errors`` of the scores by depth; the ``baseline``, a constant prediction; ``best_depth``; and the
             score of the ``intact`` encoder.
         verdict: Whether the criterion knows, and why; None if the depth was given by hand, and in plans of earlier versions.
         maps: The linear maps by the state before the range they stand for (0 is the input of the first block, l the output
             of block l), where recovery is linear; in a file of their own beside plan.json.
+        weights: The trained weights of the pruned encoder, by name, where recovery is distill; in that file as well.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -219,7 +240,9 @@ class SlimmingPlan:
     versions: Mapping[str, Any] | None = None
     overview: Annotated[Mapping[str, Any], _checked_as(Overview)] | None = None
     verdict: Annotated[Verdict | None, _checked_as(VerdictFields | None), AfterValidator(Verdict.from_plain)] = None
+    recovery_target: Annotated[int | None, Field(strict=True, ge=1), AfterValidator(_within_depth_or_none)] = None
     maps: SkipValidation[Mapping[int, RecoveryWeights] | None] = field(default=None, repr=False, compare=False)
+    weights: SkipValidation[Mapping[str, Tensor] | None] = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.verdict is not None:
@@ -230,6 +253,11 @@ class SlimmingPlan:
     def depth(self) -> int:
         """Number of kept blocks."""
         return len(self.kept_blocks)
+
+    @property
+    def recovered_spans(self) -> list[Span]:
+        """Ranges of blocks that linear maps stand for."""
+        return spans_between(self.kept_blocks, self.recovery_target or self.full_num_blocks)
 
     def check_encoder(self, backbone: str, num_blocks: int) -> None:
         """Raise unless the plan was made for this encoder.
@@ -251,7 +279,9 @@ class SlimmingPlan:
     def to_json(self) -> str:
         """The content of plan.json."""
         content = {"format": FORMAT, "version": VERSION, **{field.name: getattr(self, field.name) for field in fields(self)}}
-        del content["maps"], content["verdict"]
+        del content["maps"], content["weights"], content["verdict"]
+        if self.recovery_target is None:
+            del content["recovery_target"]
         if self.overview is None:
             del content["overview"]  # as in plans made before there was one
         if self.verdict is not None:
@@ -259,7 +289,7 @@ class SlimmingPlan:
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as JSON, atomically, and the maps of a linear recovery beside it.
+        """Write the plan as JSON, atomically, and the maps or weights of a recovery beside it.
 
         Args:
             path: File to write; missing folders are made.
@@ -269,14 +299,16 @@ class SlimmingPlan:
         """
         text = self.to_json()
         if self.maps is not None:  # first, since they are looked for when there is a plan
-            save_maps(self.maps, _maps_file(path), text)
+            save_maps(self.maps, _recovery_file(path), text)
+        if self.weights is not None:
+            save_weights(self.weights, _recovery_file(path), text)
         with atomic_write(path) as part:
             part.write_text(text, encoding="utf-8")
         return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SlimmingPlan:
-        """Read a plan and check every key, and the maps of a linear recovery beside it.
+        """Read a plan and check every key, and the maps or weights of a recovery beside it.
 
         Args:
             path: A plan.json.
@@ -296,8 +328,11 @@ class SlimmingPlan:
         plan = cls.from_dict(raw, source=str(path))
         if plan.recovery == "none":
             return plan
-        befores = [before for before, _ in spans_between(plan.kept_blocks, plan.full_num_blocks)]
-        return replace(plan, maps=load_maps(_maps_file(path), content.decode("utf-8"), befores))
+        text = content.decode("utf-8")
+        if plan.recovery == "distill":
+            return replace(plan, weights=load_weights(_recovery_file(path), text))
+        befores = [before for before, _ in plan.recovered_spans]
+        return replace(plan, maps=load_maps(_recovery_file(path), text, befores))
 
     @classmethod
     def from_dict(cls, raw: object, source: str = "plan") -> SlimmingPlan:
@@ -310,12 +345,12 @@ class SlimmingPlan:
         Raises:
             PlanError: If it is of another version, or a key is missing, unknown or wrong.
         """
-        content: dict[str, Any] = {"overview": None, "verdict": None, **raw} if isinstance(raw, dict) else {"format": raw}
+        content: dict[str, Any] = {**_ADDED_LATER, **raw} if isinstance(raw, dict) else {"format": raw}
         if (found := content.pop("format", None)) != FORMAT:
             raise _wrong_key("format", found, f"Input should be '{FORMAT}'", source)
         if (version := content.pop("version", None)) != VERSION or isinstance(version, bool):
             raise _wrong_key("version", version, f"Input should be {VERSION}, the version this package reads", source)
-        known = {field.name for field in fields(cls)} - {"maps"}
+        known = {field.name for field in fields(cls)} - {"maps", "weights"}
         if different := sorted(map(str, known ^ content.keys())):  # pydantic would fill in what is missing
             key = different[0]
             raise _wrong_key(key, content.get(key), "Field required" if key in known else "Unknown key", source)
@@ -330,6 +365,7 @@ class SlimmingPlan:
 
 
 _SCHEMA = TypeAdapter(SlimmingPlan)
+_ADDED_LATER = {"overview": None, "verdict": None, "recovery_target": None}
 
 
 def _wrong_key(key: str, found: object, problem: str, source: str) -> PlanError:
@@ -338,7 +374,7 @@ def _wrong_key(key: str, found: object, problem: str, source: str) -> PlanError:
     return PlanError(f"Found {shown} for key '{key}' in {source}. {problem}: make the plan again.")
 
 
-def _maps_file(plan: str | os.PathLike[str]) -> Path:
+def _recovery_file(plan: str | os.PathLike[str]) -> Path:
     return Path(plan).with_suffix(".recovery.pt")
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from terratorch_simpler import __version__
 from terratorch_simpler.alternatives import compare_alternatives, depths_without_budget
-from terratorch_simpler.criteria import Bounds, Criterion, verdict_on
+from terratorch_simpler.criteria import Bounds, Choice, Criterion, verdict_on
 from terratorch_simpler.criteria.verdict import UNSETTLED
 from terratorch_simpler.encoders import InputShape
-from terratorch_simpler.errors import ConfigurationError, UnsettledError, UnsettledWarning
+from terratorch_simpler.errors import ConfigurationError, DepthError, UnsettledError, UnsettledWarning
 from terratorch_simpler.extraction import ExtractionConfig, Measurement, Tokens, count_macs
 from terratorch_simpler.indices import Span, spans_between
 from terratorch_simpler.models.plain import Encoder
@@ -39,6 +39,9 @@ class SelectionConfig:
     max_tiles: int
     seed: int
     recovery: str = "none"
+    recovery_target: int | str = "last"
+    recovery_steps: int = 500
+    best_depth: int | None = None  # of the probe, where that is the recovery target
     on_unsettled: OnUnsettled = "apply"
     compare: Callable[[Measurement], None] | None = None  # called with the measurement, which then covers every depth
 
@@ -55,10 +58,36 @@ class SelectionConfig:
 
     def spans(self, num_blocks: int) -> list[Span]:
         """Ranges of blocks to fit linear maps for."""
-        spans = set() if self.recovery == "none" else set(self.criterion.spans(num_blocks, self.bounds))
+        found = self.criterion.spans(num_blocks, self.bounds) if self.recovery == "linear" else ()
+        target = self.target_depth(num_blocks)
+        spans = {(before, target if after == num_blocks else after) for before, after in found}
+        spans = {(before, after) for before, after in spans if before < after}
         if self.compare is not None and self.tokens == "patch":
             spans |= {(depth, num_blocks) for depth in range(1, num_blocks)}
         return sorted(spans)
+
+    def target_depth(self, num_blocks: int) -> int:
+        """Number of first blocks of the intact encoder whose output a recovery is for."""
+        if self.recovery_target == "best":
+            assert self.best_depth is not None
+            return self.best_depth
+        return num_blocks if self.recovery_target == "last" else int(self.recovery_target)
+
+    def check_target(self, num_blocks: int) -> None:
+        """Refuse a target that the encoder does not have, or that no choice leaves a block to recover for.
+
+        Raises:
+            DepthError: If it is one.
+        """
+        if isinstance(self.recovery_target, str):
+            return
+        fewest = self.criterion.allowed(num_blocks, self.bounds)[0]
+        if not fewest <= self.recovery_target <= num_blocks:
+            msg = (
+                f"Found recovery_target {self.recovery_target} for {num_blocks} blocks of which at least {fewest} are kept, "
+                f"expected {fewest} to {num_blocks}, 'last' or 'best': change it."
+            )
+            raise DepthError(msg)
 
 
 def build_plan(
@@ -75,6 +104,7 @@ def build_plan(
     blocks, criterion = encoder.full_num_blocks, config.criterion
     bounds = config.bounds
     choice = criterion.choose(None if measurement is None else measurement.statistics, blocks, bounds)
+    _check_target_of(config, choice, blocks)
     parameters = encoder.num_parameters()
     shape = encoder.input_shape if measurement is None else measurement.input_shape
     macs = None if shape is None else count_macs(encoder, shape)
@@ -98,7 +128,7 @@ def build_plan(
     )
     if measurement is None:
         return plan
-    overview = compare_alternatives(encoder, criterion, bounds, choice, measurement, config.recovery)
+    overview = compare_alternatives(encoder, criterion, bounds, choice, measurement)
     verdict = verdict_on(
         criterion,
         choice,
@@ -117,10 +147,12 @@ def build_plan(
         verdict = replace(
             verdict, reasons=(*verdict.reasons, f"{said}; on_unsettled '{config.on_unsettled}' keeps {len(kept)}.")
         )
-        if "repaired" in overview and measurement.recovery is not None:
-            spans = spans_between(kept, blocks)
-            overview["repaired"] = [[*span, measurement.recovery.patch.explained(span)] for span in spans]
-    recovery = None if config.recovery == "none" else measurement.recovery
+    target = max(config.target_depth(blocks), kept[-1] + 1)
+    maps = None
+    if config.recovery == "linear" and measurement.recovery is not None:
+        spans = spans_between(kept, target)
+        overview["repaired"] = [[*span, measurement.recovery.patch.explained(span)] for span in spans]
+        maps = measurement.recovery.solve(spans)
     return replace(
         plan,
         kept_blocks=kept,
@@ -130,8 +162,24 @@ def build_plan(
         tiles_seen=measurement.tiles_seen,
         rows_seen=measurement.rows_seen,
         overview={**overview, **choice.details},
-        maps=None if recovery is None else recovery.solve(spans_between(kept, blocks)),
+        recovery_target=None if config.recovery == "none" or target == blocks else target,
+        maps=maps,
     )
+
+
+def _check_target_of(config: SelectionConfig, choice: Choice, num_blocks: int) -> None:
+    """Refuse a choice that keeps more than the recovery target.
+
+    Raises:
+        DepthError: If it does.
+    """
+    target, last = config.target_depth(num_blocks), choice.kept_blocks[-1] + 1
+    if config.recovery != "none" and config.recovery_target != "best" and target < last:
+        msg = (
+            f"Found recovery_target {target}, and the criterion '{config.criterion.name}' keeps block {last - 1}, which "
+            f"comes after it, expected a target of {last} or more: change it, or set max_depth: {target}."
+        )
+        raise DepthError(msg)
 
 
 def _cautious_depth(config: SelectionConfig, num_blocks: int) -> int:

@@ -23,7 +23,7 @@ LAYERS = [
     {"models"},
     {"report", "cache"},
     {"extraction", "export"},
-    {"alternatives"},
+    {"alternatives", "distillation"},
     {"planning"},
     {"api"},
     {"lightning", "terratorch", "sweep"},

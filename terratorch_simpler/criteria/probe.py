@@ -172,6 +172,21 @@ class Probe(Criterion):
         verdict = Verdict("unsettled" if not settled else "weak" if few else "clear", (*few, *reasons))
         return Choice(tuple(range(depth)), by_depth, verdict, {"probe": details})
 
+    def best_depth(self, labelled: Labelled, num_blocks: int, bounds: Bounds) -> int:
+        """The allowed depth of the highest score, whether it can be told apart from others or not.
+
+        Args:
+            labelled: Features with labels.
+            num_blocks: Blocks L of the intact encoder.
+            bounds: Bounds on the depth.
+
+        Raises:
+            DepthError: If the bounds leave no depth.
+            LabelsError: If no probe can be fitted to the labels.
+        """
+        scores = self._probe(labelled)[0].scores
+        return max(bounds.within(self.depths(num_blocks), num_blocks), key=lambda depth: float(scores[depth - 1]))
+
     def _probe(self, labelled: Labelled | None) -> tuple[ProbeResult, str]:
         """The result, and what it is judged on; validation images of one place alone have no standard error."""
         if labelled is None:

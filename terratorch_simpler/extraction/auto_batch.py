@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +48,7 @@ class AutoBatch:
         size, start = len(batch["index"]), 0
         while start < size:
             end = min(size, start + (self.limit or size))
-            features = self._try(batch if end - start == size else _slice(batch, start, end, size))
+            features = self._try(batch if end - start == size else slice_tiles(batch, range(start, end)))
             if features is not None:
                 yield features
                 start = end
@@ -65,7 +65,7 @@ class AutoBatch:
         try:
             return self._extractor.run(self._forward, part)
         except RuntimeError as err:
-            if not _is_out_of_memory(err):
+            if not is_out_of_memory(err):
                 raise
         # Only here is the traceback gone, which holds what was allocated until then.
         if torch.cuda.is_initialized():
@@ -83,20 +83,36 @@ def with_cpu_fallback(compute: Callable[[torch.device], None], device: torch.dev
     try:
         return compute(device)
     except RuntimeError as err:
-        if not _is_out_of_memory(err):
+        if not is_out_of_memory(err):
             raise
     return compute(torch.device("cpu"))
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the memory of a device is full."""
     return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)  # the latter knows messages of CUDA only
 
 
-def _slice(values: dict[str, Any], start: int, end: int, size: int) -> dict[str, Any]:
+def slice_tiles(batch: Batch, numbers: Sequence[int]) -> Batch:
+    """Some tiles of a batch.
+
+    Args:
+        batch: The batch; what has another length than its tiles is kept whole.
+        numbers: Numbers of the tiles in the batch, ascending.
+    """
+    size = len(batch["index"])
+    if len(numbers) == size:
+        return batch
+    consecutive = slice(numbers[0], numbers[-1] + 1) if numbers[-1] - numbers[0] + 1 == len(numbers) else None
+
     def one(value: Any) -> Any:
         if isinstance(value, dict):  # modalities
-            return _slice(value, start, end, size)
+            return {key: one(part) for key, part in value.items()}
         sized = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
-        return value[start:end] if sized and len(value) == size else value
+        if not sized or len(value) != size:
+            return value
+        if consecutive is not None:
+            return value[consecutive]  # of a tensor without a copy
+        return value[list(numbers)] if isinstance(value, Tensor) else [value[number] for number in numbers]
 
-    return {key: one(value) for key, value in values.items()}
+    return {key: one(value) for key, value in batch.items()}

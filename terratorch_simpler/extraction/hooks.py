@@ -20,7 +20,7 @@ Readout = Callable[[int, Tensor], Tensor]
 """Number of a kept block, from 0, and its raw output (B, N, D); returns its features (B, N, D')."""
 
 
-class _EncoderDone(Exception):
+class EncoderDone(Exception):
     """Ends a forward pass after the encoder: the decoder is not needed."""
 
 
@@ -90,7 +90,7 @@ class FeatureExtractor:
         self._batch, self._inputs, self._state, self._rows, self._sample = batch, None, 0, [], None
         try:
             forward(batch)
-        except _EncoderDone:
+        except EncoderDone:
             pass
         except Exception as err:
             if self._inputs is None:
@@ -123,4 +123,4 @@ class FeatureExtractor:
             self.input_shape = tuple(inputs.shape[1:])
 
     def _after_encoder(self, _module: nn.Module, _args: object, _output: object) -> None:
-        raise _EncoderDone
+        raise EncoderDone

@@ -121,7 +121,7 @@ def measure(
         collector = DistributedCollector(
             extractor, forward, source, config, processes, partial_result, progress or (lambda _: None)
         )
-        with _saved_on_error(collector), _stream(collector.shard) as stream:
+        with _saved_on_error(collector), open_stream(collector.shard) as stream:
             batches = waiting.timed(stream)
             collector.accept_groups()  # those of a resumed pass
             while not collector.done:
@@ -174,7 +174,7 @@ def _saved_on_error(collector: DistributedCollector) -> Iterator[None]:
 
 
 @contextmanager
-def _stream(source: TileSource) -> Iterator[Iterator[Batch]]:
+def open_stream(source: TileSource) -> Iterator[Iterator[Batch]]:
     """Iterate a source, and stop its prefetching whatever happens."""
     batches = iter(source)
     try:

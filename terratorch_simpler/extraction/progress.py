@@ -1,4 +1,4 @@
-"""The progress bar of a pass over tiles."""
+"""The progress bar of work on tiles."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 
 @contextmanager
-def progress_bar(shown: bool, total: int | None, name: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(shown: bool, total: int | None, description: str) -> Iterator[Callable[[int], None]]:
     """Show a progress bar for a while.
 
     Args:
         shown: False for none.
-        total: Number of tiles, if it is known.
-        name: Name of the encoder.
+        total: Number of tiles or steps, if it is known.
+        description: What is done.
 
     Yields:
-        A function to be called with the number of tiles so far.
+        A function to be called with their number so far.
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task(f"Comparing the blocks of {name}", total=total)
-        yield lambda tiles: bar.update(task, completed=tiles)
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, completed=done)

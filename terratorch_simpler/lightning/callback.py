@@ -55,7 +55,12 @@ class SimplerCallback(Callback):
         min_depth: Least number of blocks to keep.
         max_depth: Largest number of blocks to keep.
         width: Share of the units of every attention head and MLP to keep, in (0, 1], whatever depth is chosen.
-        recovery: "linear" replaces dropped blocks by a linear map, fitted in the same pass; "none" does not.
+        recovery: What makes up for dropped blocks, without labels: "linear" puts a linear map in their place, fitted in the
+            same pass; "distill" trains the pruned encoder, before fit, to answer as the intact one on the same tiles, all of
+            it or only its adapters (LoRA); "none" leaves it as it is.
+        recovery_target: Whose output the recovery is for: "last", the last block of the intact encoder; a number n, its
+            first n blocks; or "best", the block where criterion "probe" scores best.
+        recovery_steps: Training steps of 32 tiles with recovery "distill".
         tokens: Tokens used for similarity: "patch", "cls", "mean" (of the patch tokens) or "all".
         min_tiles: Tiles before the stream may stop early because the bootstrap agrees on a depth.
         max_tiles: Tiles after which it ends.
@@ -89,6 +94,8 @@ class SimplerCallback(Callback):
         max_depth: int | None = None,
         width: float | str = 1.0,
         recovery: str = "none",
+        recovery_target: int | str = "last",
+        recovery_steps: int = 500,
         tokens: Tokens = "patch",
         min_tiles: int = 256,
         max_tiles: int = 4096,
@@ -111,15 +118,13 @@ class SimplerCallback(Callback):
         if min_depth is not None and max_depth is not None and min_depth > max_depth:
             msg = f"Found min_depth {min_depth} above max_depth {max_depth}, expected at most that: change one of them."
             raise ConfigurationError(msg)
-        if recovery not in RECOVERIES:
-            msg = f"Found recovery {recovery!r}, expected one of {', '.join(RECOVERIES)}: change it."
-            raise ConfigurationError(msg)
-        if recovery != "none" and tokens != "patch":
+        _check_recovery(recovery, recovery_target, recovery_steps)
+        if recovery == "linear" and tokens != "patch":
             msg = f"Found recovery {recovery} with tokens {tokens!r}, expected 'patch', which maps are for: change one."
             raise ConfigurationError(msg)
         check_on_unsettled(on_unsettled)
         width = resolve_width(width)
-        if recovery != "none" and width != 1:
+        if recovery == "linear" and width != 1:
             msg = (
                 f"Found recovery {recovery} with width {width:g}, expected one of them, since maps are fitted at full "
                 "width: remove one."
@@ -147,8 +152,16 @@ class SimplerCallback(Callback):
             max_tiles=max_tiles,
             seed=seed,
             recovery=recovery,
+            recovery_target=recovery_target,
+            recovery_steps=recovery_steps,
             on_unsettled=on_unsettled,
         )
+        if recovery_target == "best" and not self._config.criterion.probes_labels:
+            msg = (
+                f"Found recovery_target 'best' with criterion {self._config.criterion.name!r}, expected 'probe', which "
+                "finds the best block by labels: change one of them."
+            )
+            raise ConfigurationError(msg)
 
     @property
     def on_unsettled(self) -> OnUnsettled:
@@ -311,6 +324,21 @@ class SimplerCallback(Callback):
             self.written = output
         if judge:
             tell_unsettled(plan, self.on_unsettled)
+
+
+def _check_recovery(recovery: str, target: int | str, steps: int) -> None:
+    if recovery not in RECOVERIES:
+        msg = f"Found recovery {recovery!r}, expected one of {', '.join(RECOVERIES)}: change it."
+        raise ConfigurationError(msg)
+    if target not in ("last", "best") and (isinstance(target, str | bool) or target < 1):
+        msg = f"Found recovery_target {target!r}, expected 'last', 'best' or a number of blocks: change it."
+        raise ConfigurationError(msg)
+    if recovery == "none" and target != "last":
+        msg = f"Found recovery_target {target!r} with recovery none, expected linear or distill: change one of them."
+        raise ConfigurationError(msg)
+    if steps < 1:
+        msg = f"Found recovery_steps {steps}, expected at least 1: change it."
+        raise ConfigurationError(msg)
 
 
 def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from terratorch_simpler.cache import PlanCache, describe_selection, store_plan
-from terratorch_simpler.criteria import Labelled
+from terratorch_simpler.criteria import Bounds, Criterion, Labelled, Probe
 from terratorch_simpler.data import DatamoduleTiles, GeoTiffTiles, TileSource
+from terratorch_simpler.distillation import distill, pruned_copy
 from terratorch_simpler.distributed import Processes
 from terratorch_simpler.errors import (
     ConfigurationError,
@@ -68,6 +69,7 @@ def select(
         LabelsError: If the criterion needs labels and there are none.
     """
     config = replace(config, bounds=config.bounds.at_least(backbone.fewest_blocks))
+    config.check_target(backbone.full_num_blocks)
     if not config.needs_tiles:
         return _apply(backbone, build_plan(backbone, config, None, None))
     source = _open_source(getattr(trainer, "datamodule", None), tiles, config.seed, processes)
@@ -77,6 +79,10 @@ def select(
     if config.criterion.needs_labels:
         collect = probed_features if config.criterion.probes_labels else labelled_features
         processes.broadcast_from_zero(lambda: labelled.append(collect(trainer, pl_module, config.seed)))
+    if config.recovery_target == "best":
+        blocks = backbone.full_num_blocks
+        best = processes.broadcast_from_zero(lambda: _best_depth(config.criterion, labelled[0], blocks, config.bounds))
+        config = replace(config, best_depth=best)
     with ExitStack() as cache_lock:
 
         def look_up() -> tuple[Path | None, SlimmingPlan | None]:
@@ -99,7 +105,10 @@ def select(
             measurement = replace(measurement, statistics=replace(measurement.statistics, labelled=labelled[0]))
         data = describe_tiles(source.describe(), measurement)
         # Rounding may differ between machines: all ranks apply the plan of rank 0.
-        plan = _apply(backbone, processes.broadcast_from_zero(lambda: build_plan(backbone, config, measurement, data)))
+        plan = processes.broadcast_from_zero(lambda: build_plan(backbone, config, measurement, data))
+        if plan.recovery == "distill":
+            plan = _distill(trainer, pl_module, backbone, source, config, plan, measurement, processes)
+        plan = _apply(backbone, plan)
         if path is not None:
             processes.broadcast_from_zero(lambda: store_plan(plan, path))
         return plan
@@ -144,7 +153,7 @@ def _cache_key(
         **describe_selection(
             backbone, source, config.criterion, config.bounds, config.max_tiles, normalize, every_tile=every_tile
         ),
-        "pass": [config.tokens, config.min_tiles, config.max_tiles, config.seed, config.recovery],
+        "pass": [config.tokens, config.min_tiles, config.max_tiles, config.seed, *_recovery_key(config)],
         "on_unsettled": config.on_unsettled,  # plans of before there was a verdict are made again
         "precision": trainer.precision,
         "task": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
@@ -185,7 +194,7 @@ def _stream(
     with (
         on_device(pl_module, device),  # the whole task: something may run before the encoder
         evaluating(pl_module, config.seed),  # the whole task: detection models ask for boxes in training mode
-        progress_bar(shown, planned, backbone.name) as progress,
+        progress_bar(shown, planned, f"Comparing the blocks of {backbone.name}") as progress,
     ):
         measurement = measure(
             task_forward(trainer, pl_module, backbone, source),
@@ -210,6 +219,73 @@ def _stream(
     if measurement.skips.counts and processes.first:
         warnings.warn(f"Skipped tiles: {measurement.skips}.", SkippedTilesWarning, stacklevel=2)
     return measurement
+
+
+def _recovery_key(config: SelectionConfig) -> list[object]:
+    """What a plan depends on of the settings of the recovery; distilled weights also depend on the width."""
+    if config.recovery == "none":
+        return [config.recovery]
+    of_weights = [config.recovery_steps, config.width] if config.recovery == "distill" else []
+    target = [] if config.recovery_target == "last" else [config.recovery_target]
+    return [config.recovery, *of_weights, *target]
+
+
+def _best_depth(criterion: Criterion, labelled: Labelled, num_blocks: int, bounds: Bounds) -> int:
+    assert isinstance(criterion, Probe)  # the only one that may be combined with this target
+    return criterion.best_depth(labelled, num_blocks, bounds)
+
+
+def _distill(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    backbone: SimplerBackbone,
+    source: TileSource,
+    config: SelectionConfig,
+    plan: SlimmingPlan,
+    measurement: Measurement,
+    processes: Processes,
+) -> SlimmingPlan:
+    """Train a pruned copy of the encoder on the tiles, and add its weights to the plan; the encoder is not changed."""
+    target = plan.recovery_target or plan.full_num_blocks
+    if plan.kept_blocks == tuple(range(target)) and plan.width == 1:
+        log.info(f"Nothing to distill: the pruned encoder already gives the output of block {target - 1}.")
+        return replace(plan, weights={})
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with (
+        on_device(pl_module, trainer.strategy.root_device),
+        evaluating(pl_module, config.seed),
+        progress_bar(shown, config.recovery_steps, f"Distilling {backbone.name}") as progress,
+    ):
+        result = distill(
+            task_forward(trainer, pl_module, backbone, source),
+            backbone,
+            pruned_copy(backbone, plan.kept_blocks, plan.width),
+            source,
+            target=target,
+            steps=config.recovery_steps,
+            max_tiles=config.max_tiles,
+            seed=config.seed,
+            stop_after=outermost_encoder(pl_module, backbone),
+            processes=processes,
+            progress=progress,
+            num_files=len(measurement.evidence.tiles_of_file),
+            scale_gradients=trainer.precision in ("16-mixed", "16-true"),
+        )
+    log.info(
+        f"Distilled the output of block {target - 1} in {config.recovery_steps} steps over {result.tiles:,} tiles in "
+        f"{result.seconds:.1f} s"
+        + ("" if result.peak_bytes is None else f", with at most {result.peak_bytes / 2**30:.2f} GiB of memory")
+        + f": it explains {result.explained_after:.1%} of its variance on {result.held_out} held-out tiles, "
+        f"{result.explained_before:.1%} before."
+    )
+    distilled = {
+        "steps": config.recovery_steps,
+        "tiles": result.tiles,
+        "held_out": result.held_out,
+        "explained_before": result.explained_before,
+        "explained_after": result.explained_after,
+    }
+    return replace(plan, weights=result.weights, overview={**(plan.overview or {}), "distilled": distilled})
 
 
 def _apply(backbone: SimplerBackbone, plan: SlimmingPlan) -> SlimmingPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,22 +233,25 @@ class SimplerBackbone(nn.Module):
             The kept blocks.
 
         Raises:
-            PlanError: If the plan was made for another encoder, or lacks its recovery maps.
+            PlanError: If the plan was made for another encoder, or lacks its recovery maps or distilled weights.
             DepthError: If a block to keep has been dropped before.
             ConfigurationError: If the encoder is narrower than the plan.
             RecoveryError: If a recovery map does not fit the encoder.
         """
         plan.check_encoder(self.name, self.full_num_blocks)
-        if plan.recovery != "none" and plan.maps is None:
+        needed = {"linear": ("maps", plan.maps), "distill": ("weights", plan.weights)}
+        what, found = needed.get(plan.recovery, ("", {}))
+        if found is None:
             msg = (
-                f"Found a plan with recovery {plan.recovery} and no maps, expected them: load it from its file, beside "
+                f"Found a plan with recovery {plan.recovery} and no {what}, expected them: load it from its file, beside "
                 "which they lie."
             )
             raise PlanError(msg)
         self.prune_depth(plan.kept_blocks)
         self.set_width(plan.width)
         self._insert_recovery(plan.maps or {})
-        self._plan = plan
+        self._load_distilled(plan.weights or {})
+        self._plan = replace(plan, weights=None)  # they are in the encoder, and as large as it
         return self.kept
 
     def prune_depth(self, blocks: Sequence[int]) -> None:
@@ -310,6 +314,25 @@ class SimplerBackbone(nn.Module):
             self._plan = None  # the plan described another state
             Narrowing(self.blocks, width).apply()
             self._width, self._trained_widths = width, ()
+
+    def _load_distilled(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy the weights of a distillation into the pruned encoder.
+
+        Raises:
+            PlanError: If they are of another encoder.
+        """
+        own = dict(self.encoder.named_parameters())
+        for name, weight in weights.items():
+            if name not in own or own[name].shape != weight.shape:
+                found = "none" if name not in own else f"one of shape {tuple(own[name].shape)}"
+                msg = (
+                    f"Found weights of shape {tuple(weight.shape)} for '{name}' in the plan, and {found} in '{self.name}', "
+                    "expected the same: build the encoder as for the run that made the plan, adapters (LoRA) included."
+                )
+                raise PlanError(msg)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                own[name].copy_(weight)
 
     def _insert_recovery(self, maps: Mapping[int, RecoveryWeights]) -> None:
         """Replace the recovery maps; the keys are the states before the dropped ranges."""

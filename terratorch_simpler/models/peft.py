@@ -5,10 +5,23 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from terratorch_simpler.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from terratorch_simpler.models.backbone import SimplerBackbone
+
+PROMPTS = "vpt_prompt_embeddings"
+"""What TerraTorch calls the visual prompts of an encoder."""
+
+
+def adapter_names(module: nn.Module) -> set[str]:
+    """Parts of the names of parameters that only those of adapters have."""
+    names: set[str] = set()
+    for part in module.modules():
+        names.update(getattr(part, "adapter_layer_names", ()))  # what PEFT's layers call what they add
+    return names
 
 
 def adapter_blocks(backbone: SimplerBackbone) -> set[int]:

@@ -141,9 +141,11 @@ def parse_state(values: object, source: str) -> PrunedState:
     if not valid or widths != sorted(set(widths)):
         raise _damaged(WIDTHS_KEY, widths, "ascending numbers above 0 and at most 1", source)
     recovered = values.get(RECOVERED_KEY, [])
-    befores = [before for before, _ in spans_between(kept, total)]
+    # A map stands for every dropped range, but for the last one if the output of the last kept block is wanted.
+    all_befores = [before for before, _ in spans_between(kept, total)]
+    befores = [[before for before in all_befores if before <= kept[-1]], all_befores]
     valid = isinstance(recovered, list) and all(_integers(recovery) and len(recovery) == 3 for recovery in recovered)
-    if not valid or (recovered and [before for before, _, _ in recovered] != befores) or not _fit_together(recovered):
+    if not valid or (recovered and [before for before, _, _ in recovered] not in befores) or not _fit_together(recovered):
         raise _damaged(RECOVERED_KEY, recovered, "a state, a width and a flag for each dropped range", source)
     maps = tuple((before, width, special) for before, width, special in recovered)
     return PrunedState(tuple(kept), total, float(widths[-1]), tuple(map(float, widths)) if len(widths) > 1 else (), maps)

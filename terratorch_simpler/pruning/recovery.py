@@ -1,4 +1,7 @@
-"""Linear maps that stand for dropped blocks, as a part of the model and as a file beside plan.json."""
+"""What recovers the answers of dropped blocks: linear maps as a part of the model, and the file beside plan.json.
+
+The file holds the maps (``recovery: linear``), or the weights of the pruned encoder (``recovery: distill``).
+"""
 
 from __future__ import annotations
 
@@ -107,9 +110,8 @@ def load_maps(path: Path, plan: str, befores: Sequence[int]) -> dict[int, Recove
         if content["format"] != FORMAT or content["plan"] != _digest(plan) or list(content["maps"]) != list(befores):
             raise ValueError("made for another plan")
         maps = {before: RecoveryWeights(one["patch"], one["special"]) for before, one in content["maps"].items()}
-        if not all(
-            _is_square(weight, maps[befores[0]].patch) for one in maps.values() for weight in one if weight is not None
-        ):
+        tensors = [weight for one in maps.values() for weight in one if weight is not None]
+        if not all(_is_square(weight, tensors[0]) for weight in tensors):
             raise ValueError("not square matrices of one width")
     except Exception as err:  # a damaged file raises anything
         what = " ".join(str(err).split())[:120]
@@ -121,11 +123,55 @@ def load_maps(path: Path, plan: str, befores: Sequence[int]) -> dict[int, Recove
     return maps
 
 
+def save_weights(weights: Mapping[str, Tensor], path: Path, plan: str) -> None:
+    """Write the weights of a distilled encoder, whole or not at all.
+
+    Args:
+        weights: Tensors by their name in the pruned encoder.
+        path: File to write.
+        plan: Text of the plan they belong to.
+    """
+    with atomic_write(path) as part:
+        torch.save({"format": FORMAT, "plan": _digest(plan), "weights": dict(weights)}, part)
+
+
+def load_weights(path: Path, plan: str) -> dict[str, Tensor]:
+    """Read the weights of a distilled encoder.
+
+    Args:
+        path: File to read.
+        plan: Text of the plan.
+
+    Raises:
+        PlanError: If there is no such file, it is damaged, or belongs to another plan.
+    """
+    try:
+        content = load_tensors(path)
+        if content["format"] != FORMAT or content["plan"] != _digest(plan):
+            raise ValueError("made for another plan")
+        weights = dict(content["weights"])
+        if not all(isinstance(name, str) and _is_finite(weight) for name, weight in weights.items()):
+            raise ValueError("not finite tensors by name")
+    except Exception as err:  # a damaged file raises anything
+        what = " ".join(str(err).split())[:120]
+        msg = (
+            f"Found no readable weights at {path} ({what}), expected those of a plan with recovery distill: keep the file "
+            "beside its plan, or make the plan again."
+        )
+        raise PlanError(msg) from err
+    return weights
+
+
+def _is_finite(weight: object) -> bool:
+    return isinstance(weight, Tensor) and weight.dtype == torch.float32 and bool(torch.isfinite(weight).all())
+
+
 def _is_square(weight: object, like: Tensor) -> bool:
-    if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or weight.ndim != 2:
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
         return False
-    square = weight.shape == like.shape == (len(weight), len(weight)) and 0 < len(weight) <= LARGEST_WIDTH
-    return square and bool(torch.isfinite(weight).all())
+    return (
+        weight.shape == like.shape == (len(weight), len(weight)) and 0 < len(weight) <= LARGEST_WIDTH and _is_finite(weight)
+    )
 
 
 def _digest(plan: str) -> str:

@@ -28,6 +28,7 @@ SIMPLER = {"2603.19873": Simpler.papers["2603.19873"]}
 WIDTH = {"2601.22841": "slimming the width of remote-sensing encoders"}
 SIMILARITY = {"2010.15327": "Nguyen et al.: minibatch CKA, the similarity shown here"}
 RECOVERY = {"2609.36842": "recovery by a linear map"}
+DISTILLATION = {"2301.01296": "distillation of the output of a block"}
 """Papers cited beside those of the criteria."""
 
 
@@ -107,7 +108,11 @@ def _facts(plan: SlimmingPlan) -> Iterator[tuple[str, str, str]]:
     if plan.width != 1.0:
         yield "width", f"{plan.width:.0%}", "of attention and MLP in each block"
     if plan.recovery != "none":
-        yield "recovery", plan.recovery, "in place of the dropped blocks"
+        how = {"linear": "a map to", "distill": "trained without labels as"}[plan.recovery]
+        words = f"{how} the output of block {(plan.recovery_target or total) - 1}"
+        if (found := (plan.overview or {}).get("distilled")) is not None:
+            words += f", explains {found['explained_after']:.0%} of it, {found['explained_before']:.0%} before"
+        yield "recovery", plan.recovery, words
     chosen = next((depth for depth in summary.depths(plan) if depth.chosen), None)
     if chosen is not None and chosen.similarity is not None and summary.is_prefix(plan.kept_blocks):
         yield "similarity kept", f"{chosen.similarity:.3f}", "CKA of the last kept with the last block"
@@ -284,7 +289,7 @@ def _reproduce(plan: SlimmingPlan) -> dict[str, Any]:
     by_plan = f"backbone: simpler_{name}\nbackbone_plan: plan.json"
     by_hand = f"backbone: simpler_{name}\nbackbone_keep: {keep}{width}"
     words = "In a TerraTorch config, either of these builds the same slimmed encoder again, with nothing streamed:"
-    if plan.recovery != "none":  # the maps lie beside the plan
+    if plan.recovery != "none":  # maps or weights lie beside the plan
         words = (
             "In a TerraTorch config, the first of these builds it again, with nothing streamed; the second without recovery:"
         )
@@ -302,6 +307,8 @@ def _papers(plan: SlimmingPlan) -> list[tuple[str, str]]:
         cited.append(WIDTH)
     if any(depth.recovery_r2 is not None for depth in summary.depths(plan)):
         cited.append(RECOVERY)
+    if plan.recovery == "distill":
+        cited.append(DISTILLATION)
     reasons: dict[str, dict[str, None]] = {}
     for papers in cited:
         for paper, reason in papers.items():

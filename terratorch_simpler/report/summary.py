@@ -157,6 +157,12 @@ def reasons(plan: SlimmingPlan) -> list[str]:
         parts.append("too few tiles for votes" if plan.tiles_seen < FEWEST_FOR_VOTES else "no votes")
     for before, after, explained in (plan.overview or {}).get("repaired", []):
         parts.append(f"the map for blocks {before}-{after - 1} explains {explained:.0%} of the variance on held-out tiles")
+    if (distilled := (plan.overview or {}).get("distilled")) is not None:
+        parts.append(
+            f"after {distilled['steps']} steps of distillation it explains {distilled['explained_after']:.0%} of the output "
+            f"of block {(plan.recovery_target or plan.full_num_blocks) - 1} on {distilled['held_out']} held-out tiles, "
+            f"{distilled['explained_before']:.0%} before"
+        )
     if plan.tiles_seen:
         parts.append(f"{plan.tiles_seen:,} tiles, {plan.rows_seen:,} tokens")
     return parts
