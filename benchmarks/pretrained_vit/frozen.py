@@ -1,0 +1,298 @@
+"""Frozen probes of every depth, and what each criterion would have kept."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from benchmarks.pretrained_vit import statistics
+from benchmarks.pretrained_vit.data import SPLITS, Task, draw, read_task
+from benchmarks.pretrained_vit.encoder import load
+from benchmarks.pretrained_vit.statistics import Bootstrap
+from benchmarks.study.data import IGNORED
+from terratorch_simpler import SlimmingPlan, prune, select_depth
+from terratorch_simpler.criteria import Angular, BlockInfluence, CkaIntervals, Knee, Simpler
+from terratorch_simpler.errors import DepthError
+from terratorch_simpler.functional.hsic import layer_normed
+from terratorch_simpler.functional.ridge import Ridge
+from terratorch_simpler.metrics import MIN_GROUP_TILES
+from terratorch_simpler.models.backbone import SimplerBackbone
+
+BATCH = 32
+STRENGTHS = [10.0**exponent for exponent in range(-4, 4)]
+FOLDS = 5
+WIDTHS = (0.5, 0.25)
+UNSETTLED = "unsettled"
+HALF_IF_UNSETTLED = "simpler, half where unsettled"
+
+Features = dict[str, NDArray[np.float32]]
+"""LayerNormed outputs of every block for each split: patch tokens, or their mean, as (L, N, tokens, D)."""
+
+
+class Case(NamedTuple):
+    """Confusion matrices of one task with so many labels: (seeds, columns, places, classes, classes)."""
+
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+class Choices(NamedTuple):
+    """What is compared, by name.
+
+    Attributes:
+        kept: Kept blocks.
+        verdicts: Verdict of criteria, or why there is no answer.
+    """
+
+    kept: dict[str, list[int]]
+    verdicts: dict[str, str]
+
+
+def extract(model: nn.Module, task: Task) -> Features:
+    """Features of all images."""
+    return {split: _extract(model, images, task.scenes) for split, images in task.images.items()}
+
+
+def _extract(model: nn.Module, images: Tensor, mean: bool) -> NDArray[np.float32]:
+    found = []
+    with torch.inference_mode():
+        for batch in images.split(BATCH):
+            outputs = model.forward_intermediates(batch, output_fmt="NLC", intermediates_only=True)
+            tokens = layer_normed(torch.stack(outputs))
+            found.append(tokens.mean(2, keepdim=True) if mean else tokens)
+    values: NDArray[np.float32] = torch.cat(found, 1).numpy()
+    return values
+
+
+def fit(
+    x: NDArray[np.float32], y: NDArray[np.int64], places: NDArray[np.int64], classes: int
+) -> Callable[[NDArray[np.float32]], NDArray[np.int64]]:
+    """Ridge regression to one-hot, whose strength has the highest accuracy in cross-validation over places.
+
+    Args:
+        x: Features (N, D).
+        y: Classes (N,).
+        places: Number of the place of every row; a place is in one of ``FOLDS`` folds.
+        classes: Number of classes.
+
+    Returns:
+        A function that predicts the classes of features.
+    """
+    features, targets = torch.from_numpy(x), nn.functional.one_hot(torch.from_numpy(y), classes)
+    folds = torch.from_numpy(np.unique(places, return_inverse=True)[1] % FOLDS)
+    ridge = Ridge.fit(features, targets)
+    crossed = ridge.leave_group_out(features, targets, folds, STRENGTHS).argmax(-1)
+    hits = (crossed == torch.from_numpy(y)).sum(1)
+    strength = STRENGTHS[int((hits == hits.max()).nonzero().max())]  # of equals the strongest
+    return lambda other: ridge.predict(torch.from_numpy(other), strength).argmax(1).numpy()
+
+
+def run_case(task: Task, features: Features, labels: int, seeds: int) -> Case:
+    """Fit every column of features for every seed, and count on validation and test."""
+    judged = {split: _rows(task, features, split, slice(None)) for split in ("val", "test")}
+    counts: dict[str, list[Any]] = {split: [] for split in judged}
+    for seed in range(seeds):
+        x, y, places = _rows(task, features, "train", draw(task, labels, seed))
+        fits = [fit(column, y, places, task.classes) for column in x]
+        for split, (columns, truth, place) in judged.items():
+            number = len(np.unique(task.places[split]))
+            counts[split].append(
+                [
+                    statistics.confusion(truth, predict(column), place, number, task.classes)
+                    for predict, column in zip(fits, columns, strict=True)
+                ]
+            )
+    return Case(np.array(counts["val"]), np.array(counts["test"]))
+
+
+def _rows(task: Task, features: Features, split: str, chosen: Any) -> tuple[Any, ...]:
+    """Features (L, rows, D), classes and places of what has a label."""
+    labels = task.labels[split][chosen]
+    places = np.unique(task.places[split], return_inverse=True)[1][chosen]
+    known = labels != IGNORED
+    return features[split][:, chosen][:, known], labels[known], np.broadcast_to(places[:, None], labels.shape)[known]
+
+
+def choices_without_labels(model: nn.Module, images: Tensor) -> Choices:
+    """What criteria without labels keep, from the training images, beside fixed shares."""
+    batches, blocks = list(images.split(BATCH)), len(model.blocks)
+    half = blocks // 2
+    kept = {"all blocks": list(range(blocks)), "half": list(range(half)), "a third": list(range(blocks // 3))}
+    verdicts = {}
+    for criterion in (Simpler(), Knee(), Angular(half), BlockInfluence(half), CkaIntervals(half)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the verdict is in the table
+            try:
+                plan = select_depth(model, batches, criterion=criterion, min_tiles=len(images), progress=False)
+            except DepthError:  # knee has no answer
+                verdicts[criterion.name] = "no answer"
+                continue
+        kept[criterion.name], verdicts[criterion.name] = list(plan.kept_blocks), level(plan)
+    verdicts[HALF_IF_UNSETTLED] = verdicts["simpler"]
+    kept[HALF_IF_UNSETTLED] = kept["half" if verdicts["simpler"] == UNSETTLED else "simpler"]
+    return Choices(kept, verdicts)
+
+
+def level(plan: SlimmingPlan) -> str:
+    """The verdict of a plan in one word."""
+    return str(plan.verdict or "-").partition(":")[0]
+
+
+def probe_choices(model: nn.Module, task: Task, labels: int, seeds: int) -> list[SlimmingPlan]:
+    """What the criterion ``probe`` keeps in every seed, with the labelled training images and the validation split."""
+    validation = _batches(task, "val", np.arange(len(task.places["val"])))
+    plans = []
+    for seed in range(seeds):
+        chosen = draw(task, labels, seed)
+        train = _batches(task, "train", chosen)
+        if labels < MIN_GROUP_TILES:  # more images are needed to compare blocks, whose labels are not known
+            rest = np.setdiff1d(np.arange(len(task.places["train"])), chosen)[:MIN_GROUP_TILES]
+            train += [{**batch, "mask": torch.full_like(batch["mask"], IGNORED)} for batch in _batches(task, "train", rest)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few tiles
+            plans.append(select_depth(model, train, criterion="probe", validation=validation, progress=False, seed=seed))
+    return plans
+
+
+def _batches(task: Task, split: str, chosen: NDArray[np.int64]) -> list[dict[str, Any]]:
+    masks = torch.from_numpy(task.masks[split])
+    parts = np.array_split(chosen, range(BATCH, len(chosen), BATCH))
+    return [
+        {"image": task.images[split][part], "mask": masks[part], "filename": list(task.places[split][part])} for part in parts
+    ]
+
+
+def kept_name(kept: list[int]) -> str:
+    """Kept blocks in words: their number, or ranges of block numbers where there are gaps."""
+    if kept == list(range(len(kept))):
+        return str(len(kept))
+    starts = [block for block in kept if block - 1 not in kept]
+    ends = [block for block in kept if block + 1 not in kept]
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def run_task(args: argparse.Namespace, state: dict[str, Tensor], name: str) -> dict[str, Any]:
+    """All tables of one task, and what is averaged over tasks.
+
+    Returns:
+        ``depths``, ``choices`` and ``tests``: rows; ``regrets``: one table of seeds and one of samples by case and name.
+    """
+    model = load(args.model, state, args.size)
+    task = read_task(args.data, name, args.size, model.patch_embed.patch_size[0])
+    blocks = len(model.blocks)
+    kept, verdicts = choices_without_labels(model, task.images["train"])
+    found = [extract(model, task)]
+    columns: dict[str, int] = {}
+    for key, one in kept.items():
+        if one == list(range(len(one))):
+            columns[key] = len(one) - 1
+        elif (same := next((other for other in columns if kept[other] == one), None)) is not None:
+            columns[key] = columns[same]
+        else:
+            gapped = load(args.model, state, args.size)
+            prune(gapped, one)
+            columns[key] = _append(found, gapped, task)
+    names = {key: kept_name(one) for key, one in kept.items()}
+    for width in WIDTHS:
+        narrow = load(args.model, state, args.size)
+        SimplerBackbone(narrow, width=width)  # in place
+        key = f"all blocks, width {width}"
+        columns[key], names[key] = _append(found, narrow, task), str(blocks)
+    features = {split: np.concatenate([one[split] for one in found]) for split in SPLITS}
+    random = extract(load(args.model, None, args.size), task)
+    result: dict[str, Any] = {"depths": [], "choices": [], "tests": [], "regrets": {}}
+    for labels in [number for number in task.labelled if number in (args.labels or task.labelled)]:
+        start = time.perf_counter()
+        row = {"task": name, "labelled": labels}
+        case, untrained = (run_case(task, values, labels, args.seeds) for values in (features, random))
+        plans = probe_choices(model, task, labels, args.seeds)
+        chosen = {"probe": np.array([plan.depth - 1 for plan in plans])}
+        chosen |= {key: np.full(args.seeds, column) for key, column in columns.items()}
+        verdicts["probe"] = ", ".join(sorted({level(plan) for plan in plans}))
+        names["probe"] = ", ".join(str(plan.depth) for plan in plans)
+        bootstrap = Bootstrap(case.test, task.scenes)
+        test = test_row(case, untrained, task.scenes, blocks)
+        counts = test["counts"] == "yes" and test["p"] <= statistics.LEVEL
+        result["tests"].append(row | test)
+        result["depths"] += [row | one for one in depth_rows(task, case, untrained, bootstrap, blocks)]
+        scores = statistics.score(case.test.sum(2), task.scenes)
+        for key in [*chosen, *(key for key in verdicts if key not in chosen)]:
+            told = {"criterion": key, "kept": names.get(key), "verdict": verdicts.get(key)}
+            figures = choice_figures(scores, bootstrap, chosen[key], blocks, counts) if key in chosen else {}
+            result["choices"].append(row | told | figures)
+        if counts:
+            result["regrets"][labels] = {
+                key: (
+                    statistics.regrets(scores, column, blocks).mean(),
+                    bootstrap.mean(statistics.regrets(bootstrap.scores, column, blocks)),
+                )
+                for key, column in chosen.items()
+            }
+        print(f"{name}, {labels} labelled: {time.perf_counter() - start:.0f} s", flush=True)
+    return result
+
+
+def _append(found: list[Features], model: nn.Module, task: Task) -> int:
+    """Add the last output of an encoder as a column, and return its number."""
+    column = sum(len(one["train"]) for one in found)
+    found.append({split: values[-1:] for split, values in extract(model, task).items()})
+    return column
+
+
+def choice_figures(
+    scores: NDArray[np.float64], bootstrap: Bootstrap, chosen: NDArray[np.int64], depths: int, counts: bool
+) -> dict[str, Any]:
+    """Test score of a choice, and, where the case counts, its regret and its gain on all blocks with 95 % intervals."""
+    score = np.take_along_axis(scores, chosen[:, None], 1)[:, 0].mean()
+    found: dict[str, Any] = {"score": float(score), "regret": None, "gain_on_all_blocks": None}
+    if counts:
+        for key, figure in (("regret", statistics.regrets), ("gain_on_all_blocks", statistics.gains)):
+            samples = bootstrap.mean(figure(bootstrap.scores, chosen, depths))
+            found[key] = statistics.interval(figure(scores, chosen, depths).mean(), samples)
+    return found
+
+
+def depth_rows(task: Task, case: Case, random: Case, bootstrap: Bootstrap, blocks: int) -> list[dict[str, Any]]:
+    """Test scores of every depth: with standard errors over seeds and places, of random weights, and without features."""
+    scores, base = (statistics.score(one.test.sum(2), task.scenes).mean(0) for one in (case, random))
+    errors = bootstrap.mean(bootstrap.scores).std(0)
+    train, test = (labels[labels != IGNORED] for labels in (task.labels["train"], task.labels["test"]))
+    frequent = np.full(len(test), np.bincount(train).argmax())
+    lowest = float(statistics.score(statistics.confusion(test, frequent, np.zeros_like(test), 1, task.classes)[0], task.scenes))
+    return [
+        {"weights": "pretrained"} | {str(d + 1): [float(scores[d]), float(errors[d])] for d in range(blocks)},
+        {"weights": "random"} | {str(d + 1): float(base[d]) for d in range(blocks)},
+        {"weights": "none (most frequent class)"} | {str(d + 1): lowest for d in range(blocks)},
+    ]
+
+
+def test_row(case: Case, random: Case, accuracy: bool, blocks: int) -> dict[str, Any]:
+    """The gate, on the validation split, and the F test over depths, on the test split."""
+    trained, untrained = (statistics.score(one.validation.sum(2), accuracy)[:, :blocks] for one in (case, random))
+    gain, counts = statistics.gate(trained, untrained)
+    f, p = statistics.f_test(statistics.score(case.test.sum(2), accuracy)[:, :blocks])
+    return {"pretrained_minus_random": gain, "counts": "yes" if counts else "no", "F_over_depths": f, "p": p}
+
+
+def mean_regrets(tasks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Regret of everything that has an answer in all tasks, as the mean over tasks of the mean over their label counts."""
+    found = {name: result["regrets"] for name, result in tasks.items() if result["regrets"]}
+    if not found:
+        return []
+    first, *others = ({key for case in cases.values() for key in case} for cases in found.values())
+    rows = []
+    for key in first.intersection(*others):
+        by_task = {name: [case[key] for case in cases.values()] for name, cases in found.items()}
+        value = np.mean([np.mean([one for one, _ in cases]) for cases in by_task.values()])
+        samples = np.mean([np.mean([one for _, one in cases], 0) for cases in by_task.values()], 0)
+        each = {f"regret,_{name}": float(np.mean([one for one, _ in cases])) for name, cases in by_task.items()}
+        rows.append({"criterion": key, "mean_regret": statistics.interval(float(value), samples)} | each)
+    return sorted(rows, key=lambda row: row["mean_regret"][0])
