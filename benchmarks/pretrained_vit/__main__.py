@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.pretrained_vit.data import TASKS
-from benchmarks.pretrained_vit.encoder import DIGEST, MODEL, digest, read_weights
-from benchmarks.pretrained_vit.frozen import mean_regrets, run_task
+from benchmarks.pretrained_vit.data import TASKS, read_task
+from benchmarks.pretrained_vit.encoder import DIGEST, MODEL, digest, load, read_weights
+from benchmarks.pretrained_vit.frozen import Encoded, encode, mean_regrets, run_task
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,15 +39,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--labels", nargs="*", type=int, help="numbers of labelled images; all by default")
+    parser.add_argument("--train-scenes", type=int, help="number of training scenes that are read; all by default")
     record.add_arguments(parser)
     args = parser.parse_args(arguments)
     state = read_weights(args.weights)
     weights = digest(state)
     print(f"Weights: SHA-256 {weights}, {'as' if weights == DIGEST else 'other than'} DINOv2 ViT-S/14's", flush=True)
+    patch = load(args.model, None, args.size).patch_embed.patch_size[0]
     tasks = {}
+    encoded: dict[bool, Encoded] = {}  # cover and water are of the same images
     for name in args.tasks:
         start = time.perf_counter()
-        tasks[name] = run_task(args, state, name)
+        task = read_task(args.data, name, args.size, patch, args.train_scenes)
+        if task.scenes not in encoded:
+            encoded = {task.scenes: encode(args, state, task)}
+            print(f"Features of {name}: {time.perf_counter() - start:.0f} s", flush=True)
+        tasks[name] = run_task(args, task, encoded[task.scenes])
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     depths, choices, tests = ([row for one in tasks.values() for row in one[key]] for key in ("depths", "choices", "tests"))
     regrets = mean_regrets(tasks)

@@ -33,7 +33,6 @@ class Task(NamedTuple):
         name: Its name.
         classes: Number of classes.
         images: Normalized images of each split, (N, 3, size, size).
-        masks: Class of every pixel (N, size, size), or of every image (N,).
         labels: Class of every patch (N, P), or of every image (N, 1), with ``IGNORED`` where there is none.
         places: What is resampled: the place of every image, (N,).
         labelled: How many training images are labelled, one case each.
@@ -42,7 +41,6 @@ class Task(NamedTuple):
     name: str
     classes: int
     images: dict[str, Tensor]
-    masks: dict[str, NDArray[np.int64]]
     labels: dict[str, NDArray[np.int64]]
     places: dict[str, NDArray[np.str_]]
     labelled: tuple[int, ...]
@@ -53,8 +51,15 @@ class Task(NamedTuple):
         return self.name == SCENES
 
 
-def read_task(data: Path, name: str, size: int, patch: int) -> Task:
+def read_task(data: Path, name: str, size: int, patch: int, train_scenes: int | None = None) -> Task:
     """One of ``TASKS`` from the folder that holds ``hls_water`` and ``rsscn7``.
+
+    Args:
+        data: The folder.
+        name: Name of the task.
+        size: Side of the images in pixels, to which they are resized.
+        patch: Side of a patch.
+        train_scenes: Number of training scenes that are read, as many of each class; None for all.
 
     Raises:
         SystemExit: If the folder is missing.
@@ -62,7 +67,7 @@ def read_task(data: Path, name: str, size: int, patch: int) -> Task:
     folder = data / ("rsscn7" if name == SCENES else "hls_water")
     if not folder.is_dir():
         raise SystemExit(f"There is no folder {folder}, expected the data of task {name}: give the folder that holds it.")
-    return rsscn7(folder, size) if name == SCENES else hls(folder, name, size, patch)
+    return rsscn7(folder, size, train_scenes) if name == SCENES else hls(folder, name, size, patch)
 
 
 def hls(data: Path, target: str, size: int, patch: int) -> Task:
@@ -71,48 +76,51 @@ def hls(data: Path, target: str, size: int, patch: int) -> Task:
     codes = list(COVER) if target == "cover" else [0, 1]
     with (data / "tiles.csv").open() as file:
         site = {row["tile"]: row["site_group"] for row in csv.DictReader(file)}
-    pixels, masks, labels, places = {}, {}, {}, {}
+    pixels, labels, places = {}, {}, {}
     for split in SPLITS:
         names = read_split(data, split)
         read = [_read(data / f"images/{name}_image.tif", size, RGB, Resampling.bilinear) for name in names]
         pixels[split] = np.stack(read)
         mask = np.stack([_read(data / folder.format(name), size, [1], Resampling.nearest)[0] for name in names])
-        masks[split] = np.select([mask == code for code in codes], range(len(codes)), IGNORED)
-        labels[split] = majority(torch.from_numpy(masks[split]), (patch, patch)).flatten(1).numpy()
+        classes = np.select([mask == code for code in codes], range(len(codes)), IGNORED)
+        labels[split] = majority(torch.from_numpy(classes), (patch, patch)).flatten(1).numpy()
         places[split] = np.array([site[name] for name in names])
     mean, std = pixels["train"].mean((0, 2, 3)), pixels["train"].std((0, 2, 3))
     images = {split: _normalize(values, mean, std) for split, values in pixels.items()}
-    return Task(target, len(codes), images, masks, labels, places, (16, 68))
+    return Task(target, len(codes), images, labels, places, (16, 68))
 
 
-def rsscn7(data: Path, size: int) -> Task:
-    """Scenes of RSSCN7."""
+def rsscn7(data: Path, size: int, train_scenes: int | None = None) -> Task:
+    """Scenes of RSSCN7; of the training split as many as asked for."""
     images, labels, places = {}, {}, {}
     for split in SPLITS:
         names = read_split(data, split)
         kinds = sorted({name.partition("/")[0] for name in names})
-        read = [
-            np.asarray(
-                Image.open(data / f"{name}.jpg").convert("RGB").resize((size, size), Image.Resampling.BICUBIC), np.float32
-            )
-            for name in names
-        ]
-        images[split] = _normalize(np.stack(read).transpose(0, 3, 1, 2) / 255, *PIXELS)
-        labels[split] = np.array([[kinds.index(name.partition("/")[0])] for name in names])
-        places[split] = np.array(names)
-    masks = {split: label[:, 0] for split, label in labels.items()}
-    return Task(SCENES, len(kinds), images, masks, labels, places, (14, 70, 700))
+        classes = np.array([kinds.index(name.partition("/")[0]) for name in names])
+        if split == "train" and train_scenes is not None:
+            chosen = _of_each_class(classes, train_scenes // len(kinds), 0)
+            names, classes = [names[i] for i in chosen], classes[chosen]
+        pixels = np.stack([_read_jpeg(data / f"{name}.jpg", size) for name in names])
+        images[split] = _normalize(pixels.transpose(0, 3, 1, 2) / 255, *PIXELS)
+        labels[split], places[split] = classes[:, None], np.array(names)
+    return Task(SCENES, len(kinds), images, labels, places, (14, 70, 700))
 
 
 def draw(task: Task, labels: int, seed: int) -> NDArray[np.int64]:
     """Training images that have labels, in order: as many of each class for scenes, any tiles otherwise."""
-    rng = np.random.default_rng(seed)
     classes = task.labels["train"][:, 0]
-    if not task.scenes:
-        return np.sort(rng.permutation(len(classes))[:labels])
-    each = labels // task.classes
-    chosen = [rng.permutation(np.flatnonzero(classes == number))[:each] for number in range(task.classes)]
-    return np.sort(np.concatenate(chosen))
+    if task.scenes:
+        return _of_each_class(classes, labels // task.classes, seed)
+    return np.sort(np.random.default_rng(seed).permutation(len(classes))[:labels])
+
+
+def _of_each_class(classes: NDArray[np.int64], each: int, seed: int) -> NDArray[np.int64]:
+    rng = np.random.default_rng(seed)
+    return np.sort(np.concatenate([rng.permutation(np.flatnonzero(classes == one))[:each] for one in np.unique(classes)]))
+
+
+def _read_jpeg(path: Path, size: int) -> NDArray[np.float32]:
+    return np.asarray(Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC), np.float32)
 
 
 def _read(path: Path, size: int, bands: list[int], how: Resampling) -> NDArray[np.float32]:

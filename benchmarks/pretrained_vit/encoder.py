@@ -22,7 +22,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         SystemExit: If there is no such file.
     """
     if not path.is_file():
-        raise SystemExit(f"There is no file {path}, expected a state dict with the keys of timm's {MODEL}: see tests/dinov2.py.")
+        raise SystemExit(
+            f"There is no file {path}, expected a state dict with the keys of timm's {MODEL}: see tests/dinov2.py."
+        )
     state: dict[str, Tensor] = torch.load(path, weights_only=True)
     return state
 

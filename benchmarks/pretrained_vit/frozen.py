@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
@@ -14,21 +15,34 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.pretrained_vit import statistics
-from benchmarks.pretrained_vit.data import SPLITS, Task, draw, read_task
+from benchmarks.pretrained_vit.data import SPLITS, Task, draw
 from benchmarks.pretrained_vit.encoder import load
 from benchmarks.pretrained_vit.statistics import Bootstrap
 from benchmarks.study.data import IGNORED
-from terratorch_simpler import SlimmingPlan, prune, select_depth
-from terratorch_simpler.criteria import Angular, BlockInfluence, CkaIntervals, Knee, Simpler
+from terratorch_simpler import prune, select_depth
+from terratorch_simpler.criteria import (
+    Angular,
+    BlockInfluence,
+    Bounds,
+    CkaIntervals,
+    Knee,
+    Labelled,
+    Probe,
+    Simpler,
+    Statistics,
+)
+from terratorch_simpler.criteria.base import Choice
+from terratorch_simpler.criteria.probe import STRENGTHS
 from terratorch_simpler.errors import DepthError
 from terratorch_simpler.functional.hsic import layer_normed
 from terratorch_simpler.functional.ridge import Ridge
-from terratorch_simpler.metrics import MIN_GROUP_TILES
-from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.plan import Verdict
+from terratorch_simpler.pruning.width import Narrowing
 
 BATCH = 32
-STRENGTHS = [10.0**exponent for exponent in range(-4, 4)]
 FOLDS = 5
+PATCHES = 16
+"""Labelled patches of every image that ``probe`` sees, as in a selection."""
 WIDTHS = (0.5, 0.25)
 UNSETTLED = "unsettled"
 HALF_IF_UNSETTLED = "simpler, half where unsettled"
@@ -44,15 +58,23 @@ class Case(NamedTuple):
     test: NDArray[np.int64]
 
 
-class Choices(NamedTuple):
-    """What is compared, by name.
+class Encoded(NamedTuple):
+    """Features of the images of a task, and what is compared, by name.
 
     Attributes:
-        kept: Kept blocks.
-        verdicts: Verdict of criteria, or why there is no answer.
+        blocks: Number of blocks.
+        features: The depths first, then other columns.
+        random: Features of the depths of random weights.
+        columns: Column of everything that is chosen without labels.
+        kept: What each keeps, in words.
+        verdicts: Verdict of criteria, or that there is no answer.
     """
 
-    kept: dict[str, list[int]]
+    blocks: int
+    features: Features
+    random: Features
+    columns: dict[str, int]
+    kept: dict[str, str]
     verdicts: dict[str, str]
 
 
@@ -121,8 +143,8 @@ def _rows(task: Task, features: Features, split: str, chosen: Any) -> tuple[Any,
     return features[split][:, chosen][:, known], labels[known], np.broadcast_to(places[:, None], labels.shape)[known]
 
 
-def choices_without_labels(model: nn.Module, images: Tensor) -> Choices:
-    """What criteria without labels keep, from the training images, beside fixed shares."""
+def choose_without_labels(model: nn.Module, images: Tensor) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Blocks that criteria without labels keep, from the training images, beside fixed shares; and verdicts."""
     batches, blocks = list(images.split(BATCH)), len(model.blocks)
     half = blocks // 2
     kept = {"all blocks": list(range(blocks)), "half": list(range(half)), "a third": list(range(blocks // 3))}
@@ -135,39 +157,38 @@ def choices_without_labels(model: nn.Module, images: Tensor) -> Choices:
             except DepthError:  # knee has no answer
                 verdicts[criterion.name] = "no answer"
                 continue
-        kept[criterion.name], verdicts[criterion.name] = list(plan.kept_blocks), level(plan)
+        kept[criterion.name], verdicts[criterion.name] = list(plan.kept_blocks), level(plan.verdict)
     verdicts[HALF_IF_UNSETTLED] = verdicts["simpler"]
     kept[HALF_IF_UNSETTLED] = kept["half" if verdicts["simpler"] == UNSETTLED else "simpler"]
-    return Choices(kept, verdicts)
+    return kept, verdicts
 
 
-def level(plan: SlimmingPlan) -> str:
-    """The verdict of a plan in one word."""
-    return str(plan.verdict or "-").partition(":")[0]
+def level(verdict: Verdict | None) -> str:
+    """A verdict in one word."""
+    return "-" if verdict is None else verdict.level
 
 
-def probe_choices(model: nn.Module, task: Task, labels: int, seeds: int) -> list[SlimmingPlan]:
-    """What the criterion ``probe`` keeps in every seed, with the labelled training images and the validation split."""
-    validation = _batches(task, "val", np.arange(len(task.places["val"])))
-    plans = []
-    for seed in range(seeds):
-        chosen = draw(task, labels, seed)
-        train = _batches(task, "train", chosen)
-        if labels < MIN_GROUP_TILES:  # more images are needed to compare blocks, whose labels are not known
-            rest = np.setdiff1d(np.arange(len(task.places["train"])), chosen)[:MIN_GROUP_TILES]
-            train += [{**batch, "mask": torch.full_like(batch["mask"], IGNORED)} for batch in _batches(task, "train", rest)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of few tiles
-            plans.append(select_depth(model, train, criterion="probe", validation=validation, progress=False, seed=seed))
-    return plans
+def probe_choice(task: Task, features: Features, blocks: int, labels: int, seed: int) -> Choice:
+    """What the criterion ``probe`` keeps, with the labelled training images and the validation split."""
+    train = _labelled(task, features, blocks, "train", draw(task, labels, seed), seed)
+    every = np.arange(len(task.places["val"]))
+    both = dataclasses.replace(train, validation=_labelled(task, features, blocks, "val", every, seed))
+    unseen = torch.eye(blocks + 1)  # probe looks at labels, not at the similarity of blocks
+    return Probe(groups=r"(.+)\|").choose(Statistics(unseen, unseen, unseen, both), blocks, Bounds())
 
 
-def _batches(task: Task, split: str, chosen: NDArray[np.int64]) -> list[dict[str, Any]]:
-    masks = torch.from_numpy(task.masks[split])
-    parts = np.array_split(chosen, range(BATCH, len(chosen), BATCH))
-    return [
-        {"image": task.images[split][part], "mask": masks[part], "filename": list(task.places[split][part])} for part in parts
-    ]
+def _labelled(task: Task, features: Features, blocks: int, split: str, chosen: NDArray[np.int64], seed: int) -> Labelled:
+    """Labelled patches of some images, at most ``PATCHES`` of each, or the images themselves."""
+    rng = np.random.default_rng(seed)
+    rows = [(n, patch) for n in chosen for patch in rng.permutation(task.labels[split].shape[1])[:PATCHES]]
+    image, patch = np.array([row for row in rows if task.labels[split][row] != IGNORED]).T
+    return Labelled(
+        torch.from_numpy(features[split][:blocks, image, patch]),
+        torch.from_numpy(task.labels[split][image, patch]),
+        torch.from_numpy(np.searchsorted(chosen, image)),
+        tuple(f"{task.places[split][n]}|{split} {n}" for n in chosen),
+        "classification" if task.scenes else "segmentation",
+    )
 
 
 def kept_name(kept: list[int]) -> str:
@@ -179,16 +200,11 @@ def kept_name(kept: list[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def run_task(args: argparse.Namespace, state: dict[str, Tensor], name: str) -> dict[str, Any]:
-    """All tables of one task, and what is averaged over tasks.
-
-    Returns:
-        ``depths``, ``choices`` and ``tests``: rows; ``regrets``: one table of seeds and one of samples by case and name.
-    """
+def encode(args: argparse.Namespace, state: dict[str, Tensor], task: Task) -> Encoded:
+    """Features of every depth, and of everything else that is chosen without labels."""
     model = load(args.model, state, args.size)
-    task = read_task(args.data, name, args.size, model.patch_embed.patch_size[0])
     blocks = len(model.blocks)
-    kept, verdicts = choices_without_labels(model, task.images["train"])
+    kept, verdicts = choose_without_labels(model, task.images["train"])
     found = [extract(model, task)]
     columns: dict[str, int] = {}
     for key, one in kept.items():
@@ -203,21 +219,38 @@ def run_task(args: argparse.Namespace, state: dict[str, Tensor], name: str) -> d
     names = {key: kept_name(one) for key, one in kept.items()}
     for width in WIDTHS:
         narrow = load(args.model, state, args.size)
-        SimplerBackbone(narrow, width=width)  # in place
+        Narrowing(narrow.blocks, width).apply()
         key = f"all blocks, width {width}"
         columns[key], names[key] = _append(found, narrow, task), str(blocks)
     features = {split: np.concatenate([one[split] for one in found]) for split in SPLITS}
-    random = extract(load(args.model, None, args.size), task)
+    return Encoded(blocks, features, extract(load(args.model, None, args.size), task), columns, names, verdicts)
+
+
+def _append(found: list[Features], model: nn.Module, task: Task) -> int:
+    """Add the last output of an encoder as a column, and return its number."""
+    column = sum(len(one["train"]) for one in found)
+    found.append({split: values[-1:] for split, values in extract(model, task).items()})
+    return column
+
+
+def run_task(args: argparse.Namespace, task: Task, encoded: Encoded) -> dict[str, Any]:
+    """All tables of one task, and what is averaged over tasks.
+
+    Returns:
+        ``depths``, ``choices`` and ``tests``: rows; ``regrets``: by number of labels and name, the mean over seeds and its
+        bootstrap samples.
+    """
+    blocks = encoded.blocks
     result: dict[str, Any] = {"depths": [], "choices": [], "tests": [], "regrets": {}}
     for labels in [number for number in task.labelled if number in (args.labels or task.labelled)]:
         start = time.perf_counter()
-        row = {"task": name, "labelled": labels}
-        case, untrained = (run_case(task, values, labels, args.seeds) for values in (features, random))
-        plans = probe_choices(model, task, labels, args.seeds)
-        chosen = {"probe": np.array([plan.depth - 1 for plan in plans])}
-        chosen |= {key: np.full(args.seeds, column) for key, column in columns.items()}
-        verdicts["probe"] = ", ".join(sorted({level(plan) for plan in plans}))
-        names["probe"] = ", ".join(str(plan.depth) for plan in plans)
+        row = {"task": task.name, "labelled": labels}
+        case, untrained = (run_case(task, one, labels, args.seeds) for one in (encoded.features, encoded.random))
+        probes = [probe_choice(task, encoded.features, blocks, labels, seed) for seed in range(args.seeds)]
+        chosen = {"probe": np.array([len(probe.kept_blocks) - 1 for probe in probes])}
+        chosen |= {key: np.full(args.seeds, column) for key, column in encoded.columns.items()}
+        verdicts = {"probe": ", ".join(level(probe.verdict) for probe in probes)} | encoded.verdicts
+        names = {"probe": ", ".join(str(len(probe.kept_blocks)) for probe in probes)} | encoded.kept
         bootstrap = Bootstrap(case.test, task.scenes)
         test = test_row(case, untrained, task.scenes, blocks)
         counts = test["counts"] == "yes" and test["p"] <= statistics.LEVEL
@@ -236,15 +269,8 @@ def run_task(args: argparse.Namespace, state: dict[str, Tensor], name: str) -> d
                 )
                 for key, column in chosen.items()
             }
-        print(f"{name}, {labels} labelled: {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{task.name}, {labels} labelled: {time.perf_counter() - start:.0f} s", flush=True)
     return result
-
-
-def _append(found: list[Features], model: nn.Module, task: Task) -> int:
-    """Add the last output of an encoder as a column, and return its number."""
-    column = sum(len(one["train"]) for one in found)
-    found.append({split: values[-1:] for split, values in extract(model, task).items()})
-    return column
 
 
 def choice_figures(
@@ -266,7 +292,9 @@ def depth_rows(task: Task, case: Case, random: Case, bootstrap: Bootstrap, block
     errors = bootstrap.mean(bootstrap.scores).std(0)
     train, test = (labels[labels != IGNORED] for labels in (task.labels["train"], task.labels["test"]))
     frequent = np.full(len(test), np.bincount(train).argmax())
-    lowest = float(statistics.score(statistics.confusion(test, frequent, np.zeros_like(test), 1, task.classes)[0], task.scenes))
+    lowest = float(
+        statistics.score(statistics.confusion(test, frequent, np.zeros_like(test), 1, task.classes)[0], task.scenes)
+    )
     return [
         {"weights": "pretrained"} | {str(d + 1): [float(scores[d]), float(errors[d])] for d in range(blocks)},
         {"weights": "random"} | {str(d + 1): float(base[d]) for d in range(blocks)},
