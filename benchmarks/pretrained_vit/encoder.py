@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 MODEL = "vit_small_patch14_dinov2"
@@ -43,11 +44,16 @@ def load(model: str, state: dict[str, Tensor] | None, size: int) -> nn.Module:
 
     Args:
         model: Its name.
-        state: Its weights, whose position embedding is resized; None for random weights.
+        state: Its weights, whose position embedding is resized; None for random weights, with LayerScale at 1: at its
+            initial 1e-5 no block would change anything.
         size: Side of the images in pixels.
     """
     torch.manual_seed(0)
     vit: nn.Module = timm.create_model(model, img_size=size, num_classes=0)
-    if state is not None:
+    if state is None:
+        for part in vit.modules():
+            if isinstance(part, LayerScale):
+                nn.init.ones_(part.gamma)
+    else:
         vit.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(dict(state), vit))
     return vit.eval()

@@ -95,25 +95,30 @@ def _extract(model: nn.Module, images: Tensor, mean: bool) -> NDArray[np.float32
 
 
 def fit(
-    x: NDArray[np.float32], y: NDArray[np.int64], places: NDArray[np.int64], classes: int
+    x: NDArray[np.float32], y: NDArray[np.int64], places: NDArray[np.int64], task: Task
 ) -> Callable[[NDArray[np.float32]], NDArray[np.int64]]:
-    """Ridge regression to one-hot, whose strength has the highest accuracy in cross-validation over places.
+    """Ridge regression to one-hot, whose strength has the best score in cross-validation over places.
+
+    The score is that of the task: by accuracy, predicting the most frequent class everywhere would win where one class
+    prevails.
 
     Args:
         x: Features (N, D).
         y: Classes (N,).
         places: Number of the place of every row; a place is in one of ``FOLDS`` folds.
-        classes: Number of classes.
+        task: The task.
 
     Returns:
         A function that predicts the classes of features.
     """
-    features, targets = torch.from_numpy(x), nn.functional.one_hot(torch.from_numpy(y), classes)
+    features, targets = torch.from_numpy(x), nn.functional.one_hot(torch.from_numpy(y), task.classes)
     folds = torch.from_numpy(np.unique(places, return_inverse=True)[1] % FOLDS)
     ridge = Ridge.fit(features, targets)
-    crossed = ridge.leave_group_out(features, targets, folds, STRENGTHS).argmax(-1)
-    hits = (crossed == torch.from_numpy(y)).sum(1)
-    strength = STRENGTHS[int((hits == hits.max()).nonzero().max())]  # of equals the strongest
+    crossed = ridge.leave_group_out(features, targets, folds, STRENGTHS).argmax(-1).numpy()
+    one_place = np.zeros_like(y)
+    counts = np.stack([statistics.confusion(y, one, one_place, 1, task.classes)[0] for one in crossed])
+    scores = statistics.score(counts, task.scenes)
+    strength = STRENGTHS[int(np.flatnonzero(scores == scores.max()).max())]  # of equals the strongest
     return lambda other: ridge.predict(torch.from_numpy(other), strength).argmax(1).numpy()
 
 
@@ -123,7 +128,7 @@ def run_case(task: Task, features: Features, labels: int, seeds: int) -> Case:
     counts: dict[str, list[Any]] = {split: [] for split in judged}
     for seed in range(seeds):
         x, y, places = _rows(task, features, "train", draw(task, labels, seed))
-        fits = [fit(column, y, places, task.classes) for column in x]
+        fits = [fit(column, y, places, task) for column in x]
         for split, (columns, truth, place) in judged.items():
             number = len(np.unique(task.places[split]))
             counts[split].append(
@@ -318,9 +323,11 @@ def mean_regrets(tasks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     first, *others = ({key for case in cases.values() for key in case} for cases in found.values())
     rows = []
     for key in first.intersection(*others):
-        by_task = {name: [case[key] for case in cases.values()] for name, cases in found.items()}
-        value = np.mean([np.mean([one for one, _ in cases]) for cases in by_task.values()])
-        samples = np.mean([np.mean([one for _, one in cases], 0) for cases in by_task.values()], 0)
-        each = {f"regret,_{name}": float(np.mean([one for one, _ in cases])) for name, cases in by_task.items()}
-        rows.append({"criterion": key, "mean_regret": statistics.interval(float(value), samples)} | each)
+        values, samples = {}, {}
+        for name, cases in found.items():
+            values[name] = float(np.mean([case[key][0] for case in cases.values()]))
+            samples[name] = np.mean([case[key][1] for case in cases.values()], 0)
+        mean = statistics.interval(float(np.mean(list(values.values()))), np.mean(list(samples.values()), 0))
+        each = {name: statistics.interval(values[name], samples[name]) for name in found}
+        rows.append({"criterion": key, "mean_regret": mean} | each)
     return sorted(rows, key=lambda row: row["mean_regret"][0])
