@@ -117,6 +117,12 @@ def cell(value: Any) -> str:
     """One value of a table."""
     if value is None:
         return "-"
+    if isinstance(value, list | tuple):  # with a standard error, or an interval
+        figure, *spread = value
+        if len(spread) == 1:
+            return f"{figure:.3f} ± {spread[0]:.3f}"
+        low, high = spread
+        return f"{figure:+.3f} ({low:+.3f} to {high:+.3f})"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)

@@ -1,0 +1,68 @@
+"""Frozen probes of every depth of a real pretrained ViT, and what each criterion would have kept.
+
+    python -m benchmarks.pretrained_vit DATA --weights dinov2_vits14.pt
+
+DATA holds ``hls_water`` and ``rsscn7``; the weights are a state dict with the keys of timm's ``vit_small_patch14_dinov2``.
+Three kinds of labels: land cover and water of 14 px patches of HLS tiles (red, green, blue), and scenes of RSSCN7. Features
+are the outputs of every block under LayerNorm: patch tokens, or their mean for scenes. A ridge regression to one-hot is
+fitted on some labelled training images, its strength chosen by cross-validation over places; its scores are mean IoU over
+patches, and accuracy over scenes.
+
+What is chosen never sees a test image: ``probe`` chooses on the validation split, the other criteria without labels. Whether
+pretraining matters at all is decided on the validation split, and whether depths differ by an F test with seeds as blocks.
+Where they do, the test split says what each choice costs (*regret*): the best depth is that of the *other* seeds, so that it
+is not picked by the scores it is compared with. Intervals are 95 % of a bootstrap over seeds (which images are labelled) and
+places of the test split at once; places are sites for HLS, and images for RSSCN7, where it is not known which scenes are
+neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import record
+from benchmarks.pretrained_vit.data import TASKS, read_task
+from benchmarks.pretrained_vit.encoder import DIGEST, MODEL, digest, load, read_weights
+from benchmarks.pretrained_vit.frozen import Encoded, encode, mean_regrets, run_task
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Embed, probe, choose, compare, and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--model", default=MODEL, help="name of a ViT of timm")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
+    parser.add_argument("--labels", nargs="*", type=int, help="numbers of labelled images; all by default")
+    parser.add_argument("--train-scenes", type=int, help="number of training scenes that are read; all by default")
+    record.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    state = read_weights(args.weights)
+    weights = digest(state)
+    print(f"Weights: SHA-256 {weights}, {'as' if weights == DIGEST else 'other than'} DINOv2 ViT-S/14's", flush=True)
+    patch = load(args.model, None, args.size).patch_embed.patch_size[0]
+    tasks = {}
+    encoded: dict[bool, Encoded] = {}  # cover and water are of the same images
+    for name in args.tasks:
+        start = time.perf_counter()
+        task = read_task(args.data, name, args.size, patch, args.train_scenes)
+        if task.scenes not in encoded:
+            encoded = {task.scenes: encode(args, state, task)}
+            print(f"Features of {name}: {time.perf_counter() - start:.0f} s", flush=True)
+        tasks[name] = run_task(args, task, encoded[task.scenes])
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    depths, choices, tests = ([row for one in tasks.values() for row in one[key]] for key in ("depths", "choices", "tests"))
+    regrets = mean_regrets(tasks)
+    for title, table in (("Depths", depths), ("Choices", choices), ("Tests", tests), ("Regret", regrets)):
+        record.show(title, table)
+    more = {"depths": depths, "tests": tests, "regrets": regrets, "weights": weights}
+    record.save("pretrained_vit", args, choices, arguments, **more)
+
+
+if __name__ == "__main__":
+    main()
