@@ -155,7 +155,7 @@ def test_a_failed_save_leaves_the_old_plan_and_nothing_else(tmp_path):
         *(("width", width, "greater than 0") for width in (0, -0.5)),
         *(("width", width, "less than or equal to 1") for width in (1.5, 1e300)),
         *(("width", width, "should be a valid number") for width in (True, "0.5", None, [0.5])),
-        ("recovery", "quadratic", r"should match pattern '\^\(none\|linear\)"),
+        ("recovery", "quadratic", r"should match pattern '\^\(none\|linear\|distill\)"),
         ("criterion", "simpler", "should be a valid dictionary"),
         ("criterion", {"name": "simpler"}, "Field required"),
         ("scores", {"2": "high"}, "should be a valid number"),

@@ -416,7 +416,7 @@ def test_checkpoints_bring_their_maps(build, into):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"repaired": [[3, 48, 1]]}, "has 'repaired' "),
+        ({"repaired": [[8, 48, 1]]}, "has 'repaired' "),
         ({"repaired": [[3, 48, 1], [7, 48, 1]]}, "has 'repaired' "),
         ({"repaired": [[3, 48, 1], [8, 48, 2]]}, "has 'repaired' "),
         ({"repaired": [[3, 48, 1], [8, 47, 1]]}, "has 'repaired' "),
