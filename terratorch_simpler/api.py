@@ -14,8 +14,9 @@ from torch import nn
 
 from terratorch_simpler.criteria import Bounds, Criterion, Labelled, build_criterion
 from terratorch_simpler.data import Batch, BatchTiles
-from terratorch_simpler.errors import ConfigurationError, DepthError, FewTilesWarning, PlanError
+from terratorch_simpler.errors import ConfigurationError, DepthError, FewTilesWarning, PlanError, TooFewTilesError
 from terratorch_simpler.extraction import (
+    Measurement,
     Tokens,
     as_pretrained,
     collect_labelled,
@@ -39,6 +40,7 @@ from terratorch_simpler.planning import (
     check_on_unsettled,
     describe_tiles,
     tell_unsettled,
+    warn_not_compared,
 )
 
 
@@ -105,7 +107,8 @@ def select_depth(
     Raises:
         UnsupportedEncoderError: If the model has no recognizable stack of equal blocks, is hierarchical (Swin, ConvNeXt), or
             contains several encoders.
-        TilesError: If ``batches`` yields fewer than 32 images, something else than images, or images that do not fit.
+        TilesError: If ``batches`` yields fewer than 32 images (none, with the criterion "probe"), something else
+            than images, or images that do not fit.
         ConfigurationError: If arguments contradict each other, the criterion is unknown, or the model holds a ``simpler_``
             encoder and ``blocks`` or ``prefix_tokens`` are given.
         DepthError: If the bounds leave no depth, or the model has too few blocks, or was pruned before.
@@ -116,7 +119,8 @@ def select_depth(
 
     Warns:
         UnsettledWarning: If the verdict is unsettled.
-        FewTilesWarning: If there were fewer than ``min_tiles`` images.
+        FewTilesWarning: If there were fewer than ``min_tiles`` images, or with the criterion "probe" fewer than 32: then the
+            depth is chosen from the labels alone, and ``similarity`` is None.
 
     Example:
         >>> import timm, torch
@@ -158,24 +162,32 @@ def select_depth(
         return _with_sizes_after(encoder, build_plan(encoder, config, None, None))
     with _moved_to(model, device), evaluating(model, seed):
         labelled = _labelled(encoder, config.criterion, batches, validation, seed)
-        source = BatchTiles(batches, max_tiles, MIN_GROUP_TILES)
+        source = BatchTiles(batches, max_tiles, _fewest(config.criterion))
+        measurement: Measurement | None = None
+        too_few: TooFewTilesError | None = None
         with (
             as_pretrained(model, encoder),
             progress_bar(progress, _num_images(batches, max_tiles), encoder.name) as update_progress,
         ):
-            measurement = measure(
-                _forward(encoder),
-                encoder,
-                source,
-                config.extraction(encoder.full_num_blocks),
-                stop_after=_last_called(encoder),
-                progress=update_progress,
-            )
-        if labelled is not None:
-            measurement = replace(measurement, statistics=replace(measurement.statistics, labelled=labelled))
-        plan = build_plan(encoder, config, measurement, describe_tiles(source.describe(), measurement))
-        plan = _with_sizes_after(encoder, plan)
-    if measurement.tiles_seen < min_tiles:
+            try:
+                measurement = measure(
+                    _forward(encoder),
+                    encoder,
+                    source,
+                    config.extraction(encoder.full_num_blocks),
+                    stop_after=_last_called(encoder),
+                    progress=update_progress,
+                )
+                shape, skipped = measurement.input_shape, dict(measurement.skips.counts)
+            except TooFewTilesError as err:
+                if not config.labels_suffice:
+                    raise
+                too_few, shape, skipped = err, err.input_shape, err.skipped
+        data = describe_tiles(source.describe(), shape, skipped)
+        plan = _with_sizes_after(encoder, build_plan(encoder, config, measurement, data, labelled))
+    if too_few is not None:
+        warn_not_compared(too_few)
+    elif measurement is not None and measurement.tiles_seen < min_tiles and not config.labels_suffice:
         warnings.warn(
             f"Only {measurement.tiles_seen} images available (min_tiles is {min_tiles}); the choice may be unstable.",
             FewTilesWarning,
@@ -289,10 +301,15 @@ def _labelled(
             rows = collect_labelled(*common, what=what, readout=layer_normed, kind="any", seed=seed)
         return rows.named(source.name_of)
 
-    train = collect(batches, "batches", MIN_GROUP_TILES)
+    train = collect(batches, "batches", _fewest(criterion))
     if validation is None or not criterion.probes_labels:
         return train
     return replace(train, validation=collect(validation, "validation", 1))
+
+
+def _fewest(criterion: Criterion) -> int:
+    """Fewest images: labels of any number of them will do, where blocks are compared for information only."""
+    return 1 if criterion.probes_labels else MIN_GROUP_TILES
 
 
 def _num_images(batches: Iterable[Any], max_tiles: int) -> int | None:

@@ -98,7 +98,7 @@ class CostOfDepth(TypedDict):
 
     parameters: Count
     macs: Count | None
-    similarity: Number
+    similarity: Number | None
     recovery_r2: Number | None
 
 
@@ -189,8 +189,8 @@ class SlimmingPlan:
         versions: Package versions.
         overview: What was not chosen. ``criteria``: by name its ``kept_blocks`` and ``scores`` (by depth, or
             None) on the same statistics. ``depths``: by number of first blocks kept the ``parameters``, ``macs`` (or None),
-            ``similarity`` of the last kept block with the last one, and ``recovery_r2`` (or None). ``no_answer``: by
-            name of a criterion that has none, why. ``repaired``, where recovery is linear:
+            ``similarity`` of the last kept block with the last one (or None), and ``recovery_r2`` (or None).
+            ``no_answer``: by name of a criterion that has none, why. ``repaired``, where recovery is linear:
             [state before, state after, share of variance explained] of each dropped range. ``probe``, where that is the
             criterion: ``metric``; what it was ``judged_on``, "validation" or "cross-validation", with how many ``groups``;
             standard ``errors`` of the scores by depth; the ``baseline``, a constant prediction; ``best_depth``; and the

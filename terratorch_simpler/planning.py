@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from terratorch_simpler import __version__
 from terratorch_simpler.alternatives import compare_alternatives, depths_without_budget
-from terratorch_simpler.criteria import Bounds, Criterion, verdict_on
+from terratorch_simpler.criteria import Bounds, Criterion, Labelled, Statistics, verdict_on
 from terratorch_simpler.criteria.verdict import UNSETTLED
 from terratorch_simpler.encoders import InputShape
-from terratorch_simpler.errors import ConfigurationError, UnsettledError, UnsettledWarning
+from terratorch_simpler.errors import (
+    ConfigurationError,
+    FewTilesWarning,
+    TooFewTilesError,
+    UnsettledError,
+    UnsettledWarning,
+)
 from terratorch_simpler.extraction import ExtractionConfig, Measurement, Tokens, count_macs
 from terratorch_simpler.indices import Span, spans_between
+from terratorch_simpler.metrics import MIN_GROUP_TILES
 from terratorch_simpler.models.plain import Encoder
 from terratorch_simpler.plan import SlimmingPlan
 
@@ -47,6 +54,11 @@ class SelectionConfig:
         """Whether anything has to be measured."""
         return self.criterion.needs_similarity or self.recovery != "none" or self.compare is not None
 
+    @property
+    def labels_suffice(self) -> bool:
+        """Whether a plan can be made from labels alone, where there are too few tiles to compare blocks."""
+        return self.criterion.probes_labels and self.recovery == "none" and self.compare is None
+
     def extraction(self, num_blocks: int) -> ExtractionConfig:
         """What the pass over the tiles has to compute, for an encoder of so many blocks."""
         return ExtractionConfig(
@@ -62,21 +74,29 @@ class SelectionConfig:
 
 
 def build_plan(
-    encoder: Encoder, config: SelectionConfig, measurement: Measurement | None, data: dict[str, object] | None
+    encoder: Encoder,
+    config: SelectionConfig,
+    measurement: Measurement | None,
+    data: dict[str, Any] | None,
+    labelled: Labelled | None = None,
 ) -> SlimmingPlan:
     """Choose the blocks to keep; parameters and MACs are still those of the intact encoder.
 
     Args:
         encoder: The intact encoder.
         config: Settings of the selection.
-        measurement: Statistics of its blocks; None if the criterion needs none.
+        measurement: Statistics of its blocks; None if the criterion needs none, or has labels and too few tiles.
         data: What the plan says of the tiles.
+        labelled: Features with labels, if the criterion needs them.
     """
     blocks, criterion = encoder.full_num_blocks, config.criterion
     bounds = config.bounds
-    choice = criterion.choose(None if measurement is None else measurement.statistics, blocks, bounds)
+    statistics = None if measurement is None else replace(measurement.statistics, labelled=labelled)
+    if measurement is None and labelled is not None:
+        statistics = Statistics.of_labels(labelled)
+    choice = criterion.choose(statistics, blocks, bounds)
     parameters = encoder.num_parameters()
-    shape = encoder.input_shape if measurement is None else measurement.input_shape
+    shape: InputShape | None = (data or {}).get("input_shape", encoder.input_shape)
     macs = None if shape is None else count_macs(encoder, shape)
     plan = SlimmingPlan(
         backbone=encoder.name,
@@ -96,20 +116,22 @@ def build_plan(
         versions=package_versions(),
         verdict=choice.verdict,
     )
-    if measurement is None:
+    if statistics is None:
         return plan
-    overview = compare_alternatives(encoder, criterion, bounds, choice, measurement, config.recovery)
-    verdict = verdict_on(
-        criterion,
-        choice,
-        bounds,
-        blocks,
-        measurement.evidence,
-        min_tiles=config.min_tiles,
-        seed=config.seed,
-        untrained=is_untrained(encoder),
-        others=depths_without_budget(overview, criterion.name),
-    )
+    overview = compare_alternatives(encoder, criterion, bounds, choice, measurement, config.recovery, shape)
+    verdict = choice.verdict
+    if measurement is not None:
+        verdict = verdict_on(
+            criterion,
+            choice,
+            bounds,
+            blocks,
+            measurement.evidence,
+            min_tiles=config.min_tiles,
+            seed=config.seed,
+            untrained=is_untrained(encoder),
+            others=depths_without_budget(overview, criterion.name),
+        )
     kept = choice.kept_blocks
     if verdict is not None and verdict.level == UNSETTLED and config.on_unsettled in ("half", "intact"):
         kept = tuple(range(_cautious_depth(config, blocks)))
@@ -117,19 +139,19 @@ def build_plan(
         verdict = replace(
             verdict, reasons=(*verdict.reasons, f"{said}; on_unsettled '{config.on_unsettled}' keeps {len(kept)}.")
         )
-        if "repaired" in overview and measurement.recovery is not None:
+        if measurement is not None and "repaired" in overview and measurement.recovery is not None:
             spans = spans_between(kept, blocks)
             overview["repaired"] = [[*span, measurement.recovery.patch.explained(span)] for span in spans]
+    plan = replace(plan, kept_blocks=kept, verdict=verdict, overview={**overview, **choice.details})
+    if measurement is None:
+        return plan
     recovery = None if config.recovery == "none" else measurement.recovery
     return replace(
         plan,
-        kept_blocks=kept,
-        verdict=verdict,
         similarity=measurement.similarity.tolist(),
         votes=measurement.votes,
         tiles_seen=measurement.tiles_seen,
         rows_seen=measurement.rows_seen,
-        overview={**overview, **choice.details},
         maps=None if recovery is None else recovery.solve(spans_between(kept, blocks)),
     )
 
@@ -195,11 +217,29 @@ def is_untrained(encoder: Encoder) -> bool:
     return bool(weights) and all(torch.all(weight == 1) for weight in weights) and not any(map(torch.any, biases))
 
 
-def describe_tiles(source_description: dict[str, object], measurement: Measurement) -> dict[str, object]:
-    """What a plan says of the tiles: the source, the shape of one input, and how many were skipped, by reason."""
-    shape: InputShape = measurement.input_shape
+def describe_tiles(source_description: Mapping[str, Any], shape: InputShape, skipped: Mapping[str, int]) -> dict[str, Any]:
+    """What a plan says of the tiles: the source, the shape of one input if known, and how many were skipped, by reason."""
     plain = {name: list(part) for name, part in shape.items()} if isinstance(shape, dict) else list(shape)
-    return {**source_description, "input_shape": plain, "skipped": dict(measurement.skips.counts)}
+    return {**source_description, **({"input_shape": plain} if plain else {}), "skipped": dict(skipped)}
+
+
+def warn_not_compared(error: TooFewTilesError) -> None:
+    """Warn that a plan is made from labels alone.
+
+    Args:
+        error: What the pass over the tiles ended with.
+
+    Warns:
+        FewTilesWarning: Always.
+    """
+    counts = ", ".join(f"{count} {reason}" for reason, count in error.skipped.items())
+    skipped = f" (skipped: {counts})" if counts else ""
+    warnings.warn(
+        f"The blocks were not compared: there are {error.tiles} usable tiles{skipped}, and comparing needs at least "
+        f"{MIN_GROUP_TILES}. The depth is chosen from the labels alone, without similarity, votes and other criteria.",
+        FewTilesWarning,
+        stacklevel=4,  # beyond the decorator of the caller
+    )
 
 
 def package_versions() -> dict[str, str]:

@@ -53,6 +53,13 @@ class Statistics:
     angle: Tensor
     labelled: Labelled | None = None
 
+    @classmethod
+    def of_labels(cls, labelled: Labelled) -> Statistics:
+        """Labels alone, where blocks were not compared: no number but NaN stands for the rest."""
+        states = len(labelled.features) + 1
+        unknown = torch.full((states, states), torch.nan, dtype=torch.float64)
+        return cls(unknown, unknown, unknown, labelled)
+
     def __getitem__(self, resamples: Tensor) -> Statistics:
         """Statistics of some of the resamples."""
         return Statistics(self.hsic[resamples], self.cosine[resamples], self.angle[resamples], self.labelled)

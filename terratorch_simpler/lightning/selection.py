@@ -18,6 +18,7 @@ from terratorch_simpler.errors import (
     FewTilesWarning,
     SkippedTilesWarning,
     TilesError,
+    TooFewTilesError,
     UntrainedEncoderWarning,
 )
 from terratorch_simpler.extraction import (
@@ -36,7 +37,7 @@ from terratorch_simpler.lightning.task import batch_normalizer, outermost_encode
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.planning import SelectionConfig, build_plan, describe_tiles, package_versions
+from terratorch_simpler.planning import SelectionConfig, build_plan, describe_tiles, package_versions, warn_not_compared
 
 
 @random_state_kept()  # training sees the same random numbers as with a given plan
@@ -92,14 +93,25 @@ def select(
         partial_result = None
         if path is not None and not config.spans(backbone.full_num_blocks):  # sums for maps are too large to write often
             partial_result = PartialResult(path.with_suffix(".unfinished.pt"))
-        measurement = _stream(trainer, pl_module, backbone, source, config, processes, partial_result)
-        if config.compare is not None:
+        measurement: Measurement | None = None
+        try:
+            measurement = _stream(trainer, pl_module, backbone, source, config, processes, partial_result)
+            shape, skipped = measurement.input_shape, dict(measurement.skips.counts)
+        except TooFewTilesError as err:  # on every rank
+            if not config.labels_suffice:
+                raise
+            shape, skipped = err.input_shape, err.skipped
+            if processes.first:
+                warn_not_compared(err)
+        if config.compare is not None and measurement is not None:
             config.compare(measurement)
-        if labelled:
-            measurement = replace(measurement, statistics=replace(measurement.statistics, labelled=labelled[0]))
-        data = describe_tiles(source.describe(), measurement)
+        data = describe_tiles(source.describe(), shape, skipped)
+
+        def build() -> SlimmingPlan:
+            return build_plan(backbone, config, measurement, data, labelled[0] if labelled else None)
+
         # Rounding may differ between machines: all ranks apply the plan of rank 0.
-        plan = _apply(backbone, processes.broadcast_from_zero(lambda: build_plan(backbone, config, measurement, data)))
+        plan = _apply(backbone, processes.broadcast_from_zero(build))
         if path is not None:
             processes.broadcast_from_zero(lambda: store_plan(plan, path))
         return plan
@@ -172,7 +184,8 @@ def _stream(
             stacklevel=2,
         )
     planned = min(len(source), config.max_tiles)
-    if planned < config.min_tiles and not fast_dev_run(trainer) and processes.first:
+    few = planned < config.min_tiles and not config.labels_suffice  # votes are of the other criteria
+    if few and not fast_dev_run(trainer) and processes.first:
         warnings.warn(
             f"Only {planned} tiles available ({config.min_tiles} recommended, min_tiles); the choice may be unstable: look "
             "at the votes, or give more unlabeled tiles.",
