@@ -12,13 +12,21 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from terratorch_simpler.criteria import Bounds, Criterion, Labelled, build_criterion
+from terratorch_simpler.criteria import Bounds, Criterion, Labelled, Labels, build_criterion
 from terratorch_simpler.data import Batch, BatchTiles
-from terratorch_simpler.errors import ConfigurationError, DepthError, FewTilesWarning, PlanError, TooFewTilesError
+from terratorch_simpler.errors import (
+    ConfigurationError,
+    DepthError,
+    FewTilesWarning,
+    LabelsError,
+    PlanError,
+    TooFewTilesError,
+)
 from terratorch_simpler.extraction import (
     Measurement,
     Tokens,
     as_pretrained,
+    collect_label_sets,
     collect_labelled,
     evaluating,
     layer_normed,
@@ -79,7 +87,9 @@ def select_depth(
             dictionaries with such a tensor as ``image``; or of (image, label) pairs, for instance a ``DataLoader``. Images
             are floating point and normalized as for training. Pixels that are NaN count as nodata.
         criterion: Name of a criterion, or a criterion; one with a budget is passed as an object, for instance
-            ``BlockInfluence(drop_blocks=4)``. Labels are used only by criteria that need them ("sls", "probe").
+            ``BlockInfluence(drop_blocks=4)``. Labels are used only by criteria that need them ("sls", "probe"). For "probe"
+            they may be several label sets, a dictionary of labels by name in the place of labels, alike in all batches: each
+            asks for a depth, and the largest is taken.
         validation: For the criterion "probe": batches with labels of other places, on which depths are judged; by default
             they are judged by cross-validation over ``batches``. Dictionaries may name the file of every image as
             ``path`` or ``filename``, for the argument ``groups`` of :class:`terratorch_simpler.criteria.Probe`.
@@ -282,7 +292,7 @@ def _last_called(encoder: Encoder) -> nn.Module:
 
 def _labelled(
     encoder: Encoder, criterion: Criterion, batches: Iterable[Any], validation: Iterable[Any] | None, seed: int
-) -> Labelled | None:
+) -> Labels | None:
     """What a criterion needs of features with labels: of the model with tuned adapters and prompts, unless it probes."""
     if not criterion.needs_labels:
         return None
@@ -292,19 +302,24 @@ def _labelled(
         )
         raise ConfigurationError(msg)
 
-    def collect(batches: Iterable[Any], what: str, fewest: int) -> Labelled:
+    def collect(batches: Iterable[Any], what: str, fewest: int) -> dict[str, Labelled]:
         source = BatchTiles(batches, sys.maxsize, fewest, labels=True, what=what)
         common = (_forward(encoder), encoder, source, _last_called(encoder))
         if not criterion.probes_labels:
-            return collect_labelled(*common, what=what, class_token=True, seed=seed).named(source.name_of)
+            return {"": collect_labelled(*common, what=what, class_token=True, seed=seed).named(source.name_of)}
         with as_pretrained(_last_called(encoder), encoder):
-            rows = collect_labelled(*common, what=what, readout=layer_normed, kind="any", seed=seed)
-        return rows.named(source.name_of)
+            rows = collect_label_sets(*common, what=what, readout=layer_normed, seed=seed)
+        return {name: each.named(source.name_of) for name, each in rows.items()}
 
     train = collect(batches, "batches", _fewest(criterion))
-    if validation is None or not criterion.probes_labels:
-        return train
-    return replace(train, validation=collect(validation, "validation", 1))
+    if validation is not None and criterion.probes_labels:
+        judged = collect(validation, "validation", 1)
+        if judged.keys() != train.keys():
+            names = [", ".join(each) or "no name" for each in (train, judged)]
+            msg = f"batches have the label sets {names[0]}, and validation {names[1]}, expected the same: name them alike."
+            raise LabelsError(msg)
+        train = {name: replace(each, validation=judged[name]) for name, each in train.items()}
+    return train.get("", train)
 
 
 def _fewest(criterion: Criterion) -> int:

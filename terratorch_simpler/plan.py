@@ -67,6 +67,7 @@ Number = Annotated[float, Field(strict=True, ge=-LARGEST_NUMBER, le=LARGEST_NUMB
 Depth = Annotated[int, Field(ge=1), AfterValidator(_within_depth)]
 State = Annotated[Count, AfterValidator(_within_depth)]
 ByDepth = Mapping[Depth, Number]
+Level = Literal["clear", "weak", "unsettled"]
 
 
 class CriterionUsed(TypedDict):
@@ -116,6 +117,15 @@ class Probed(TypedDict):
 
 
 @with_config(extra="forbid")
+class ProbedSet(Probed):
+    """The same of one of several label sets, with the depth that it asks for."""
+
+    depth: Depth
+    level: Level
+    scores: ByDepth
+
+
+@with_config(extra="forbid")
 class Overview(TypedDict):
     """What was not chosen."""
 
@@ -123,6 +133,7 @@ class Overview(TypedDict):
     depths: dict[Depth, CostOfDepth]
     no_answer: NotRequired[dict[Annotated[str, Field(max_length=100)], Annotated[str, Field(max_length=1000)]]]
     probe: NotRequired[Probed]
+    label_sets: NotRequired[Annotated[dict[Annotated[str, Field(max_length=100)], ProbedSet], Field(max_length=16)]]
     repaired: NotRequired[list[Annotated[tuple[State, State, Number], AfterValidator(_ascending)]]]
 
 
@@ -130,7 +141,7 @@ class Overview(TypedDict):
 class VerdictFields(TypedDict):
     """A verdict in plan.json."""
 
-    level: Literal["clear", "weak", "unsettled"]
+    level: Level
     reasons: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)]
 
 
@@ -178,7 +189,8 @@ class SlimmingPlan:
         criterion: ``name`` and ``args`` of the criterion.
         width: Kept share of the units of every attention head and MLP; 1.0 is all of them.
         recovery: What stands in for dropped blocks; "none" or "linear".
-        scores: Score of every depth that the criterion can judge.
+        scores: Score of every depth that the criterion can judge; of several label sets, for the one that asks for most
+            blocks.
         similarity: Similarity S of the intact encoder's blocks, L x L.
         votes: Share of bootstrap resamples that choose each depth; None with too few groups of tiles.
         tiles_seen: Tiles the similarity was measured on.
@@ -194,7 +206,8 @@ class SlimmingPlan:
             [state before, state after, share of variance explained] of each dropped range. ``probe``, where that is the
             criterion: ``metric``; what it was ``judged_on``, "validation" or "cross-validation", with how many ``groups``;
             standard ``errors`` of the scores by depth; the ``baseline``, a constant prediction; ``best_depth``; and the
-            score of the ``intact`` encoder.
+            score of the ``intact`` encoder. ``label_sets``, in its place where labels came by name: the same of each, with
+            its ``scores``, the ``depth`` that it asks for and the ``level`` of its verdict.
         verdict: Whether the criterion knows, and why; None if the depth was given by hand, and in plans of earlier versions.
         maps: The linear maps by the state before the range they stand for (0 is the input of the first block, l the output
             of block l), where recovery is linear; in a file of their own beside plan.json.

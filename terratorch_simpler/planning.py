@@ -14,7 +14,7 @@ from torch import Tensor
 
 from terratorch_simpler import __version__
 from terratorch_simpler.alternatives import compare_alternatives, depths_without_budget
-from terratorch_simpler.criteria import Bounds, Criterion, Labelled, Statistics, verdict_on
+from terratorch_simpler.criteria import Bounds, Criterion, Labels, Statistics, verdict_on
 from terratorch_simpler.criteria.verdict import UNSETTLED
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
@@ -78,7 +78,7 @@ def build_plan(
     config: SelectionConfig,
     measurement: Measurement | None,
     data: dict[str, Any] | None,
-    labelled: Labelled | None = None,
+    labelled: Labels | None = None,
 ) -> SlimmingPlan:
     """Choose the blocks to keep; parameters and MACs are still those of the intact encoder.
 
@@ -197,7 +197,7 @@ def tell_unsettled(plan: SlimmingPlan, on_unsettled: OnUnsettled) -> None:
         return
     assert plan.verdict is not None
     said = f"The choice of criterion '{plan.criterion['name']}' is {plan.verdict}. {' '.join(plan.verdict.reasons)}"
-    probed = (plan.overview or {}).get("probe") is not None
+    probed = not {"probe", "label_sets"}.isdisjoint(plan.overview or {})
     other = "give more labels" if probed else "use a criterion with labels or a budget"
     advice = f"give the depth by hand (backbone_keep), {other}"
     if on_unsettled == "error":
