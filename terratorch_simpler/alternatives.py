@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from terratorch_simpler.criteria import Bounds, BudgetCriterion, Choice, Criterion, known_criteria
+from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import DegenerateFeaturesError, DepthError, NoAnswerError
 from terratorch_simpler.extraction import Measurement, macs_by_block
 from terratorch_simpler.models.plain import Encoder
@@ -19,7 +20,8 @@ def compare_alternatives(
     criterion: Criterion,
     bounds: Bounds,
     choice: Choice,
-    measurement: Measurement,
+    measurement: Measurement | None,
+    shape: InputShape | None = None,
 ) -> dict[str, Any]:
     """Compare what other criteria and depths would give, from the same statistics.
 
@@ -28,13 +30,16 @@ def compare_alternatives(
         criterion: Criterion that chose.
         bounds: Bounds on the kept depth.
         choice: Its choice.
-        measurement: The statistics.
+        measurement: The statistics; None if blocks were not compared, which leaves the costs of all depths.
+        shape: Shape of one input of the encoder, or of each modality, for want of a measurement; None if it is not known.
 
     Returns:
         The entry ``overview`` of plan.json.
     """
     kept = choice.kept_blocks
     chosen = {"kept_blocks": list(kept), "scores": None if choice.scores is None else dict(choice.scores)}
+    if measurement is None:
+        return {"criteria": {criterion.name: chosen}, "depths": _depths(backbone, None, shape)}
     others, no_answer = _other_criteria(criterion, bounds, len(kept), measurement)
     overview: dict[str, Any] = {
         "criteria": {**others, criterion.name: chosen},
@@ -87,24 +92,26 @@ def depths_without_budget(overview: Mapping[str, Any], criterion: str) -> dict[s
     return found
 
 
-def _depths(backbone: Encoder, measurement: Measurement) -> dict[int, dict[str, Any]]:
+def _depths(
+    backbone: Encoder, measurement: Measurement | None, shape: InputShape | None = None
+) -> dict[int, dict[str, Any]]:
     total = backbone.full_num_blocks
     prompts = [part for part in backbone.modules() if isinstance(part, nn.ParameterList) and len(part) == total]
     parameters = [
         sum(parameter.numel() for parameter in (*block.parameters(), *(part[number] for part in prompts)))
         for number, block in enumerate(backbone.blocks)
     ]
-    macs, by_block = macs_by_block(backbone, measurement.input_shape)
-    equations = (
-        measurement.recovery.patch if measurement.recovery is not None and measurement.recovery.patch.sufficient else None
-    )
+    shape = shape if measurement is None else measurement.input_shape
+    macs, by_block = (None, []) if shape is None else macs_by_block(backbone, shape)
+    recovery = None if measurement is None else measurement.recovery
+    equations = recovery.patch if recovery is not None and recovery.patch.sufficient else None
     costs: dict[int, dict[str, Any]] = {}
     for depth in range(1, total + 1):
         span = (depth, total)
         costs[depth] = {
             "parameters": backbone.num_parameters() - sum(parameters[depth:]),
-            "macs": macs - sum(by_block[depth:]),
-            "similarity": float(measurement.similarity[depth - 1, -1]),
+            "macs": None if macs is None else macs - sum(by_block[depth:]),
+            "similarity": None if measurement is None else float(measurement.similarity[depth - 1, -1]),
             "recovery_r2": equations.explained(span) if equations is not None and span in equations.spans else None,
         }
     return costs

@@ -12,12 +12,21 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from terratorch_simpler.criteria import Bounds, Criterion, Labelled, build_criterion
+from terratorch_simpler.criteria import Bounds, Criterion, Labelled, Labels, build_criterion
 from terratorch_simpler.data import Batch, BatchTiles
-from terratorch_simpler.errors import ConfigurationError, DepthError, FewTilesWarning, PlanError
+from terratorch_simpler.errors import (
+    ConfigurationError,
+    DepthError,
+    FewTilesWarning,
+    LabelsError,
+    PlanError,
+    TooFewTilesError,
+)
 from terratorch_simpler.extraction import (
+    Measurement,
     Tokens,
     as_pretrained,
+    collect_label_sets,
     collect_labelled,
     evaluating,
     layer_normed,
@@ -39,6 +48,7 @@ from terratorch_simpler.planning import (
     check_on_unsettled,
     describe_tiles,
     tell_unsettled,
+    warn_not_compared,
 )
 
 
@@ -77,7 +87,9 @@ def select_depth(
             dictionaries with such a tensor as ``image``; or of (image, label) pairs, for instance a ``DataLoader``. Images
             are floating point and normalized as for training. Pixels that are NaN count as nodata.
         criterion: Name of a criterion, or a criterion; one with a budget is passed as an object, for instance
-            ``BlockInfluence(drop_blocks=4)``. Labels are used only by criteria that need them ("sls", "probe").
+            ``BlockInfluence(drop_blocks=4)``. Labels are used only by criteria that need them ("sls", "probe"). For "probe"
+            they may be several label sets, a dictionary of labels by name in the place of labels, alike in all batches: each
+            asks for a depth, and the largest is taken.
         validation: For the criterion "probe": batches with labels of other places, on which depths are judged; by default
             they are judged by cross-validation over ``batches``. Dictionaries may name the file of every image as
             ``path`` or ``filename``, for the argument ``groups`` of :class:`terratorch_simpler.criteria.Probe`.
@@ -105,7 +117,8 @@ def select_depth(
     Raises:
         UnsupportedEncoderError: If the model has no recognizable stack of equal blocks, is hierarchical (Swin, ConvNeXt), or
             contains several encoders.
-        TilesError: If ``batches`` yields fewer than 32 images, something else than images, or images that do not fit.
+        TilesError: If ``batches`` yields fewer than 32 images (none, with the criterion "probe"), something else
+            than images, or images that do not fit.
         ConfigurationError: If arguments contradict each other, the criterion is unknown, or the model holds a ``simpler_``
             encoder and ``blocks`` or ``prefix_tokens`` are given.
         DepthError: If the bounds leave no depth, or the model has too few blocks, or was pruned before.
@@ -116,7 +129,8 @@ def select_depth(
 
     Warns:
         UnsettledWarning: If the verdict is unsettled.
-        FewTilesWarning: If there were fewer than ``min_tiles`` images.
+        FewTilesWarning: If there were fewer than ``min_tiles`` images, or with the criterion "probe" fewer than 32: then the
+            depth is chosen from the labels alone, and ``similarity`` is None.
 
     Example:
         >>> import timm, torch
@@ -158,26 +172,34 @@ def select_depth(
         return _with_sizes_after(encoder, build_plan(encoder, config, None, None))
     with _moved_to(model, device), evaluating(model, seed):
         labelled = _labelled(encoder, config.criterion, batches, validation, seed)
-        source = BatchTiles(batches, max_tiles, MIN_GROUP_TILES)
+        source = BatchTiles(batches, max_tiles, _fewest(config.criterion))
+        measurement: Measurement | None = None
+        too_few: TooFewTilesError | None = None
         with (
             as_pretrained(model, encoder),
             progress_bar(
                 progress, _num_images(batches, max_tiles), f"Comparing the blocks of {encoder.name}"
             ) as update_progress,
         ):
-            measurement = measure(
-                _forward(encoder),
-                encoder,
-                source,
-                config.extraction(encoder.full_num_blocks),
-                stop_after=_last_called(encoder),
-                progress=update_progress,
-            )
-        if labelled is not None:
-            measurement = replace(measurement, statistics=replace(measurement.statistics, labelled=labelled))
-        plan = build_plan(encoder, config, measurement, describe_tiles(source.describe(), measurement))
-        plan = _with_sizes_after(encoder, plan)
-    if measurement.tiles_seen < min_tiles:
+            try:
+                measurement = measure(
+                    _forward(encoder),
+                    encoder,
+                    source,
+                    config.extraction(encoder.full_num_blocks),
+                    stop_after=_last_called(encoder),
+                    progress=update_progress,
+                )
+                shape, skipped = measurement.input_shape, dict(measurement.skips.counts)
+            except TooFewTilesError as err:
+                if not config.labels_suffice:
+                    raise
+                too_few, shape, skipped = err, err.input_shape, err.skipped
+        data = describe_tiles(source.describe(), shape, skipped)
+        plan = _with_sizes_after(encoder, build_plan(encoder, config, measurement, data, labelled))
+    if too_few is not None:
+        warn_not_compared(too_few)
+    elif measurement is not None and measurement.tiles_seen < min_tiles and not config.labels_suffice:
         warnings.warn(
             f"Only {measurement.tiles_seen} images available (min_tiles is {min_tiles}); the choice may be unstable.",
             FewTilesWarning,
@@ -272,7 +294,7 @@ def _last_called(encoder: Encoder) -> nn.Module:
 
 def _labelled(
     encoder: Encoder, criterion: Criterion, batches: Iterable[Any], validation: Iterable[Any] | None, seed: int
-) -> Labelled | None:
+) -> Labels | None:
     """What a criterion needs of features with labels: of the model with tuned adapters and prompts, unless it probes."""
     if not criterion.needs_labels:
         return None
@@ -282,19 +304,29 @@ def _labelled(
         )
         raise ConfigurationError(msg)
 
-    def collect(batches: Iterable[Any], what: str, fewest: int) -> Labelled:
+    def collect(batches: Iterable[Any], what: str, fewest: int) -> dict[str, Labelled]:
         source = BatchTiles(batches, sys.maxsize, fewest, labels=True, what=what)
         common = (_forward(encoder), encoder, source, _last_called(encoder))
         if not criterion.probes_labels:
-            return collect_labelled(*common, what=what, class_token=True, seed=seed).named(source.name_of)
+            return {"": collect_labelled(*common, what=what, class_token=True, seed=seed).named(source.name_of)}
         with as_pretrained(_last_called(encoder), encoder):
-            rows = collect_labelled(*common, what=what, readout=layer_normed, kind="any", seed=seed)
-        return rows.named(source.name_of)
+            rows = collect_label_sets(*common, what=what, readout=layer_normed, seed=seed)
+        return {name: each.named(source.name_of) for name, each in rows.items()}
 
-    train = collect(batches, "batches", MIN_GROUP_TILES)
-    if validation is None or not criterion.probes_labels:
-        return train
-    return replace(train, validation=collect(validation, "validation", 1))
+    train = collect(batches, "batches", _fewest(criterion))
+    if validation is not None and criterion.probes_labels:
+        judged = collect(validation, "validation", 1)
+        if judged.keys() != train.keys():
+            names = [", ".join(each) or "no name" for each in (train, judged)]
+            msg = f"batches have the label sets {names[0]}, and validation {names[1]}, expected the same: name them alike."
+            raise LabelsError(msg)
+        train = {name: replace(each, validation=judged[name]) for name, each in train.items()}
+    return train.get("", train)
+
+
+def _fewest(criterion: Criterion) -> int:
+    """Fewest images: labels of any number of them will do, where blocks are compared for information only."""
+    return 1 if criterion.probes_labels else MIN_GROUP_TILES
 
 
 def _num_images(batches: Iterable[Any], max_tiles: int) -> int | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class SimplerError(Exception):
     """Base of all errors that terratorch_simpler raises on purpose."""
@@ -69,6 +72,23 @@ class ProcessError(SimplerError, RuntimeError):
 
 class TilesError(SimplerError, ValueError):
     """There are too few usable tiles, or they do not fit the encoder."""
+
+
+class TooFewTilesError(TilesError):
+    """A pass over all tiles saw too few of them to compare blocks.
+
+    Args:
+        message: What was found, what was expected and what to do.
+        tiles: Number of usable tiles.
+        input_shape: Shape of one input of the encoder, or of each modality; empty if no tile has reached it.
+        skipped: Number of tiles that could not be used, by reason.
+    """
+
+    def __init__(self, message: str, tiles: int, input_shape: Any = (), skipped: Mapping[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.tiles = tiles
+        self.input_shape = input_shape
+        self.skipped = dict(skipped or {})
 
 
 class LabelsError(SimplerError, ValueError):

@@ -72,6 +72,7 @@ Number = Annotated[float, Field(strict=True, ge=-LARGEST_NUMBER, le=LARGEST_NUMB
 Depth = Annotated[int, Field(ge=1), AfterValidator(_within_depth)]
 State = Annotated[Count, AfterValidator(_within_depth)]
 ByDepth = Mapping[Depth, Number]
+Level = Literal["clear", "weak", "unsettled"]
 
 
 class CriterionUsed(TypedDict):
@@ -103,7 +104,7 @@ class CostOfDepth(TypedDict):
 
     parameters: Count
     macs: Count | None
-    similarity: Number
+    similarity: Number | None
     recovery_r2: Number | None
 
 
@@ -132,6 +133,15 @@ class Distillation(TypedDict):
 
 
 @with_config(extra="forbid")
+class ProbedSet(Probed):
+    """The same of one of several label sets, with the depth that it asks for."""
+
+    depth: Depth
+    level: Level
+    scores: ByDepth
+
+
+@with_config(extra="forbid")
 class Overview(TypedDict):
     """What was not chosen."""
 
@@ -140,6 +150,7 @@ class Overview(TypedDict):
     no_answer: NotRequired[dict[Annotated[str, Field(max_length=100)], Annotated[str, Field(max_length=1000)]]]
     probe: NotRequired[Probed]
     distilled: NotRequired[Distillation]
+    label_sets: NotRequired[Annotated[dict[Annotated[str, Field(max_length=100)], ProbedSet], Field(max_length=16)]]
     repaired: NotRequired[list[Annotated[tuple[State, State, Number], AfterValidator(_ascending)]]]
 
 
@@ -147,7 +158,7 @@ class Overview(TypedDict):
 class VerdictFields(TypedDict):
     """A verdict in plan.json."""
 
-    level: Literal["clear", "weak", "unsettled"]
+    level: Level
     reasons: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)]
 
 
@@ -196,7 +207,8 @@ class SlimmingPlan:
         width: Kept share of the units of every attention head and MLP; 1.0 is all of them.
         recovery: What makes up for dropped blocks: "none", "linear" or "distill".
         recovery_target: Number of blocks of the intact encoder whose output the recovery is for; None for all of them.
-        scores: Score of every depth that the criterion can judge.
+        scores: Score of every depth that the criterion can judge; of several label sets, for the one that asks for most
+            blocks.
         similarity: Similarity S of the intact encoder's blocks, L x L.
         votes: Share of bootstrap resamples that choose each depth; None with too few groups of tiles.
         tiles_seen: Tiles the similarity was measured on.
@@ -207,14 +219,15 @@ class SlimmingPlan:
         versions: Package versions.
         overview: What was not chosen. ``criteria``: by name its ``kept_blocks`` and ``scores`` (by depth, or
             None) on the same statistics. ``depths``: by number of first blocks kept the ``parameters``, ``macs`` (or None),
-            ``similarity`` of the last kept block with the last one, and ``recovery_r2`` (or None). ``no_answer``: by
-            name of a criterion that has none, why. ``repaired``, where recovery is linear:
+            ``similarity`` of the last kept block with the last one (or None), and ``recovery_r2`` (or None).
+            ``no_answer``: by name of a criterion that has none, why. ``repaired``, where recovery is linear:
             [state before, state after, share of variance explained] of each dropped range. ``distilled``, where recovery is
             distill: ``steps``, ``tiles`` trained on, tiles ``held_out``, and the share of the target's variance on these
             that the pruned encoder ``explained_before`` and ``explained_after``. ``probe``, where that is the
             criterion: ``metric``; what it was ``judged_on``, "validation" or "cross-validation", with how many ``groups``;
             standard ``errors`` of the scores by depth; the ``baseline``, a constant prediction; ``best_depth``; and the
-            score of the ``intact`` encoder.
+            score of the ``intact`` encoder. ``label_sets``, in its place where labels came by name: the same of each, with
+            its ``scores``, the ``depth`` that it asks for and the ``level`` of its verdict.
         verdict: Whether the criterion knows, and why; None if the depth was given by hand, and in plans of earlier versions.
         maps: The linear maps by the state before the range they stand for (0 is the input of the first block, l the output
             of block l), where recovery is linear; in a file of their own beside plan.json.

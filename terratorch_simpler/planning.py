@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from terratorch_simpler import __version__
 from terratorch_simpler.alternatives import compare_alternatives, depths_without_budget
-from terratorch_simpler.criteria import Bounds, Choice, Criterion, verdict_on
+from terratorch_simpler.criteria import Bounds, Choice, Criterion, Labels, Statistics, verdict_on
 from terratorch_simpler.criteria.verdict import UNSETTLED
 from terratorch_simpler.encoders import InputShape
-from terratorch_simpler.errors import ConfigurationError, DepthError, UnsettledError, UnsettledWarning
+from terratorch_simpler.errors import (
+    ConfigurationError,
+    DepthError,
+    FewTilesWarning,
+    TooFewTilesError,
+    UnsettledError,
+    UnsettledWarning,
+)
 from terratorch_simpler.extraction import ExtractionConfig, Measurement, Tokens, count_macs
 from terratorch_simpler.indices import Span, spans_between
+from terratorch_simpler.metrics import MIN_GROUP_TILES
 from terratorch_simpler.models.plain import Encoder
 from terratorch_simpler.plan import SlimmingPlan
 
@@ -49,6 +57,11 @@ class SelectionConfig:
     def needs_tiles(self) -> bool:
         """Whether anything has to be measured."""
         return self.criterion.needs_similarity or self.recovery != "none" or self.compare is not None
+
+    @property
+    def labels_suffice(self) -> bool:
+        """Whether a plan can be made from labels alone, where there are too few tiles to compare blocks."""
+        return self.criterion.probes_labels and self.recovery == "none" and self.compare is None
 
     def extraction(self, num_blocks: int) -> ExtractionConfig:
         """What the pass over the tiles has to compute, for an encoder of so many blocks."""
@@ -91,22 +104,30 @@ class SelectionConfig:
 
 
 def build_plan(
-    encoder: Encoder, config: SelectionConfig, measurement: Measurement | None, data: dict[str, object] | None
+    encoder: Encoder,
+    config: SelectionConfig,
+    measurement: Measurement | None,
+    data: dict[str, Any] | None,
+    labelled: Labels | None = None,
 ) -> SlimmingPlan:
     """Choose the blocks to keep; parameters and MACs are still those of the intact encoder.
 
     Args:
         encoder: The intact encoder.
         config: Settings of the selection.
-        measurement: Statistics of its blocks; None if the criterion needs none.
+        measurement: Statistics of its blocks; None if the criterion needs none, or has labels and too few tiles.
         data: What the plan says of the tiles.
+        labelled: Features with labels, if the criterion needs them.
     """
     blocks, criterion = encoder.full_num_blocks, config.criterion
     bounds = config.bounds
-    choice = criterion.choose(None if measurement is None else measurement.statistics, blocks, bounds)
+    statistics = None if measurement is None else replace(measurement.statistics, labelled=labelled)
+    if measurement is None and labelled is not None:
+        statistics = Statistics.of_labels(labelled)
+    choice = criterion.choose(statistics, blocks, bounds)
     _check_target_of(config, choice, blocks)
     parameters = encoder.num_parameters()
-    shape = encoder.input_shape if measurement is None else measurement.input_shape
+    shape: InputShape | None = (data or {}).get("input_shape", encoder.input_shape)
     macs = None if shape is None else count_macs(encoder, shape)
     plan = SlimmingPlan(
         backbone=encoder.name,
@@ -126,20 +147,22 @@ def build_plan(
         versions=package_versions(),
         verdict=choice.verdict,
     )
-    if measurement is None:
+    if statistics is None:
         return plan
-    overview = compare_alternatives(encoder, criterion, bounds, choice, measurement)
-    verdict = verdict_on(
-        criterion,
-        choice,
-        bounds,
-        blocks,
-        measurement.evidence,
-        min_tiles=config.min_tiles,
-        seed=config.seed,
-        untrained=is_untrained(encoder),
-        others=depths_without_budget(overview, criterion.name),
-    )
+    overview = compare_alternatives(encoder, criterion, bounds, choice, measurement, shape)
+    verdict = choice.verdict
+    if measurement is not None:
+        verdict = verdict_on(
+            criterion,
+            choice,
+            bounds,
+            blocks,
+            measurement.evidence,
+            min_tiles=config.min_tiles,
+            seed=config.seed,
+            untrained=is_untrained(encoder),
+            others=depths_without_budget(overview, criterion.name),
+        )
     kept = choice.kept_blocks
     if verdict is not None and verdict.level == UNSETTLED and config.on_unsettled in ("half", "intact"):
         kept = tuple(range(_cautious_depth(config, blocks)))
@@ -149,21 +172,26 @@ def build_plan(
         )
     target = max(config.target_depth(blocks), kept[-1] + 1)
     maps = None
-    if config.recovery == "linear" and measurement.recovery is not None:
+    if config.recovery == "linear" and measurement is not None and measurement.recovery is not None:
         spans = spans_between(kept, target)
         overview["repaired"] = [[*span, measurement.recovery.patch.explained(span)] for span in spans]
         maps = measurement.recovery.solve(spans)
-    return replace(
+    plan = replace(
         plan,
         kept_blocks=kept,
         verdict=verdict,
+        overview={**overview, **choice.details},
+        recovery_target=None if config.recovery == "none" or target == blocks else target,
+        maps=maps,
+    )
+    if measurement is None:
+        return plan
+    return replace(
+        plan,
         similarity=measurement.similarity.tolist(),
         votes=measurement.votes,
         tiles_seen=measurement.tiles_seen,
         rows_seen=measurement.rows_seen,
-        overview={**overview, **choice.details},
-        recovery_target=None if config.recovery == "none" or target == blocks else target,
-        maps=maps,
     )
 
 
@@ -223,7 +251,7 @@ def tell_unsettled(plan: SlimmingPlan, on_unsettled: OnUnsettled) -> None:
         return
     assert plan.verdict is not None
     said = f"The choice of criterion '{plan.criterion['name']}' is {plan.verdict}. {' '.join(plan.verdict.reasons)}"
-    probed = (plan.overview or {}).get("probe") is not None
+    probed = not {"probe", "label_sets"}.isdisjoint(plan.overview or {})
     other = "give more labels" if probed else "use a criterion with labels or a budget"
     advice = f"give the depth by hand (backbone_keep), {other}"
     if on_unsettled == "error":
@@ -243,11 +271,29 @@ def is_untrained(encoder: Encoder) -> bool:
     return bool(weights) and all(torch.all(weight == 1) for weight in weights) and not any(map(torch.any, biases))
 
 
-def describe_tiles(source_description: dict[str, object], measurement: Measurement) -> dict[str, object]:
-    """What a plan says of the tiles: the source, the shape of one input, and how many were skipped, by reason."""
-    shape: InputShape = measurement.input_shape
+def describe_tiles(source_description: Mapping[str, Any], shape: InputShape, skipped: Mapping[str, int]) -> dict[str, Any]:
+    """What a plan says of the tiles: the source, the shape of one input if known, and how many were skipped, by reason."""
     plain = {name: list(part) for name, part in shape.items()} if isinstance(shape, dict) else list(shape)
-    return {**source_description, "input_shape": plain, "skipped": dict(measurement.skips.counts)}
+    return {**source_description, **({"input_shape": plain} if plain else {}), "skipped": dict(skipped)}
+
+
+def warn_not_compared(error: TooFewTilesError) -> None:
+    """Warn that a plan is made from labels alone.
+
+    Args:
+        error: What the pass over the tiles ended with.
+
+    Warns:
+        FewTilesWarning: Always.
+    """
+    counts = ", ".join(f"{count} {reason}" for reason, count in error.skipped.items())
+    skipped = f" (skipped: {counts})" if counts else ""
+    warnings.warn(
+        f"The blocks were not compared: there are {error.tiles} usable tiles{skipped}, and comparing needs at least "
+        f"{MIN_GROUP_TILES}. The depth is chosen from the labels alone, without similarity, votes and other criteria.",
+        FewTilesWarning,
+        stacklevel=4,  # beyond the decorator of the caller
+    )
 
 
 def package_versions() -> dict[str, str]:

@@ -91,7 +91,7 @@ def overview(**changes) -> dict:
             "overview.depths.1.macs",
             "less than or equal to 9223372036854775807",
         ),
-        (overview(depths={"1": {**COST, "similarity": None}}), "overview.depths.1.similarity", "should be a valid number"),
+        (overview(depths={"1": {**COST, "similarity": "high"}}), "overview.depths.1.similarity", "should be a valid number"),
         (
             overview(depths={"1": {**COST, "recovery_r2": "good"}}),
             "overview.depths.1.recovery_r2",

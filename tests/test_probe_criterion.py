@@ -9,12 +9,12 @@ from sklearn.linear_model import Ridge as Reference
 from sklearn.metrics import jaccard_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
-from terratorch_simpler import SlimmingPlan, select_depth
+from terratorch_simpler import SimplerCallback, SlimmingPlan, select_depth
 from terratorch_simpler.cli import main
 from terratorch_simpler.criteria import Bounds, Labelled, Probe, Statistics, build_criterion
 from terratorch_simpler.criteria.probe import STRENGTHS, group_numbers, probe_blocks
 from terratorch_simpler.data import DatamoduleTiles
-from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
+from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, FewTilesWarning, LabelsError, TilesError
 from terratorch_simpler.extraction.labelled import patch_means, read_labels
 from terratorch_simpler.lightning.labelled import probed_features
 from terratorch_simpler.lightning.task import batch_normalizer
@@ -288,3 +288,53 @@ def test_real_tiles_have_groups(shared_data):
     tiles = sorted((shared_data / "hls_water" / "images").iterdir())[:4]
     labelled = Labelled(torch.zeros(1, 4, 1), torch.zeros(4), torch.arange(4), tuple(map(str, tiles)))
     assert group_numbers(labelled, r"/(\d+)_image").tolist() == [0, 1, 2, 3]
+
+
+# --- fewer tiles than comparing blocks needs
+
+
+def test_a_few_labelled_images_are_enough(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2)
+    with pytest.warns(FewTilesWarning) as warned:
+        plan = select_depth(model, list(pairs("segmentation", 2)), criterion="probe", on_unsettled="half", progress=False)
+    [text] = [str(each.message) for each in warned if issubclass(each.category, FewTilesWarning)]
+    assert text.startswith("The blocks were not compared: there are 16 usable tiles, and comparing needs at least 32.")
+    assert warned[0].filename == __file__
+    assert (plan.similarity, plan.votes, plan.tiles_seen) == (None, None, 0)
+    assert set(plan.scores) == set(plan.overview["depths"]) == {1, 2, 3}
+    assert list(plan.overview["criteria"]) == ["probe"]
+    assert plan.overview["depths"][3]["macs"] == plan.macs["before"]
+    assert plan.data["input_shape"] == [3, 32, 32]
+    assert SlimmingPlan.load(plan.save(tmp_path / "plan.json")) == plan
+    assert main(["show", str(tmp_path / "plan.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "mean IoU by cross-validation over 16 groups" in shown.replace("\n", " ")
+    assert "similarity" not in shown
+    page = report_page(plan)
+    assert "The blocks were not compared, for want of tiles" in page
+    assert "How alike the blocks are" not in page
+    assert [axes.get_ylabel() for axes in plan_figure(plan).axes] == ["mean IoU"]
+
+
+@pytest.mark.parametrize(("criterion", "options"), [("simpler", {}), ("sls", {})])
+def test_other_criteria_need_their_tiles(criterion, options):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=6, embed_dim=24, num_heads=2)
+    with pytest.raises(TilesError, match="batches yielded 16 tiles; at least 32 are needed to compare blocks"):
+        select_depth(model, list(pairs("segmentation", 2)), criterion=criterion, progress=False, **options)
+
+
+def test_the_callback_does_without_tiles_too(trainer, task, datamodule, tmp_path):
+    callback = SimplerCallback(criterion="probe", max_tiles=20, min_tiles=20, output_dir=str(tmp_path))
+    run, module = trainer(callback, max_epochs=0), task()
+    with pytest.warns(FewTilesWarning, match="not compared: there are 20 usable tiles") as warned:
+        run.fit(module, datamodule=datamodule())
+    assert sum(issubclass(each.category, FewTilesWarning) for each in warned) == 1
+    plan = SlimmingPlan.load(tmp_path / "plan.json")
+    assert plan.similarity is None
+    assert plan.depth == module.model.encoder.num_blocks
+    assert plan.macs["after"] <= plan.macs["before"]
+    assert (tmp_path / "report.png").exists()
+    run, module = trainer(SimplerCallback(criterion="probe", recovery="linear", max_tiles=20, min_tiles=20)), task()
+    with pytest.raises(TilesError, match="Only 20 usable tiles; comparing blocks needs at least 32"):
+        run.fit(module, datamodule=datamodule())

@@ -20,7 +20,7 @@ from terratorch_simpler.criteria.probe import Probe
 from terratorch_simpler.criteria.ranges import Angular, CkaIntervals
 from terratorch_simpler.criteria.simpler import Simpler
 from terratorch_simpler.criteria.sls import Sls
-from terratorch_simpler.criteria.statistics import Evidence, GroupSums, Labelled, Statistics
+from terratorch_simpler.criteria.statistics import Evidence, GroupSums, Labelled, Labels, Statistics, naming
 from terratorch_simpler.criteria.verdict import judge, verdict_on
 
 for _criterion in (Simpler, Knee, BlockInfluence, Angular, CkaIntervals, Sls, Probe, Fixed):
@@ -39,6 +39,7 @@ __all__ = [
     "GroupSums",
     "Knee",
     "Labelled",
+    "Labels",
     "Probe",
     "Simpler",
     "Sls",
@@ -47,6 +48,7 @@ __all__ = [
     "build_criterion",
     "judge",
     "known_criteria",
+    "naming",
     "register",
     "verdict_on",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from terratorch_simpler.criteria.base import TIE, Bounds, Choice, Criterion
-from terratorch_simpler.criteria.statistics import Labelled, Statistics
+from terratorch_simpler.criteria.statistics import Labelled, Statistics, naming
 from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
 from terratorch_simpler.functional.ridge import Ridge
 from terratorch_simpler.functional.scores import METRICS, LabelKind, jackknife, jackknife_errors, score_predictions
@@ -24,6 +24,7 @@ NOISE = 3.0
 """Depths are told apart if the best and the worst differ by so many standard errors of their difference: of twelve depths
 that are alike and independent, best and worst differ by 3.26 / sqrt(2) = 2.3 on average (ours)."""
 
+SURENESS = ("clear", "weak", "unsettled")
 ENOUGH_GROUPS = 8
 """With fewer groups to score, a choice is weak (ours)."""
 
@@ -107,16 +108,20 @@ class Probe(Criterion):
         return range(1, num_blocks + 1)
 
     def score(self, statistics: Statistics, depths: list[int]) -> Tensor:
-        """Score of the probe of every depth.
+        """Score of the probe of every depth; of several label sets, for the one that asks for most blocks.
 
         Raises:
             LabelsError: If there are no labels, or none that a probe can be fitted to.
             DegenerateFeaturesError: If features are not finite.
         """
-        return self._probe(statistics.labelled)[0].scores[[depth - 1 for depth in depths]]
+        scores = self.choose(statistics, statistics.num_blocks, Bounds()).scores or {}
+        return torch.tensor([scores[depth] for depth in depths], dtype=torch.float64)
 
     def choose(self, statistics: Statistics | None, num_blocks: int, bounds: Bounds) -> Choice:
         """Take the smallest allowed depth that is not distinguishable from the best allowed one.
+
+        Of several label sets each has such a depth, and the largest is taken: good enough for all. The verdict is that of
+        the least sure one, and scores are of the set that asks for most blocks.
 
         Raises:
             DepthError: If the bounds leave no depth.
@@ -125,9 +130,21 @@ class Probe(Criterion):
         """
         assert statistics is not None  # needs_labels is set
         allowed = bounds.within(self.depths(num_blocks), num_blocks)
-        result, judged_on = self._probe(statistics.labelled)
-        assert statistics.labelled is not None
-        metric = METRICS[statistics.labelled.kind]
+        if not isinstance(statistics.labelled, Mapping):
+            return self._choose(statistics.labelled, num_blocks, allowed)
+        choices = {}
+        for name, labelled in statistics.labelled.items():
+            with naming(name):
+                choices[name] = self._choose(labelled, num_blocks, allowed)
+        return _good_enough_for_all(choices)
+
+    def _choose(self, labelled: Labelled | None, num_blocks: int, allowed: list[int]) -> Choice:
+        """Choose for one label set."""
+        if labelled is None:
+            msg = "There are no labels for criterion 'probe': choose another criterion, or give the data its labels."
+            raise LabelsError(msg)
+        result, judged_on = self._probe(labelled)
+        metric = METRICS[labelled.kind]
         scores, errors = result.scores, result.errors
         best, worst = max(allowed, key=lambda c: float(scores[c - 1])), min(allowed, key=lambda c: float(scores[c - 1]))
         from_best = scores[best - 1] - scores
@@ -187,11 +204,8 @@ class Probe(Criterion):
         scores = self._probe(labelled)[0].scores
         return max(bounds.within(self.depths(num_blocks), num_blocks), key=lambda depth: float(scores[depth - 1]))
 
-    def _probe(self, labelled: Labelled | None) -> tuple[ProbeResult, str]:
+    def _probe(self, labelled: Labelled) -> tuple[ProbeResult, str]:
         """The result, and what it is judged on; validation images of one place alone have no standard error."""
-        if labelled is None:
-            msg = "There are no labels for criterion 'probe': choose another criterion, or give the data its labels."
-            raise LabelsError(msg)
         train = group_numbers(labelled, self.groups)
         validation = labelled.validation
         if validation is None:
@@ -207,6 +221,23 @@ class Probe(Criterion):
         apart = ~torch.isin(inside, outside)  # a place is never on both sides
         rows = Labelled(labelled.features[:, apart], labelled.labels[apart], kind=labelled.kind)
         return probe_blocks(rows, inside[apart], validation, outside), "validation"
+
+
+def _good_enough_for_all(choices: Mapping[str, Choice]) -> Choice:
+    """One choice from those of every label set."""
+    verdicts = {name: choice.verdict for name, choice in choices.items() if choice.verdict is not None}
+    surest_last = sorted(verdicts, key=lambda name: -SURENESS.index(verdicts[name].level))
+    reasons = [f"{name}: {reason}" for name in surest_last for reason in verdicts[name].reasons]
+    label_sets = {
+        name: {
+            **choice.details["probe"], "depth": len(choice.kept_blocks), "level": verdicts[name].level,
+            "scores": choice.scores,
+        }
+        for name, choice in choices.items()
+    }  # fmt: skip
+    deepest = max(choices.values(), key=lambda choice: len(choice.kept_blocks))
+    verdict = Verdict(verdicts[surest_last[0]].level, tuple(reasons))
+    return Choice(deepest.kept_blocks, deepest.scores, verdict, {"label_sets": label_sets})
 
 
 def group_numbers(labelled: Labelled, pattern: str | None) -> Tensor:

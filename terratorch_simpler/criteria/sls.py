@@ -78,6 +78,7 @@ class Sls(Criterion):
             LabelsError: If there are no labels, of one class only, or too few rows.
             DegenerateFeaturesError: If features are not finite, or the same in every row.
         """
+        assert not isinstance(statistics.labelled, Mapping)  # probes_labels is not set
         rows = _some_rows(statistics.labelled)
         features = rows.features[[depth - 1 for depth in depths]]
         varies = (features != features[:, :1]).any(dim=(1, 2))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from terratorch_simpler.errors import DegenerateFeaturesError
+from terratorch_simpler.errors import DegenerateFeaturesError, LabelsError
 from terratorch_simpler.functional.hsic import draw_groups, normalise_hsic
 from terratorch_simpler.functional.scores import LabelKind
 
@@ -35,6 +36,22 @@ class Labelled:
     validation: Labelled | None = None
 
 
+Labels = Labelled | Mapping[str, Labelled]
+"""One label set, or several by name."""
+
+
+@contextmanager
+def naming(label_set: str) -> Iterator[None]:
+    """Errors of labels say which label set they are of, if it has a name."""
+    try:
+        yield
+    except LabelsError as err:
+        if not label_set:
+            raise
+        msg = f"Label set '{label_set}': {err}"
+        raise LabelsError(msg) from err
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Pairwise similarity of L + 1 states: state 0 is the input of the first block, state l the output of block l.
@@ -45,13 +62,21 @@ class Statistics:
         hsic: HSIC numerators, (..., L + 1, L + 1), float64.
         cosine: Mean token cosine, (..., L + 1, L + 1).
         angle: Mean angular distance arccos(cosine) / pi, (..., L + 1, L + 1).
-        labelled: Features with labels; None unless the criterion needs them.
+        labelled: Features with labels; None unless the criterion needs them. Several label sets by name only if it probes.
     """
 
     hsic: Tensor
     cosine: Tensor
     angle: Tensor
-    labelled: Labelled | None = None
+    labelled: Labels | None = None
+
+    @classmethod
+    def of_labels(cls, labelled: Labels) -> Statistics:
+        """Labels alone, where blocks were not compared: no number but NaN stands for the rest."""
+        one = labelled if isinstance(labelled, Labelled) else next(iter(labelled.values()))
+        states = len(one.features) + 1
+        unknown = torch.full((states, states), torch.nan, dtype=torch.float64)
+        return cls(unknown, unknown, unknown, labelled)
 
     def __getitem__(self, resamples: Tensor) -> Statistics:
         """Statistics of some of the resamples."""

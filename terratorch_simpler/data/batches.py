@@ -28,7 +28,8 @@ class BatchTiles:
         batches: The iterable; a generator can be streamed only once.
         max_tiles: Most tiles that are streamed.
         fewest: Fewest tiles that are enough.
-        labels: Whether to hand on labels: the second of a pair, or ``mask``, ``label`` or ``labels`` of a dictionary.
+        labels: Whether to hand on labels: the second of a pair, or ``mask``, ``label`` or ``labels`` of a dictionary. They
+            are a tensor, or a dictionary of label sets by name.
         what: Name of the iterable, for messages and for images without a name.
     """
 
@@ -117,8 +118,13 @@ def _tiles(batch: Any, first: int, labels: bool) -> Batch:
         tiles["path"] = paths
     if labels:
         target = _first(batch, TARGET_KEYS, second=True)
-        tiles["target"] = target.cpu() if isinstance(target, Tensor) else target
+        several = isinstance(target, Mapping)
+        tiles["target"] = {name: _on_cpu(part) for name, part in target.items()} if several else _on_cpu(target)
     return tiles
+
+
+def _on_cpu(labels: Any) -> Any:
+    return labels.cpu() if isinstance(labels, Tensor) else labels
 
 
 def _first(batch: Any, keys: tuple[str, ...], second: bool = False) -> Any:

@@ -6,7 +6,14 @@ from terratorch_simpler.extraction.cost import count_macs, macs_by_block
 from terratorch_simpler.extraction.evaluating import as_pretrained, evaluating, on_device, random_state_kept
 from terratorch_simpler.extraction.hooks import FeatureExtractor, Readout
 from terratorch_simpler.extraction.inputs import check_input, explain
-from terratorch_simpler.extraction.labelled import IMAGES, LabelledRows, check_labels, collect_labelled, layer_normed
+from terratorch_simpler.extraction.labelled import (
+    IMAGES,
+    LabelledRows,
+    check_labels,
+    collect_label_sets,
+    collect_labelled,
+    layer_normed,
+)
 from terratorch_simpler.extraction.loop import Measurement, measure
 from terratorch_simpler.extraction.partial_result import PartialResult
 from terratorch_simpler.extraction.progress import progress_bar
@@ -28,6 +35,7 @@ __all__ = [
     "as_pretrained",
     "check_input",
     "check_labels",
+    "collect_label_sets",
     "collect_labelled",
     "count_macs",
     "evaluating",

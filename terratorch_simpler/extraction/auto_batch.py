@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from lightning.pytorch.utilities.memory import is_oom_error
@@ -11,19 +11,20 @@ from torch import Tensor
 
 from terratorch_simpler.data import Batch
 from terratorch_simpler.errors import OutOfMemoryError
-from terratorch_simpler.extraction.token_sampling import TokenSample
+from terratorch_simpler.extraction.token_sampling import Sample
 
-Features = tuple[Tensor, TokenSample]
+Sampled = TypeVar("Sampled", bound=Sample)
+SampledByIt = TypeVar("SampledByIt", bound=Sample, covariant=True)
 
 
-class Extractor(Protocol):
+class Extractor(Protocol[SampledByIt]):
     """Anything like :class:`~terratorch_simpler.extraction.FeatureExtractor`."""
 
-    def run(self, forward: Callable[[Batch], object], batch: Batch) -> Features:
+    def run(self, forward: Callable[[Batch], object], batch: Batch) -> tuple[Tensor, SampledByIt]:
         """Send a batch through the model."""
 
 
-class AutoBatch:
+class AutoBatch(Generic[Sampled]):
     """Sends batches through the model, in smaller parts once one did not fit; features do not depend on the parts.
 
     Args:
@@ -34,12 +35,12 @@ class AutoBatch:
         limit: Most tiles that are sent at once, since memory ran out with more; None if it never did.
     """
 
-    def __init__(self, extractor: Extractor, forward: Callable[[Batch], object]) -> None:
+    def __init__(self, extractor: Extractor[Sampled], forward: Callable[[Batch], object]) -> None:
         self.limit: int | None = None
         self._extractor = extractor
         self._forward = forward
 
-    def parts(self, batch: Batch) -> Iterator[Features]:
+    def parts(self, batch: Batch) -> Iterator[tuple[Tensor, Sampled]]:
         """Yield the features of each part of a batch, in order.
 
         Raises:
@@ -61,7 +62,7 @@ class AutoBatch:
             else:
                 self.limit = (end - start) // 2
 
-    def _try(self, part: Batch) -> Features | None:
+    def _try(self, part: Batch) -> tuple[Tensor, Sampled] | None:
         try:
             return self._extractor.run(self._forward, part)
         except RuntimeError as err:

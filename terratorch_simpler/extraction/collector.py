@@ -27,7 +27,7 @@ from terratorch_simpler.extraction.groups import END, TILES_PER_GROUP, Group, Gr
 from terratorch_simpler.extraction.hooks import FeatureExtractor
 from terratorch_simpler.extraction.partial_result import PartialResult
 from terratorch_simpler.extraction.recovery import RecoveryStatistics, without_special
-from terratorch_simpler.extraction.token_sampling import Tokens
+from terratorch_simpler.extraction.token_sampling import Tokens, TokenSample
 from terratorch_simpler.indices import Span
 
 CONVERGED_SHARE = 0.95
@@ -110,7 +110,7 @@ class DistributedCollector:
 
     def __init__(
         self,
-        extractor: FeatureExtractor,
+        extractor: FeatureExtractor[TokenSample],
         forward: Callable[[Batch], object],
         source: TileSource,
         config: ExtractionConfig,

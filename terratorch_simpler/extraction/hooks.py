@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from terratorch_simpler.data import Batch
-from terratorch_simpler.encoders import InputShape
+from terratorch_simpler.encoders import InputShape, Layout
 from terratorch_simpler.extraction.input_statistics import InputStatistics
 from terratorch_simpler.extraction.inputs import check_input, explain
-from terratorch_simpler.extraction.token_sampling import TokenSample, TokenSampler
+from terratorch_simpler.extraction.token_sampling import Sample
 from terratorch_simpler.models.plain import Encoder
 
 Readout = Callable[[int, Tensor], Tensor]
 """Number of a kept block, from 0, and its raw output (B, N, D); returns its features (B, N, D')."""
 
 
+Sampled = TypeVar("Sampled", bound=Sample)
+SampledByIt = TypeVar("SampledByIt", bound=Sample, covariant=True)
+
+
+class Sampler(Protocol[SampledByIt]):
+    """Anything like :class:`~terratorch_simpler.extraction.TokenSampler`."""
+
+    def sample(self, batch: Batch, images: int, layout: Layout, device: torch.device) -> SampledByIt:
+        """Sample the tiles of a batch."""
+
+
 class EncoderDone(Exception):
     """Ends a forward pass after the encoder: the decoder is not needed."""
 
 
-class FeatureExtractor:
+class FeatureExtractor(Generic[Sampled]):
     """Extracts sampled tokens of the input of the first block, and of the raw output of every block.
 
     Hooks fire before any final norm, whatever wraps the encoder (TemporalWrapper, PEFT, the task's padding). Used as a
@@ -46,7 +57,7 @@ class FeatureExtractor:
         self,
         backbone: Encoder,
         stop_after: nn.Module,
-        sampler: TokenSampler,
+        sampler: Sampler[Sampled],
         *,
         readout: Readout | None = None,
         include_input: bool = True,
@@ -64,7 +75,7 @@ class FeatureExtractor:
         self._batch: Batch = {}
         self._state = 0
         self._rows: list[Tensor] = []
-        self._sample: TokenSample | None = None
+        self._sample: Sampled | None = None
 
     def __enter__(self) -> Self:
         handles = [self.backbone.register_forward_pre_hook(self._before_encoder, with_kwargs=True)]
@@ -77,7 +88,7 @@ class FeatureExtractor:
     def __exit__(self, *exc: object) -> None:
         self._hooks.close()
 
-    def run(self, forward: Callable[[Batch], object], batch: Batch) -> tuple[Tensor, TokenSample]:
+    def run(self, forward: Callable[[Batch], object], batch: Batch) -> tuple[Tensor, Sampled]:
         """Send a batch through the model.
 
         Returns:

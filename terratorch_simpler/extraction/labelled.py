@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from terratorch_simpler.criteria import Labelled
+from terratorch_simpler.criteria import Labelled, naming
 from terratorch_simpler.data import Batch
 from terratorch_simpler.encoders import Layout, PatchGrid
 from terratorch_simpler.errors import LabelsError
@@ -24,6 +24,40 @@ from terratorch_simpler.models.plain import Encoder
 IMAGES = 512
 """Most images that are read; 16 patches of each (ours)."""
 NO_LABEL = -1
+MOST_LABEL_SETS, LONGEST_NAME = 16, 100
+"""What a plan holds."""
+
+
+class LabelledSample(NamedTuple):
+    """Which rows of a block's output have labels of one set."""
+
+    tokens: TokenSample
+    labels: Tensor  # (R,) or (R, K)
+    images: Tensor  # (R,), the number of the image that each row is of
+    kind: LabelKind
+
+
+class LabelSetSamples:
+    """Rows for several label sets; those that are the same for two sets are gathered once.
+
+    Args:
+        sets: Rows of every label set by its name.
+    """
+
+    def __init__(self, sets: Mapping[str, LabelledSample]) -> None:
+        self.sets = sets
+        self._key = {name: (one.tokens.weights is None, *one.tokens.rows.tolist()) for name, one in sets.items()}
+        self._distinct = {self._key[name]: one.tokens for name, one in sets.items()}
+
+    def gather(self, output: Tensor) -> Tensor:
+        """Rows (R, D) of a block's output (B * T, N, D), one label set after the other."""
+        return torch.cat([tokens.gather(output) for tokens in self._distinct.values()])
+
+    def split(self, features: Tensor) -> dict[str, Tensor]:
+        """Rows of every label set by its name, (L, R, D) each: one tensor for sets with the same rows."""
+        rows = [len(tokens.rows) for tokens in self._distinct.values()]
+        parts = dict(zip(self._distinct, features.split(rows, dim=1), strict=True))
+        return {name: parts[key] for name, key in self._key.items()}
 
 
 class LabelledRows(NamedTuple):
@@ -75,7 +109,8 @@ def read_labels(batch: Batch, ignore_index: int | None, kind: LabelKind | None) 
     """
     target = batch.get("target")
     if isinstance(target, Tensor) and kind in (None, "multilabel") and target.ndim == 2 and target.shape[1] > 1:
-        if not ((target == 0) | (target == 1)).all():
+        target = target.nan_to_num(NO_LABEL) if target.is_floating_point() else target
+        if not ((target == 0) | (target == 1) | (target == NO_LABEL)).all():
             msg = "Labels of an image are not all 0 or 1, expected one column for each label: encode them so."
             raise LabelsError(msg)
         return target.long(), "multilabel"
@@ -106,6 +141,12 @@ def read_targets(batch: Batch, ignore_index: int | None) -> Tensor:
         LabelsError: If there are none, or they are no classes.
     """
     target = batch.get("target")
+    if isinstance(target, Mapping):
+        msg = (
+            f"Labels come by name ({', '.join(map(str, target))}), expected a tensor: several label sets are for the "
+            "criterion 'probe' of select_depth alone."
+        )
+        raise LabelsError(msg)
     if not isinstance(target, Tensor):
         msg = "Found no mask and no label in the data, expected one of them: give the datamodule its labels."
         raise LabelsError(msg)
@@ -184,66 +225,165 @@ def collect_labelled(
     Raises:
         LabelsError: If there are no classes, or only one.
     """
-    sampler = _LabelledTokenSampler(seed=seed, ignore_index=ignore_index, class_token=class_token, kind=kind)
-    kinds: list[LabelKind] = []
-    asked: LabelKind | None = None if kind == "classes" or kind == "any" else kind
+    [rows] = _collect(
+        forward, backbone, batches, stop_after, _LabelledTokenSampler(kind, seed, ignore_index, class_token),
+        what=what, readout=readout, limit=limit,
+    ).values()  # fmt: skip
+    return rows
 
-    def noted(batch: Batch) -> Batch:
-        kinds.append(read_labels(batch, ignore_index, asked)[1])
-        return batch
 
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    num_images = 0
+def collect_label_sets(
+    forward: Callable[[Batch], object],
+    backbone: Encoder,
+    batches: Iterable[Batch],
+    stop_after: nn.Module,
+    *,
+    what: str,
+    readout: Readout | None = None,
+    limit: int = IMAGES,
+    seed: int = 0,
+) -> dict[str, LabelledRows]:
+    """As :func:`collect_labelled`, for labels of any kind, of which there may be several sets: images pass only once.
+
+    Every label set has the rows that it would have alone. An image, or a patch, without a label in one set serves the
+    others.
+
+    Args:
+        forward: Sends one batch through the model, on the model's device.
+        backbone: The encoder, somewhere inside the model.
+        batches: The images, with their labels under ``target``: a tensor, or a mapping of tensors.
+        stop_after: Module after which the rest of the model need not run.
+        what: Name of the images, for messages.
+        readout: What is taken for the features of a block; by default its raw output.
+        limit: Images with labels after which a label set is complete.
+        seed: Seed of the sampled patches.
+
+    Returns:
+        Rows by the name of the label set, which is empty if ``target`` is a tensor.
+
+    Raises:
+        LabelsError: If there are no labels, or of one class only, or batches differ in their label sets.
+    """
+    sampler = _LabelledTokenSampler("any", seed, several=True)
+    return _collect(forward, backbone, batches, stop_after, sampler, what=what, readout=readout, limit=limit)
+
+
+def _collect(
+    forward: Callable[[Batch], object],
+    backbone: Encoder,
+    batches: Iterable[Batch],
+    stop_after: nn.Module,
+    sampler: _LabelledTokenSampler,
+    *,
+    what: str,
+    readout: Readout | None,
+    limit: int,
+) -> dict[str, LabelledRows]:
+    found: dict[str, _Rows] = {}
     with (
         torch.compiler.set_stance("force_eager"),
         FeatureExtractor(backbone, stop_after, sampler, readout=readout, include_input=False) as extractor,
     ):
-        for features, sample in chain.from_iterable(map(AutoBatch(extractor, forward).parts, map(noted, batches))):
-            assert sample.labels is not None
-            assert sample.numbers is not None
-            images = torch.tensor(sample.numbers).repeat_interleave(torch.tensor(sample.counts))
-            wanted = images.unique(sorted=False)[: limit - num_images]
-            num_images += len(wanted)
-            keep = torch.isin(images, wanted)
-            parts.append((features.float().cpu()[:, keep], sample.labels[keep], images[keep]))
-            if num_images >= limit:
+        for features, samples in chain.from_iterable(map(AutoBatch(extractor, forward).parts, batches)):
+            found = found or {name: _Rows(limit, sample.kind) for name, sample in samples.sets.items()}
+            if found.keys() != samples.sets.keys():
+                msg = (
+                    f"A batch of the {what} has the label sets {', '.join(samples.sets)}, and the first one "
+                    f"{', '.join(found)}, expected the same in all: mark what has no label by -1, or NaN for values."
+                )
+                raise LabelsError(msg)
+            for name, part in samples.split(features.float().cpu()).items():
+                found[name].add(part, samples.sets[name])
+            if all(rows.num_images >= limit for rows in found.values()):
                 break
-    if not parts:
+    if not found:
         raise _one_class(set(), what)
-    features, labels, images = (
-        torch.cat(each, dim=dim) for each, dim in zip(zip(*parts, strict=True), (1, 0, 0), strict=True)
-    )
-    if labels.ndim == 1 and len(classes := set(labels.unique().tolist())) < 2:
-        raise _one_class(classes, what)
-    return LabelledRows(features, labels, images, kinds[0])
+    shared: dict[tuple[int, ...], Tensor] = {}
+    return {name: rows.joined(shared, f"{what}, label set '{name}'" if name else what) for name, rows in found.items()}
+
+
+class _Rows:
+    """Rows of one label set, of at most so many images."""
+
+    def __init__(self, limit: int, kind: LabelKind) -> None:
+        self.num_images = 0
+        self._limit = limit
+        self._kind = kind
+        self._features: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._images: list[Tensor] = []
+
+    def add(self, features: Tensor, sample: LabelledSample) -> None:
+        wanted = sample.images.unique(sorted=False)[: self._limit - self.num_images]
+        self.num_images += len(wanted)
+        keep = torch.isin(sample.images, wanted)
+        self._features.append(features if keep.all() else features[:, keep])
+        self._labels.append(sample.labels[keep])
+        self._images.append(sample.images[keep])
+
+    def joined(self, shared: dict[tuple[int, ...], Tensor], what: str) -> LabelledRows:
+        """All rows; ``shared`` holds the features of sets with the same rows, by what they are joined from."""
+        labels = torch.cat(self._labels)
+        if labels.ndim == 1 and len(classes := set(labels.unique().tolist())) < 2:
+            raise _one_class(classes, what)
+        key = tuple(map(id, self._features))
+        if key not in shared:
+            shared[key] = torch.cat(self._features, dim=1)
+        return LabelledRows(shared[key], labels, torch.cat(self._images), self._kind)
 
 
 @dataclass(frozen=True)
-class _LabelledTokenSampler(TokenSampler):
+class _LabelledTokenSampler:
     """Samples among tokens with a label."""
 
+    kind: LabelKind | Literal["classes", "any"] = "classes"
+    seed: int = 0
     ignore_index: int | None = None
     class_token: bool = False
-    kind: LabelKind | Literal["classes", "any"] = "classes"
+    several: bool = False  # whether labels may come as several sets
 
-    def sample(self, batch: Batch, images: int, layout: Layout, device: torch.device) -> TokenSample:
+    def sample(self, batch: Batch, images: int, layout: Layout, device: torch.device) -> LabelSetSamples:
+        targets = batch.get("target")
+        by_name = {"": targets}
+        if self.several and isinstance(targets, Mapping):
+            by_name = _checked_names(targets)
+        samples = {}
+        for name, target in by_name.items():
+            with naming(name):
+                samples[name] = self._sample({**batch, "target": target}, images, layout, device)
+        return LabelSetSamples(samples)
+
+    def _sample(self, batch: Batch, images: int, layout: Layout, device: torch.device) -> LabelledSample:
         if self.kind == "classes":
             targets = read_targets(batch, self.ignore_index)
+            kind: LabelKind = "classification" if targets.ndim == 1 else "segmentation"
         else:
-            targets, _ = read_labels(batch, self.ignore_index, None if self.kind == "any" else self.kind)
+            targets, kind = read_labels(batch, self.ignore_index, None if self.kind == "any" else self.kind)
         valid, special = token_masks(batch["valid"], images, layout)
         numbers = batch["index"]
         if targets.ndim < 3:
             known = _known(targets) if targets.ndim == 1 else _known(targets).all(dim=1)
             valid = valid & known[:, None, None]
             token: Tokens = "cls" if self.class_token and bool(special[0]) else "mean"
-            sample = TokenSampler(token, self.seed)._draw(valid, special, numbers, device)
-            labels = targets.repeat_interleave(torch.tensor(sample.counts), dim=0)
+            tokens = TokenSampler(token, self.seed)._draw(valid, special, numbers, device)
+            labels = targets.repeat_interleave(torch.tensor(tokens.counts), dim=0)
         else:
             of_tokens = patch_labels(targets, valid.shape[1], layout)
-            sample = self._draw(valid & _known(of_tokens), special, numbers, device)
-            labels = of_tokens.flatten()[sample.rows.cpu()]
-        return sample._replace(labels=labels, numbers=numbers)
+            tokens = TokenSampler("patch", self.seed)._draw(valid & _known(of_tokens), special, numbers, device)
+            labels = of_tokens.flatten()[tokens.rows.cpu()]
+        rows = torch.tensor(numbers).repeat_interleave(torch.tensor(tokens.counts))
+        return LabelledSample(tokens, labels, rows, kind)
+
+
+def _checked_names(targets: Mapping[str, Any]) -> dict[str, Any]:
+    good = all(isinstance(name, str) and 1 <= len(name) <= LONGEST_NAME for name in targets)
+    if not (good and 1 <= len(targets) <= MOST_LABEL_SETS):
+        msg = (
+            f"Found {len(targets)} label sets ({', '.join(map(repr, targets))}), expected 1 to {MOST_LABEL_SETS}, named "
+            f"by 1 to {LONGEST_NAME} characters: give fewer, or rename them."
+        )
+        raise LabelsError(msg)
+    return dict(targets)
 
 
 def _known(targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from terratorch_simpler.criteria import Evidence, Statistics
 from terratorch_simpler.data import Batch, SkipCounter, TileSource
 from terratorch_simpler.distributed import Processes
 from terratorch_simpler.encoders import InputShape
-from terratorch_simpler.errors import TilesError
+from terratorch_simpler.errors import TooFewTilesError
 from terratorch_simpler.extraction.collector import DistributedCollector, ExtractionConfig
 from terratorch_simpler.extraction.evaluating import as_pretrained, evaluating
 from terratorch_simpler.extraction.hooks import FeatureExtractor
@@ -99,7 +99,8 @@ def measure(
         ImplausibleInputWarning: If a band is far from zero mean and unit variance after normalization.
 
     Raises:
-        TilesError: If fewer than 32 tiles could be measured, or they do not fit the encoder.
+        TooFewTilesError: If fewer than 32 tiles could be measured.
+        TilesError: If they do not fit the encoder.
         DegenerateFeaturesError: If a block's output is constant or not finite.
         OutOfMemoryError: If memory runs out with a single tile.
         ProcessError: If another rank failed or does not answer.
@@ -136,7 +137,7 @@ def measure(
                 "the callback more unlabeled images with tiles, or a plan, or set backbone_keep to the number of blocks to "
                 "keep."
             )
-            raise TilesError(msg)
+            raise TooFewTilesError(msg, collector.num_tiles, collector.input_shape, collector.skips.counts)
         if collector.recovery is not None:
             collector.recovery.all_reduce(collector.width)
         if device.type == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,13 @@ Tokens = Literal["patch", "cls", "mean", "all"]
 ROWS_PER_TILE = 16
 
 
+class Sample(Protocol):
+    """What a sampler has chosen of a batch."""
+
+    def gather(self, output: Tensor) -> Tensor:
+        """Rows (R, D) of a block's output (B * T, N, D)."""
+
+
 class TokenSample(NamedTuple):
     """Which rows of a block's output are sampled, for the tiles of a batch."""
 
@@ -26,8 +33,6 @@ class TokenSample(NamedTuple):
     weights: Tensor | None  # (B, tokens) for the mean over patch tokens
     counts: list[int]  # rows of each tile
     special: int = 0  # how many of them, the last ones, are class and register tokens
-    labels: Tensor | None = None  # (R,) class of each row, if the sampler knows any
-    numbers: list[int] | None = None  # of the tiles, if there are labels
 
     def gather(self, output: Tensor) -> Tensor:
         """Rows (R, D) of a block's output (B * T, N, D), where T > 1 if frames pass as separate images."""

@@ -35,7 +35,7 @@ def write_report(trainer: Trainer, plan: SlimmingPlan, output: str | Path, repor
             plan.save(folder / PLAN_FILE)
         page = save_page(report_page(plan), folder / PAGE_FILE)
         _log_page(trainer, plan, page)
-        if plan.similarity is not None:
+        if plan.similarity is not None or plan.scores:
             figure = plan_figure(plan)
             _log_figure(trainer, figure, save_figure(figure, folder / FIGURE_FILE))
     page_at = below(output, PAGE_FILE)

@@ -19,6 +19,7 @@ from terratorch_simpler.errors import (
     FewTilesWarning,
     SkippedTilesWarning,
     TilesError,
+    TooFewTilesError,
     UntrainedEncoderWarning,
 )
 from terratorch_simpler.extraction import (
@@ -37,7 +38,7 @@ from terratorch_simpler.lightning.task import batch_normalizer, outermost_encode
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.planning import SelectionConfig, build_plan, describe_tiles, package_versions
+from terratorch_simpler.planning import SelectionConfig, build_plan, describe_tiles, package_versions, warn_not_compared
 
 
 @random_state_kept()  # training sees the same random numbers as with a given plan
@@ -98,16 +99,28 @@ def select(
         partial_result = None
         if path is not None and not config.spans(backbone.full_num_blocks):  # sums for maps are too large to write often
             partial_result = PartialResult(path.with_suffix(".unfinished.pt"))
-        measurement = _stream(trainer, pl_module, backbone, source, config, processes, partial_result)
-        if config.compare is not None:
+        measurement: Measurement | None = None
+        try:
+            measurement = _stream(trainer, pl_module, backbone, source, config, processes, partial_result)
+            shape, skipped = measurement.input_shape, dict(measurement.skips.counts)
+        except TooFewTilesError as err:  # on every rank
+            if not config.labels_suffice:
+                raise
+            shape, skipped = err.input_shape, err.skipped
+            if processes.first:
+                warn_not_compared(err)
+        if config.compare is not None and measurement is not None:
             config.compare(measurement)
-        if labelled:
-            measurement = replace(measurement, statistics=replace(measurement.statistics, labelled=labelled[0]))
-        data = describe_tiles(source.describe(), measurement)
+        data = describe_tiles(source.describe(), shape, skipped)
+
+        def build() -> SlimmingPlan:
+            return build_plan(backbone, config, measurement, data, labelled[0] if labelled else None)
+
         # Rounding may differ between machines: all ranks apply the plan of rank 0.
-        plan = processes.broadcast_from_zero(lambda: build_plan(backbone, config, measurement, data))
+        plan = processes.broadcast_from_zero(build)
         if plan.recovery == "distill":
-            plan = _distill(trainer, pl_module, backbone, source, config, plan, measurement, processes)
+            num_files = 0 if measurement is None else len(measurement.evidence.tiles_of_file)
+            plan = _distill(trainer, pl_module, backbone, source, config, plan, num_files, processes)
         plan = _apply(backbone, plan)
         if path is not None:
             processes.broadcast_from_zero(lambda: store_plan(plan, path))
@@ -181,7 +194,8 @@ def _stream(
             stacklevel=2,
         )
     planned = min(len(source), config.max_tiles)
-    if planned < config.min_tiles and not fast_dev_run(trainer) and processes.first:
+    few = planned < config.min_tiles and not config.labels_suffice  # votes are of the other criteria
+    if few and not fast_dev_run(trainer) and processes.first:
         warnings.warn(
             f"Only {planned} tiles available ({config.min_tiles} recommended, min_tiles); the choice may be unstable: look "
             "at the votes, or give more unlabeled tiles.",
@@ -242,7 +256,7 @@ def _distill(
     source: TileSource,
     config: SelectionConfig,
     plan: SlimmingPlan,
-    measurement: Measurement,
+    num_files: int,
     processes: Processes,
 ) -> SlimmingPlan:
     """Train a pruned copy of the encoder on the tiles, and add its weights to the plan; the encoder is not changed."""
@@ -268,7 +282,7 @@ def _distill(
             stop_after=outermost_encoder(pl_module, backbone),
             processes=processes,
             progress=progress,
-            num_files=len(measurement.evidence.tiles_of_file),
+            num_files=num_files,
             scale_gradients=trainer.precision in ("16-mixed", "16-true"),
         )
     log.info(

@@ -144,23 +144,27 @@ def plan_figure(plan: SlimmingPlan) -> Figure:
     """Similarity of the blocks, score and votes of every depth, and what other criteria would keep where that is known.
 
     Args:
-        plan: A plan with similarity.
+        plan: A plan with similarity or scores.
     """
     own, *others = summary.criteria(plan)
-    scored = bool(plan.scores or plan.votes)
-    widths = [1.0, *([1.35] if scored else []), *([1.35] if others else [])]
+    scored, compared = bool(plan.scores or plan.votes), plan.similarity is not None
+    widths = [*([1.0] if compared else []), *([1.35] if scored else []), *([1.35] if others else [])]
     with mpl.rc_context(STYLE):
         figure = new_figure((1.3 + 4.2 * sum(widths), 4.6))
         panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-        draw_similarity(panels[0], plan)
-        panels[0].set_title("Similarity of block outputs", pad=12)
+        if compared:
+            draw_similarity(panels[0], plan)
+            panels[0].set_title("Similarity of block outputs", pad=12)
         if scored:
-            draw_criterion(panels[1], plan.full_num_blocks, own, plan.votes)
-            panels[1].set_title(f"Score of every depth (criterion {summary.printable(own.name, 40)})", parse_math=False)
+            draw_criterion(panels[int(compared)], plan.full_num_blocks, own, plan.votes)
+            panels[int(compared)].set_title(
+                f"Score of every depth (criterion {summary.printable(own.name, 40)})", parse_math=False
+            )
         if others:
             _draw_others(panels[-1], plan, others)
     # The text of a plan is not a formula.
-    title = f"{summary.printable(plan.backbone)}: {summary.kept_words(plan)}, {plan.tiles_seen:,} tiles"
+    title = f"{summary.printable(plan.backbone)}: {summary.kept_words(plan)}"
+    title = f"{title}, {plan.tiles_seen:,} tiles" if compared else title
     title = title if plan.verdict is None else f"{plan.verdict}\n{title}"
     figure.suptitle(title, fontsize=12, parse_math=False)
     return figure

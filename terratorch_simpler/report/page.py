@@ -70,7 +70,7 @@ def report_page(
         scored=any(criterion.scores for criterion in criteria),
         votes=plan.votes is not None,
         agreement=_agreement(plan, criteria) if len(criteria) > 1 else None,
-        firmness=_firmness(plan) if plan.tiles_seen else None,
+        firmness=_firmness(plan) if plan.tiles_seen or plan.scores else None,
         costs=_costs(plan, depths) if depths else None,
         sweep={"cards": tradeoffs.cards(plan, rows), **tradeoffs.table(plan, rows)} if rows else None,
         blocks=tradeoffs.block_table(blocks) if blocks else None,
@@ -215,10 +215,9 @@ def _costs(plan: SlimmingPlan, depths: list[Depth]) -> dict[str, Any]:
             return f"{value:,} ({summary.share(value, whole[key])})", share
         return {"score": summary.score(value), "votes": f"{value:.1%}"}.get(key, f"{value:.3f}"), None
 
-    words = (
-        "One row for every number of first blocks. Similarity compares the last kept block with the end of the intact "
-        "encoder (CKA, 1 is the same)."
-    )
+    words = "One row for every number of first blocks."
+    if "similarity" in shown:
+        words += " Similarity compares the last kept block with the end of the intact encoder (CKA, 1 is the same)."
     if "recovery_r2" in shown:
         words += " R² says how much of the last block's output a linear map of the kept one restores without training."
     if not summary.is_prefix(plan.kept_blocks) or plan.width != 1.0:
@@ -257,7 +256,9 @@ def _shape(value: object) -> str:
 
 def _caveats(plan: SlimmingPlan) -> list[str]:
     notes = []
-    if plan.similarity is None:
+    if plan.similarity is None and plan.scores:
+        notes.append("The blocks were not compared, for want of tiles: the depth rests on the labels alone.")
+    elif plan.similarity is None:
         notes.append("Nothing was measured for this plan: the depth was given by hand.")
     else:
         notes.append("Similarity is not accuracy. It says where representations settle, not which of them the task needs.")
