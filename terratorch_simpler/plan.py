@@ -85,11 +85,20 @@ class BeforeAndAfter(TypedDict):
 
 
 @with_config(extra="forbid")
+class VerdictFields(TypedDict):
+    """A verdict in plan.json."""
+
+    level: Literal["clear", "weak", "unsettled"]
+    reasons: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)]
+
+
+@with_config(extra="forbid")
 class Alternative(TypedDict):
     """What another criterion keeps."""
 
     kept_blocks: Annotated[list[Count], AfterValidator(_block_numbers)]
     scores: ByDepth | None
+    verdict: NotRequired[VerdictFields]
 
 
 @with_config(extra="forbid")
@@ -124,14 +133,6 @@ class Overview(TypedDict):
     no_answer: NotRequired[dict[Annotated[str, Field(max_length=100)], Annotated[str, Field(max_length=1000)]]]
     probe: NotRequired[Probed]
     repaired: NotRequired[list[Annotated[tuple[State, State, Number], AfterValidator(_ascending)]]]
-
-
-@with_config(extra="forbid")
-class VerdictFields(TypedDict):
-    """A verdict in plan.json."""
-
-    level: Literal["clear", "weak", "unsettled"]
-    reasons: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)]
 
 
 @dataclass(frozen=True)
