@@ -91,11 +91,20 @@ class BeforeAndAfter(TypedDict):
 
 
 @with_config(extra="forbid")
+class VerdictFields(TypedDict):
+    """A verdict in plan.json."""
+
+    level: Literal["clear", "weak", "unsettled"]
+    reasons: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)]
+
+
+@with_config(extra="forbid")
 class Alternative(TypedDict):
     """What another criterion keeps."""
 
     kept_blocks: Annotated[list[Count], AfterValidator(_block_numbers)]
     scores: ByDepth | None
+    verdict: NotRequired[VerdictFields]
 
 
 @with_config(extra="forbid")
@@ -152,14 +161,6 @@ class Overview(TypedDict):
     distilled: NotRequired[Distillation]
     label_sets: NotRequired[Annotated[dict[Annotated[str, Field(max_length=100)], ProbedSet], Field(max_length=16)]]
     repaired: NotRequired[list[Annotated[tuple[State, State, Number], AfterValidator(_ascending)]]]
-
-
-@with_config(extra="forbid")
-class VerdictFields(TypedDict):
-    """A verdict in plan.json."""
-
-    level: Level
-    reasons: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)]
 
 
 @dataclass(frozen=True)

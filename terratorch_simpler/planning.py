@@ -14,7 +14,7 @@ from torch import Tensor
 
 from terratorch_simpler import __version__
 from terratorch_simpler.alternatives import compare_alternatives, depths_without_budget
-from terratorch_simpler.criteria import Bounds, Choice, Criterion, Labels, Statistics, verdict_on
+from terratorch_simpler.criteria import Bounds, Choice, Criterion, Labels, Simpler, Statistics, verdict_on
 from terratorch_simpler.criteria.verdict import UNSETTLED
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
@@ -29,7 +29,7 @@ from terratorch_simpler.extraction import ExtractionConfig, Measurement, Tokens,
 from terratorch_simpler.indices import Span, spans_between
 from terratorch_simpler.metrics import MIN_GROUP_TILES
 from terratorch_simpler.models.plain import Encoder
-from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.plan import SlimmingPlan, Verdict
 
 OnUnsettled = Literal["apply", "half", "intact", "error"]
 """Take the choice of the criterion and warn; keep half of the blocks; keep all of them; or end the run."""
@@ -163,6 +163,9 @@ def build_plan(
             untrained=is_untrained(encoder),
             others=depths_without_budget(overview, criterion.name),
         )
+        if criterion.probes_labels and (simpler := overview["criteria"].get(Simpler.name)) is not None:
+            unlabeled = _verdict_of_simpler(encoder, config, measurement, overview)
+            simpler.update({} if unlabeled is None else {"verdict": unlabeled.as_plain()})
     kept = choice.kept_blocks
     if verdict is not None and verdict.level == UNSETTLED and config.on_unsettled in ("half", "intact"):
         kept = tuple(range(_cautious_depth(config, blocks)))
@@ -208,6 +211,25 @@ def _check_target_of(config: SelectionConfig, choice: Choice, num_blocks: int) -
             f"comes after it, expected a target of {last} or more: change it, or set max_depth: {target}."
         )
         raise DepthError(msg)
+
+
+def _verdict_of_simpler(
+    encoder: Encoder, config: SelectionConfig, measurement: Measurement, overview: Mapping[str, Any]
+) -> Verdict | None:
+    """The verdict that criterion simpler would have had, from the same tiles, beside a choice by labels."""
+    simpler, blocks = Simpler(), encoder.full_num_blocks
+    unlabeled = {name: other for name, other in overview["criteria"].items() if name != config.criterion.name}
+    return verdict_on(
+        simpler,
+        simpler.choose(measurement.statistics, blocks, config.bounds),
+        config.bounds,
+        blocks,
+        measurement.evidence,
+        min_tiles=config.min_tiles,
+        seed=config.seed,
+        untrained=is_untrained(encoder),
+        others=depths_without_budget({"criteria": unlabeled}, simpler.name),
+    )
 
 
 def _cautious_depth(config: SelectionConfig, num_blocks: int) -> int:

@@ -1,22 +1,34 @@
-"""The demo: select, fit, test and predict on generated scenes with TerraTorch's own commands, offline, on a CPU."""
+"""The demo: TerraTorch's own commands on generated scenes, pruned against intact, offline, on a CPU."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
 
-from terratorch_simpler.demo.scenes import write_scenes
+from terratorch_simpler.demo.comparison import (
+    REPEATS,
+    choices,
+    compare,
+    comparison_table,
+    fit_and_test,
+    run_terratorch,
+    score_on_test,
+    training_batch,
+)
+from terratorch_simpler.demo.scenes import LAND_COVER, write_scenes
 from terratorch_simpler.errors import SimplerError
+from terratorch_simpler.plan import SlimmingPlan
 
 HERE = Path(__file__).parent
 ENCODER = HERE / "encoder.pt"
 CONFIG = HERE / "demo.yaml"
-SPLITS = {"train": 288, "val": 32, "test": 32}
+SPLITS = {"train": 256, "val": 256, "test": 64}
+SIZE = 64
+SEEDS = (0, 1, 2)
 
 
 class DemoError(SimplerError, RuntimeError):
@@ -24,7 +36,9 @@ class DemoError(SimplerError, RuntimeError):
 
 
 def run(folder: Path, official_weights: bool = False) -> None:
-    """Generate scenes, then run ``terratorch fit``, ``test`` and ``predict`` on them.
+    """Generate scenes, run TerraTorch on them with the encoder pruned and intact, and compare both in one table.
+
+    Everything runs in this process, since each process would import TerraTorch anew.
 
     Args:
         folder: Output folder; existing scenes in it are reused.
@@ -38,23 +52,55 @@ def run(folder: Path, official_weights: bool = False) -> None:
     scenes = folder / "scenes"
     if not all((scenes / "splits" / f"{split}.txt").is_file() for split in SPLITS):
         console.print(f"Generating {sum(SPLITS.values())} scenes in {scenes}", soft_wrap=True)
-        write_scenes(scenes, SPLITS)
+        write_scenes(scenes, SPLITS, SIZE, merged=LAND_COVER)
     config = write_config(folder, scenes, None if official_weights else ENCODER)
-    _terratorch(folder, "fit", "--config", config)
-    logs = max((folder / "lightning_logs").glob("version_*"), key=os.path.getmtime)
-    checkpoint = next((logs / "checkpoints").glob("*_state_dict.ckpt"))
-    _terratorch(folder, "test", "--config", config, "--ckpt_path", checkpoint, "--trainer.logger", "false")
-    predictions = folder / "predictions"
-    # TerraTorch's deployment file sets 16-mixed, bfloat16 on a CPU, where PyTorch's convolution can be wrong (README).
-    deploy = ("--config", logs / "config_deploy.yaml", "--ckpt_path", checkpoint, "--trainer.precision", "32-true")
-    _terratorch(folder, "predict", *deploy, "--predict_output_dir", predictions)
+    with chdir(folder):  # TerraTorch saves a copy of its config in the working folder where it has no log folder
+        first = _terratorch("fit", "--config", config)
+        logs = Path(first.trainer.log_dir)
+        checkpoint = next((logs / "checkpoints").glob("*_state_dict.ckpt"))
+        predictions = folder / "predictions"
+        # TerraTorch's deployment file sets 16-mixed, bfloat16 on a CPU, where PyTorch's convolution can be wrong (README).
+        deploy = ("--config", logs / "config_deploy.yaml", "--ckpt_path", checkpoint, "--trainer.precision", "32-true")
+        _terratorch("predict", *deploy, "--predict_output_dir", predictions)
+        plan_path = logs / "simpler" / "plan.json"
+        _compare(console, first, config, plan_path)
     report = f"""
 The config:      {config}
-The plan:        {logs / "simpler" / "plan.json"}
+The plan:        {plan_path}
 The report:      {logs / "simpler" / "report.html"}
 The checkpoint:  {checkpoint}
 The predictions: {predictions}, {len(list(predictions.glob("*.tif")))} GeoTIFF files"""
     console.print(report, soft_wrap=True)  # paths stay whole, to be copied
+
+
+def _compare(console: Console, first: Any, config: Path, plan_path: Path) -> None:
+    """Fine-tune the pruned and the intact model with every seed, test them, and print the table."""
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"]["callbacks"] = []
+    intact_config = config.with_name("intact.yaml")
+    intact_config.write_text(yaml.safe_dump(settings, sort_keys=False))
+    planned = ("--model.init_args.model_args.backbone_plan", plan_path)
+    console.print(
+        f"\nThe same fit at full depth ({intact_config.name}: without SimplerCallback), and both with other seeds:"
+    )
+    scores: dict[str, list[float]] = {"intact": [], "pruned": [score_on_test(first)]}
+    tasks = {"pruned": first.model}
+    for seed in SEEDS:
+        for name, path, given in (("intact", intact_config, ()), ("pruned", config, planned)):
+            if (name, seed) != ("pruned", SEEDS[0]):  # that was the first fit
+                try:
+                    cli, score = fit_and_test(path, seed, *given)
+                except (Exception, SystemExit) as err:
+                    raise _failed("fit", err) from err
+                tasks.setdefault(name, cli.model)
+                scores[name].append(score)
+            console.print(f"  {name}, seed {seed}: test mIoU {scores[name][-1]:.3f}", highlight=False)
+    console.print(f"Timing both in turn, medians of {REPEATS}\n", highlight=False)
+    batch = training_batch(first)
+    intact, pruned = compare({name: (tasks[name], scores[name]) for name in ("intact", "pruned")}, batch)
+    for line in choices(SlimmingPlan.load(plan_path)):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(comparison_table(intact, pruned, len(batch["image"])))
 
 
 def write_config(folder: Path, scenes: Path, encoder: Path | None) -> Path:
@@ -82,11 +128,14 @@ def write_config(folder: Path, scenes: Path, encoder: Path | None) -> Path:
     return path
 
 
-def _terratorch(folder: Path, *args: str | Path) -> None:
-    """Run a TerraTorch command in ``folder``, where it saves a copy of its config if it has no log folder."""
-    command = [sys.executable, "-m", "terratorch", *map(str, args)]
-    print("\n$ terratorch", *command[3:], flush=True)
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONWARNINGS": "ignore"}, check=False)
-    if done.returncode:
-        msg = f"terratorch {args[0]} ended with status {done.returncode}, expected 0: read its output above."
-        raise DemoError(msg)
+def _terratorch(*args: str | Path) -> Any:
+    """Run a TerraTorch command and show it."""
+    print("\n$ terratorch", *args, flush=True)
+    try:
+        return run_terratorch(*args)
+    except (Exception, SystemExit) as err:
+        raise _failed(str(args[0]), err) from err
+
+
+def _failed(command: str, err: BaseException) -> DemoError:
+    return DemoError(f"terratorch {command} failed, expected it to run: {type(err).__name__}: {err}")

@@ -24,6 +24,8 @@ BANDS: tuple[str, ...] = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_
 NODATA = -9999
 CLOUD_LABEL = -1
 WATER, FOREST, CROP, GRASS, BARE, BUILT = range(len(CLASSES))
+LAND_COVER = (0, 1, 1, 1, 2, 3)
+"""Forest, crop and grass as one class of vegetation, for the argument ``merged``: the classes of the demo."""
 
 PIXEL_M = 30.0
 GRID_COLUMNS = 32  # scenes stand side by side in rows of this many, with a gap, so that no two overlap
@@ -260,7 +262,9 @@ def _write_tif(path: Path, bands: Int16s, number: int, names: Sequence[str], nod
         target.descriptions = tuple(names)
 
 
-def write_scenes(folder: Path, splits: Mapping[str, int], size: int = 128, seed: int = 0) -> None:
+def write_scenes(
+    folder: Path, splits: Mapping[str, int], size: int = 128, seed: int = 0, merged: Sequence[int] | None = None
+) -> None:
     """Write images/, masks/ and splits/ below a folder; files appear under their name only when complete.
 
     Scenes are numbered through all splits in the order given; a scene depends on `seed` and its number alone.
@@ -270,14 +274,16 @@ def write_scenes(folder: Path, splits: Mapping[str, int], size: int = 128, seed:
         splits: Name and number of scenes of every split, such as {"train": 160, "val": 32}.
         size: Height and width of a scene in pixels of 30 m; at least 32.
         seed: Seed of the whole set.
+        merged: What every class of CLASSES is in the masks, such as LAND_COVER; by default itself.
     """
+    numbers = np.array([*(range(len(CLASSES)) if merged is None else merged), CLOUD_LABEL], dtype=np.int16)
     number = 0
     for split, count in splits.items():
         ids = [f"scene_{i:04d}" for i in range(number, number + count)]
         for scene in ids:
             image, mask = draw_scene((seed, number), size)
             _write_tif(folder / "images" / f"{scene}_image.tif", image, number, BANDS, NODATA)
-            _write_tif(folder / "masks" / f"{scene}_mask.tif", mask[None], number, ("class",), None)
+            _write_tif(folder / "masks" / f"{scene}_mask.tif", numbers[mask][None], number, ("class",), None)
             number += 1
         with atomic_write(folder / "splits" / f"{split}.txt") as part:
             part.write_text("".join(f"{scene}\n" for scene in ids), encoding="utf-8")

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,16 +90,7 @@ class _Pass:
 
     def seconds(self, images: Any) -> float:
         """Time of one pass; on a GPU that of the device itself."""
-        if self._device.type != "cuda":
-            start = time.perf_counter()
-            self._run(images)
-            return time.perf_counter() - start
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        self._run(images)
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) / 1000
+        return timed_run(partial(self._run, images), self._device)
 
     def images(self, batch: int) -> Any:
         """Seeded noise."""
@@ -144,14 +136,43 @@ def added_memory(run: Callable[[], object], held: Sequence[Tensor], device: torc
 
 
 def _latency(passes: Sequence[_Pass], repeats: int, random: np.random.Generator) -> list[float]:
-    images = [one.images(1) for one in passes]
-    times: list[list[float]] = [[] for _ in passes]
+    return medians_in_turn([partial(one.seconds, one.images(1)) for one in passes], repeats, random)
+
+
+def medians_in_turn(timed: Sequence[Callable[[], float]], repeats: int, random: np.random.Generator) -> list[float]:
+    """Median of what each call returns; every turn calls all of them once, in a new order.
+
+    Args:
+        timed: Each runs what it times once and returns seconds.
+        repeats: Turns that count, after those to warm up.
+        random: Draws the orders.
+    """
+    times: list[list[float]] = [[] for _ in timed]
     for turn in range(WARM_UPS + repeats):
-        for i in random.permutation(len(passes)):
-            seconds = passes[i].seconds(images[i])
+        for i in random.permutation(len(timed)):
+            seconds = timed[i]()
             if turn >= WARM_UPS:
                 times[i].append(seconds)
     return [statistics.median(found) for found in times]
+
+
+def timed_run(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; on a GPU those of the device itself.
+
+    Args:
+        run: The call.
+        device: What it runs on.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1000
 
 
 def _throughput(passes: Sequence[_Pass], random: np.random.Generator) -> list[tuple[float, int]]:
