@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from terratorch_simpler.criteria import Bounds, Criterion, Labelled, Labels, build_criterion
-from terratorch_simpler.data import Batch, BatchTiles
+from terratorch_simpler.data import Batch, BatchTiles, num_tiles
 from terratorch_simpler.errors import (
     ConfigurationError,
     DepthError,
@@ -35,6 +35,7 @@ from terratorch_simpler.extraction import (
     on_device,
     progress_bar,
     random_state_kept,
+    rows_per_image,
 )
 from terratorch_simpler.indices import resolve_keep
 from terratorch_simpler.metrics import MIN_GROUP_TILES
@@ -310,7 +311,8 @@ def _labelled(
         if not criterion.probes_labels:
             return {"": collect_labelled(*common, what=what, class_token=True, seed=seed).named(source.name_of)}
         with as_pretrained(_last_called(encoder), encoder):
-            rows = collect_label_sets(*common, what=what, readout=layer_normed, seed=seed)
+            limit = rows_per_image(_num_images(batches, sys.maxsize))
+            rows = collect_label_sets(*common, what=what, readout=layer_normed, rows=limit, seed=seed)
         return {name: each.named(source.name_of) for name, each in rows.items()}
 
     train = collect(batches, "batches", _fewest(criterion))
@@ -332,6 +334,8 @@ def _fewest(criterion: Criterion) -> int:
 def _num_images(batches: Iterable[Any], max_tiles: int) -> int | None:
     """Number of images that will be streamed, where it is known before."""
     dataset = getattr(batches, "dataset", None)
+    if isinstance(batches, Sequence):
+        return min(sum(map(num_tiles, batches)), max_tiles)
     return min(len(dataset), max_tiles) if isinstance(dataset, Sized) else None
 
 

@@ -34,6 +34,7 @@ from terratorch_simpler.criteria import (
 from terratorch_simpler.criteria.base import Choice
 from terratorch_simpler.criteria.probe import STRENGTHS
 from terratorch_simpler.errors import DepthError
+from terratorch_simpler.extraction import rows_per_image
 from terratorch_simpler.functional.hsic import layer_normed
 from terratorch_simpler.functional.ridge import Ridge
 from terratorch_simpler.plan import Verdict
@@ -41,8 +42,6 @@ from terratorch_simpler.pruning.width import Narrowing
 
 BATCH = 32
 FOLDS = 5
-PATCHES = 16
-"""Labelled patches of every image that ``probe`` sees, as in a selection."""
 WIDTHS = (0.5, 0.25)
 UNSETTLED = "unsettled"
 HALF_IF_UNSETTLED = "simpler, half where unsettled"
@@ -183,9 +182,10 @@ def probe_choice(task: Task, features: Features, blocks: int, labels: int, seed:
 
 
 def _labelled(task: Task, features: Features, blocks: int, split: str, chosen: NDArray[np.int64], seed: int) -> Labelled:
-    """Labelled patches of some images, at most ``PATCHES`` of each, or the images themselves."""
+    """Labelled patches of some images, as many of each as in a selection, or the images themselves."""
     rng = np.random.default_rng(seed)
-    rows = [(n, patch) for n in chosen for patch in rng.permutation(task.labels[split].shape[1])[:PATCHES]]
+    patches, most = task.labels[split].shape[1], rows_per_image(len(chosen))
+    rows = [(n, patch) for n in chosen for patch in rng.permutation(patches)[:most]]
     image, patch = np.array([row for row in rows if task.labels[split][row] != IGNORED]).T
     return Labelled(
         torch.from_numpy(features[split][:blocks, image, patch]),

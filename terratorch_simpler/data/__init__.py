@@ -1,6 +1,6 @@
 """Sources of tiles: windows of GeoTIFF files, or the images of a datamodule. Neither depends on the model."""
 
-from terratorch_simpler.data.batches import BatchTiles
+from terratorch_simpler.data.batches import BatchTiles, num_tiles
 from terratorch_simpler.data.datamodule import DatamoduleTiles, Split
 from terratorch_simpler.data.geotiff import GeoTiffTiles
 from terratorch_simpler.data.source import TILE_KEYS, Batch, Shard, Skip, SkipCounter, TileSource
@@ -16,4 +16,5 @@ __all__ = [
     "SkipCounter",
     "Split",
     "TileSource",
+    "num_tiles",
 ]

@@ -98,6 +98,16 @@ class BatchTiles:
         return SkipCounter(0, max_bad_fraction=1.0)
 
 
+def num_tiles(batch: Any) -> int:
+    """Number of images of a batch.
+
+    Raises:
+        TilesError: If it holds no images.
+    """
+    image = _first(batch, IMAGE_KEYS)
+    return len(next(iter(image.values())) if isinstance(image, Mapping) else image)
+
+
 def _tiles(batch: Any, first: int, labels: bool) -> Batch:
     image = _first(batch, IMAGE_KEYS)
     given = batch if isinstance(batch, Mapping) else {}

@@ -13,6 +13,7 @@ from terratorch_simpler.extraction.labelled import (
     collect_label_sets,
     collect_labelled,
     layer_normed,
+    rows_per_image,
 )
 from terratorch_simpler.extraction.loop import Measurement, measure
 from terratorch_simpler.extraction.partial_result import PartialResult
@@ -46,4 +47,5 @@ __all__ = [
     "on_device",
     "progress_bar",
     "random_state_kept",
+    "rows_per_image",
 ]

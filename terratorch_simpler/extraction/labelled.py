@@ -16,13 +16,15 @@ from terratorch_simpler.encoders import Layout, PatchGrid
 from terratorch_simpler.errors import LabelsError
 from terratorch_simpler.extraction.auto_batch import AutoBatch
 from terratorch_simpler.extraction.hooks import FeatureExtractor, Readout
-from terratorch_simpler.extraction.token_sampling import Tokens, TokenSample, TokenSampler, token_masks
+from terratorch_simpler.extraction.token_sampling import ROWS_PER_TILE, Tokens, TokenSample, TokenSampler, token_masks
 from terratorch_simpler.functional import hsic
 from terratorch_simpler.functional.scores import LabelKind
 from terratorch_simpler.models.plain import Encoder
 
 IMAGES = 512
 """Most images that are read; 16 patches of each (ours)."""
+FEATURE_ROWS = IMAGES * ROWS_PER_TILE
+"""Rows that fewer images share: of these, more patches are taken each."""
 NO_LABEL = -1
 MOST_LABEL_SETS, LONGEST_NAME = 16, 100
 """What a plan holds."""
@@ -166,6 +168,19 @@ def read_targets(batch: Batch, ignore_index: int | None) -> Tensor:
     return target.masked_fill(missing, NO_LABEL)
 
 
+def rows_per_image(num_images: int | None) -> int:
+    """How many patches of an image are taken: 16 of many images, more where few have labels.
+
+    Args:
+        num_images: Number of images; None if it is not known.
+
+    Example:
+        >>> rows_per_image(34), rows_per_image(100_000), rows_per_image(None)
+        (240, 16, 16)
+    """
+    return FEATURE_ROWS // min(max(num_images or IMAGES, 1), IMAGES)
+
+
 def check_labels(batches: Iterable[Batch], ignore_index: int | None, what: str) -> None:
     """Raise unless there are labels of at least two classes; the model is not needed for that.
 
@@ -201,12 +216,13 @@ def collect_labelled(
     readout: Readout | None = None,
     class_token: bool = False,
     kind: LabelKind | Literal["classes", "any"] = "classes",
+    rows: int = ROWS_PER_TILE,
     limit: int = IMAGES,
     seed: int = 0,
 ) -> LabelledRows:
     """Send labelled images through the encoder and sample rows after every block it keeps.
 
-    Labels by pixel: at most 16 patches of every image, each with the most frequent class among its pixels; a patch of
+    Labels by pixel: some patches of every image, each with the most frequent class among its pixels; a patch of
     which half the pixels or more have no label is left out. Labels by image: one row, the mean of its patch tokens.
 
     Args:
@@ -219,17 +235,18 @@ def collect_labelled(
         readout: What is taken for the features of a block; by default its raw output.
         class_token: With labels by image, take the class token instead, if the encoder has one.
         kind: Kind of labels: "classes" takes no other; "any" takes what they look like. A patch has the mean of its values.
+        rows: Most patches of an image.
         limit: Images with labels after which to stop.
         seed: Seed of the sampled patches.
 
     Raises:
         LabelsError: If there are no classes, or only one.
     """
-    [rows] = _collect(
-        forward, backbone, batches, stop_after, _LabelledTokenSampler(kind, seed, ignore_index, class_token),
+    [found] = _collect(
+        forward, backbone, batches, stop_after, _LabelledTokenSampler(kind, seed, rows, ignore_index, class_token),
         what=what, readout=readout, limit=limit,
     ).values()  # fmt: skip
-    return rows
+    return found
 
 
 def collect_label_sets(
@@ -240,6 +257,7 @@ def collect_label_sets(
     *,
     what: str,
     readout: Readout | None = None,
+    rows: int = ROWS_PER_TILE,
     limit: int = IMAGES,
     seed: int = 0,
 ) -> dict[str, LabelledRows]:
@@ -255,6 +273,7 @@ def collect_label_sets(
         stop_after: Module after which the rest of the model need not run.
         what: Name of the images, for messages.
         readout: What is taken for the features of a block; by default its raw output.
+        rows: Most patches of an image.
         limit: Images with labels after which a label set is complete.
         seed: Seed of the sampled patches.
 
@@ -264,7 +283,7 @@ def collect_label_sets(
     Raises:
         LabelsError: If there are no labels, or of one class only, or batches differ in their label sets.
     """
-    sampler = _LabelledTokenSampler("any", seed, several=True)
+    sampler = _LabelledTokenSampler("any", seed, rows, several=True)
     return _collect(forward, backbone, batches, stop_after, sampler, what=what, readout=readout, limit=limit)
 
 
@@ -338,6 +357,7 @@ class _LabelledTokenSampler:
 
     kind: LabelKind | Literal["classes", "any"] = "classes"
     seed: int = 0
+    rows: int = ROWS_PER_TILE
     ignore_index: int | None = None
     class_token: bool = False
     several: bool = False  # whether labels may come as several sets
@@ -369,7 +389,8 @@ class _LabelledTokenSampler:
             labels = targets.repeat_interleave(torch.tensor(tokens.counts), dim=0)
         else:
             of_tokens = patch_labels(targets, valid.shape[1], layout)
-            tokens = TokenSampler("patch", self.seed)._draw(valid & _known(of_tokens), special, numbers, device)
+            sampler = TokenSampler("patch", self.seed, rows_per_tile=self.rows)
+            tokens = sampler._draw(valid & _known(of_tokens), special, numbers, device)
             labels = of_tokens.flatten()[tokens.rows.cpu()]
         rows = torch.tensor(numbers).repeat_interleave(torch.tensor(tokens.counts))
         return LabelledSample(tokens, labels, rows, kind)

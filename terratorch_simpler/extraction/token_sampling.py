@@ -101,17 +101,19 @@ def _valid_patches(valid: Tensor, images: int, grid: PatchGrid) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """Samples at most 16 rows per tile, from a seed of the tile's own: they depend neither on batches nor on ranks.
+    """Samples rows of every tile from a seed of its own: they depend neither on batches nor on ranks.
 
     Args:
         tokens: Which rows: patch tokens, the class token, the mean of the patch tokens, or all tokens.
         seed: Seed of the pass.
         with_special: Whether to add, to every tile that has rows, the class and register tokens before its patches.
+        rows_per_tile: Most rows of a tile.
     """
 
     tokens: Tokens = "patch"
     seed: int = 0
     with_special: bool = False
+    rows_per_tile: int = ROWS_PER_TILE
 
     def sample(self, batch: Batch, images: int, layout: Layout, device: torch.device) -> TokenSample:
         """Sample the tiles of a batch.
@@ -152,7 +154,7 @@ class TokenSampler:
         chosen = []
         for tile, (number, row) in enumerate(zip(numbers, per_tile, strict=True)):
             allowed = np.flatnonzero(row)
-            picked = np.random.default_rng([self.seed, number]).permutation(allowed)[:ROWS_PER_TILE]
+            picked = np.random.default_rng([self.seed, number]).permutation(allowed)[: self.rows_per_tile]
             added = extra if len(picked) else extra[:0]
             chosen.append(np.concatenate([np.sort(picked), added]) + tile * per_tile.shape[1])
         index = torch.from_numpy(np.concatenate(chosen)).to(device, non_blocking=non_blocking)

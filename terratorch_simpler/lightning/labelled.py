@@ -27,6 +27,7 @@ from terratorch_simpler.extraction import (
     evaluating,
     layer_normed,
     on_device,
+    rows_per_image,
 )
 from terratorch_simpler.functional.scores import LabelKind
 from terratorch_simpler.lightning.task import outermost_encoder, task_forward
@@ -54,6 +55,7 @@ def labelled_rows(
     readout: Readout | None = None,
     class_token: bool = False,
     kind: LabelKind | Literal["classes", "any"] = "classes",
+    all_rows: bool = False,
 ) -> LabelledRows:
     """Features with labels after every block of a task's encoder; batches go the way of a training step.
 
@@ -66,6 +68,7 @@ def labelled_rows(
         readout: Turns the output of a block into features; by default they are its raw output.
         class_token: With labels by image, take the class token, if there is one, instead of the mean of the patches.
         kind: Kind of labels: "classes" takes no other; "any" takes what they look like.
+        all_rows: Take more than 16 patches of an image where there are few images.
 
     Raises:
         LabelsError: If there are no labels, or of one class only.
@@ -88,6 +91,7 @@ def labelled_rows(
             readout=readout,
             class_token=class_token,
             kind=kind,
+            rows=rows_per_image(len(source) if all_rows else None),
             seed=seed,
         )
 
@@ -107,7 +111,8 @@ def probed_features(trainer: Trainer, pl_module: LightningModule, seed: int) -> 
 
     def collect(split: Split) -> Labelled:
         source = labelled_source(trainer, split, seed)
-        return labelled_rows(trainer, pl_module, split, seed, readout=layer_normed, kind=kind).named(source.name_of)
+        rows = labelled_rows(trainer, pl_module, split, seed, readout=layer_normed, kind=kind, all_rows=True)
+        return rows.named(source.name_of)
 
     train = collect("train")
     try:
