@@ -3,8 +3,8 @@
     python -m benchmarks.pretrained_vit.finetune DATA --weights dinov2_vits14.pt
 
 The first n blocks, whole or with LoRA, and a linear head on the mean of the LayerNormed patch tokens are trained on a few
-labelled scenes of RSSCN7: AdamW, cosine schedule, flips, float32. The encoder's learning rate is chosen on the validation split
-from three, for every depth on its own, with seed 0; the other seeds use it. What is tested is the last epoch.
+labelled scenes of RSSCN7: AdamW, cosine schedule, flips, float32. The encoder's learning rate is chosen on the validation
+split from three, for every depth on its own, with seed 0; the other seeds use it. What is tested is the last epoch.
 """
 
 from __future__ import annotations
