@@ -60,8 +60,8 @@ def _intact(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
     rows = [row for row in choices if row["criterion"] == "all blocks"]
     lost = [row for row in rows if row["regret"][1] > 0]
     return (
-        f"Keeping all blocks loses {_interval(mean['all blocks']['mean_regret'])} to the best depth of the other seeds, as the "
-        f"mean over tasks; the interval is above 0 in {len(lost)} of {len(rows)} cases."
+        f"Keeping all blocks loses {_interval(mean['all blocks']['mean_regret'])} to the best depth of the other seeds, as "
+        f"the mean over tasks; the interval is above 0 in {len(lost)} of {len(rows)} cases."
     )
 
 
@@ -71,8 +71,8 @@ def _simpler(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
     lower = [row for row in rows if row["gain_on_all_blocks"][2] < 0]
     line = (
         f"SIMPLER keeps {_list(_unique(row['kept'] for row in rows))} blocks, and its verdict is "
-        f"{_list(_unique(row['verdict'] for row in rows))}: mean regret {_interval(mean['simpler']['mean_regret'])}. It is above "
-        f"all blocks in {len(gained)} of {len(rows)} cases, and below in {len(lower)}."
+        f"{_list(_unique(row['verdict'] for row in rows))}: mean regret {_interval(mean['simpler']['mean_regret'])}. It is "
+        f"above all blocks in {len(gained)} of {len(rows)} cases, and below in {len(lower)}."
     )
     half = mean.get("simpler, half where unsettled")
     if half and any(row["verdict"] == "unsettled" for row in rows):
@@ -89,8 +89,8 @@ def _probe(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
     counts = _list([f"{verdicts.count(one)} times {one}" for one in _unique(verdicts)])
     return (
         f"`probe`, which sees the labels of the training images at hand and of the validation split, has a mean regret of "
-        f"{_interval(row['mean_regret'])}: {each}. It is above all blocks in {len(gained)} of {len(rows)} cases. Its verdict is "
-        f"{counts}."
+        f"{_interval(row['mean_regret'])}: {each}. It is above all blocks in {len(gained)} of {len(rows)} cases. Its verdict "
+        f"is {counts}."
     )
 
 
