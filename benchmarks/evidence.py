@@ -2,7 +2,8 @@
 
     python -m benchmarks.evidence
 
-Text between the tables is written by hand; what stands between ``<!-- results: NAME -->`` and ``<!-- end -->`` is not.
+Text between the tables is written by hand; what stands between ``<!-- results: NAME -->``, or ``<!-- sentences: NAME -->``,
+and ``<!-- end -->`` is not.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.pretrained_vit.sentences import sentences
 from benchmarks.study.picture import draw
 from terratorch_simpler.files import atomic_write
 
 PAGE = record.ROOT / "docs" / "evidence.md"
 PICTURE = PAGE.with_suffix(".png")
 PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SAID = re.compile(r"(<!-- sentences: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 STUDY = "study"
 HIDDEN = {"compile": False}
 """Columns that are left out where all lines say this."""
 
 
 def fill(page: str, results: Path) -> str:
-    """The page with every table as the results say it.
+    """The page with every table and every computed sentence as the results say it.
 
     Args:
         page: Its text.
@@ -34,6 +37,7 @@ def fill(page: str, results: Path) -> str:
     Raises:
         SystemExit: If a table is asked for whose results are missing.
     """
+    page = SAID.sub(lambda place: place[1] + "\n" + sentences(place[2], _read(place[2], results)) + "\n" + place[3], page)
     return PLACE.sub(lambda place: place[1] + table(place[2], results) + place[3], page)
 
 
@@ -50,10 +54,7 @@ def table(name: str, results: Path) -> str:
             raise SystemExit(f"Found no {path}, expected the study's results: run make study.")
         return path.read_text() + "\n"
     stem, _, part = name.partition("/")
-    path = results / f"{stem}.json"
-    if not path.exists():
-        raise SystemExit(f"Found no {path}, expected the results of a benchmark: run make bench.")
-    found = json.loads(path.read_text())
+    found = _read(stem, results)
     rows: list[dict[str, Any]] = found[part or "rows"]
     lines = [
         f"{record.place(found['command'], [found])}:",
@@ -62,6 +63,14 @@ def table(name: str, results: Path) -> str:
         "",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _read(stem: str, results: Path) -> dict[str, Any]:
+    path = results / f"{stem}.json"
+    if not path.exists():
+        raise SystemExit(f"Found no {path}, expected the results of a benchmark: run make bench.")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:

@@ -48,15 +48,17 @@ def save(
     settings: argparse.Namespace,
     rows: Sequence[Mapping[str, Any]],
     arguments: Sequence[str] | None = None,
+    module: str | None = None,
     **more: Any,
 ) -> Path:
     """Write the results of one benchmark whole.
 
     Args:
-        name: Of the benchmark, the module in this folder.
+        name: Of the benchmark.
         settings: What was asked for, the device and the folder for results among it.
         rows: One mapping a line of the table.
         arguments: Of the command, by default those of this process.
+        module: In this folder; by default it has the benchmark's name.
         more: Further tables.
 
     Returns:
@@ -72,7 +74,7 @@ def save(
     asked = {key: value for key, value in vars(settings).items() if not isinstance(value, Path)}
     found = {
         "benchmark": name,
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *words]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{module or name}", *words]),
         "commit": commit(),
         "machine": machine(settings.device),
         "settings": asked,

@@ -1,0 +1,243 @@
+"""Fine-tuning on scenes at some depths of a real pretrained ViT.
+
+    python -m benchmarks.pretrained_vit.finetune DATA --weights dinov2_vits14.pt
+
+The first n blocks, whole or with LoRA, and a linear head on the mean of the LayerNormed patch tokens are trained on a few
+labelled scenes of RSSCN7: AdamW, cosine schedule, flips, float32. The encoder's learning rate is chosen on the validation
+split from three, for every depth on its own, with seed 0; the other seeds use it. What is tested is the last epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics as medians
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from benchmarks import record
+from benchmarks.pretrained_vit import statistics
+from benchmarks.pretrained_vit.data import SCENES, Task, draw, read_task
+from benchmarks.pretrained_vit.encoder import MODEL, digest, load, read_weights
+from benchmarks.pretrained_vit.statistics import Bootstrap
+from terratorch_simpler import prune
+
+BATCH = 10
+RATES = {"whole": (1e-5, 3e-5, 1e-4), "random": (1e-5, 3e-5, 1e-4), "lora": (3e-4, 1e-3, 3e-3)}
+"""Learning rates of the encoder that are tried."""
+HEAD_RATE = 3e-3
+"""The head starts at 0 and has few steps: with the encoder's rate it hardly moves."""
+LORA = {"r": 16, "lora_alpha": 16, "target_modules": ["qkv", "fc1", "fc2"]}
+WEIGHT_DECAY = 0.05
+
+
+class Variant(NamedTuple):
+    """What is fine-tuned.
+
+    Attributes:
+        name: "whole" (all weights are trained), "lora", or "random" (all weights, from a random start).
+        blocks: How many of the first blocks.
+    """
+
+    name: str
+    blocks: int
+
+
+class Result(NamedTuple):
+    """One run.
+
+    Attributes:
+        rate: Learning rate.
+        predicted: Class of every image of the validation split, and of the test split if the learning rate is chosen.
+        seconds: Of the training.
+        trained: Number of trained parameters.
+    """
+
+    rate: float
+    predicted: dict[str, NDArray[np.int64]]
+    seconds: float
+    trained: int
+
+
+class Classifier(nn.Module):
+    """A linear layer on the mean of the LayerNormed patch tokens."""
+
+    def __init__(self, encoder: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.embed_dim, classes)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images."""
+        tokens = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
+        logits: Tensor = self.head(tokens.mean(1))
+        return logits
+
+
+def finetune(
+    variant: Variant, state: dict[str, Tensor], args: argparse.Namespace, task: Task, seed: int, rate: float
+) -> tuple[Result, nn.Module]:
+    """Train once, and predict the classes of the validation split."""
+    encoder = load(args.model, None if variant.name == "random" else state, args.size)
+    if variant.blocks < len(encoder.blocks):
+        prune(encoder, variant.blocks)
+    if variant.name == "lora":
+        inject_adapter_in_model(LoraConfig(**LORA), encoder)
+    torch.manual_seed(seed)
+    model = Classifier(encoder, task.classes)
+    chosen = draw(task, args.labels, seed)
+    images, labels = task.images["train"][chosen], torch.from_numpy(task.labels["train"][chosen, 0])
+    groups = [
+        {"params": [parameter for parameter in encoder.parameters() if parameter.requires_grad], "lr": rate},
+        {"params": list(model.head.parameters()), "lr": HEAD_RATE},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    steps = args.epochs * -(-len(images) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    start = time.perf_counter()
+    model.train()
+    for _ in range(args.epochs):
+        for part in torch.randperm(len(images)).split(BATCH):
+            batch = images[part]
+            for axis in (2, 3):
+                flipped = torch.rand(len(batch), 1, 1, 1) < 0.5
+                batch = torch.where(flipped, batch.flip(axis), batch)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(batch), labels[part]).backward()
+            optimizer.step()
+            schedule.step()
+    seconds = time.perf_counter() - start
+    predicted = {"val": predict(model, task.images["val"])}
+    return Result(rate, predicted, seconds, sum(part.numel() for group in groups for part in group["params"])), model
+
+
+def predict(model: nn.Module, images: Tensor) -> NDArray[np.int64]:
+    """Classes of images."""
+    model.eval()
+    with torch.inference_mode():
+        classes: NDArray[np.int64] = torch.cat([model(batch).argmax(1) for batch in images.split(32)]).numpy()
+    return classes
+
+
+def accuracy(task: Task, result: Result, split: str) -> float:
+    """Share of the images of a split whose class is predicted."""
+    return float((result.predicted[split] == task.labels[split][:, 0]).mean())
+
+
+def rows(task: Task, found: dict[Variant, list[Result]]) -> list[dict[str, Any]]:
+    """A line for every variant; what it gains on all blocks is of the same seeds and images."""
+    intact = max((one for one in found if one.name == "whole"), key=lambda one: one.blocks)
+    seeds = len(found[intact])
+    truth = task.labels["test"][:, 0]
+    places = np.arange(len(truth))
+    counts = np.array(
+        [
+            [
+                statistics.confusion(truth, found[variant][seed].predicted["test"], places, len(truth), task.classes)
+                for variant in found
+            ]
+            for seed in range(seeds)
+        ]
+    )
+    bootstrap = Bootstrap(counts, accuracy=True)
+    scores, errors = statistics.score(counts.sum(2), True), bootstrap.mean(bootstrap.scores).std(0)
+    table = []
+    for column, (variant, results) in enumerate(found.items()):
+        line = {
+            "trained": variant.name,
+            "blocks": variant.blocks,
+            "learning_rate": f"{results[0].rate:g}",
+            "test_accuracy": [float(scores[:, column].mean()), float(errors[column])],
+            "gain_on_all_blocks": None,
+            "trained_parameters_M": results[0].trained / 1e6,
+            "training_s": medians.median(one.seconds for one in results),
+        }
+        if variant != intact:
+            base = list(found).index(intact)
+            samples = bootstrap.mean(bootstrap.scores[..., column] - bootstrap.scores[..., base])
+            line["gain_on_all_blocks"] = statistics.interval((scores[:, column] - scores[:, base]).mean(), samples)
+        table.append(line)
+    return table
+
+
+def tests(task: Task, found: dict[Variant, list[Result]]) -> list[dict[str, Any]]:
+    """The gate on the validation split, at the depth that has random weights too, and the F test over depths."""
+    whole = {variant: results for variant, results in found.items() if variant.name == "whole"}
+    random = {variant: results for variant, results in found.items() if variant.name == "random"}
+    line: dict[str, Any] = {}
+    for variant, results in random.items():
+        trained, untrained = (
+            np.array([[accuracy(task, one, "val")] for one in each])
+            for each in (whole[Variant("whole", variant.blocks)], results)
+        )
+        gain, counts = statistics.gate(trained, untrained)
+        line |= {"pretrained_minus_random": gain, "counts": "yes" if counts else "no"}
+    scores = np.array([[accuracy(task, one, "test") for one in results] for results in whole.values()]).T
+    f, p = statistics.f_test(scores)
+    return [line | {"F_over_depths": f, "p": p}]
+
+
+def run(
+    variant: Variant, args: argparse.Namespace, state: dict[str, Tensor], task: Task
+) -> tuple[list[Result], list[dict[str, Any]]]:
+    """Results of a variant by seed, and a line for every run, those of the tuning among them."""
+    results: list[Result] = []
+    runs = []
+    for seed in range(args.seeds):
+        tried = []
+        for rate in [one.rate for one in results[:1]] or RATES[variant.name]:
+            one, model = finetune(variant, state, args, task, seed, rate)
+            tried.append((one, model))
+            line = {"trained": variant.name, "blocks": variant.blocks, "seed": seed, "learning_rate": rate}
+            line |= {"validation": accuracy(task, one, "val"), "s": one.seconds}
+            runs.append(line)
+            print(*(f"{value:.3g}" if isinstance(value, float) else value for value in line.values()), flush=True)
+        best, model = max(tried, key=lambda each: accuracy(task, each[0], "val"))
+        best.predicted["test"] = predict(model, task.images["test"])
+        results.append(best)
+    return results, runs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fine-tune, test, and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--model", default=MODEL, help="name of a ViT of timm")
+    parser.add_argument("--size", type=int, default=126)
+    parser.add_argument("--labels", type=int, default=70, help="number of labelled scenes")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--depths", type=int, nargs="+", default=[3, 7, 12])
+    parser.add_argument("--lora", type=int, nargs="*", default=[7, 12], help="depths with LoRA")
+    parser.add_argument("--random", type=int, nargs="*", default=[7], help="depths that are trained from random weights too")
+    record.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    state = read_weights(args.weights)
+    patch = load(args.model, None, args.size).patch_embed.patch_size[0]
+    task = read_task(args.data, SCENES, args.size, patch)
+    variants = [Variant("whole", depth) for depth in args.depths]
+    variants += [Variant("random", depth) for depth in args.random] + [Variant("lora", depth) for depth in args.lora]
+    found: dict[Variant, list[Result]] = {}
+    runs: list[dict[str, Any]] = []
+    for variant in variants:
+        found[variant], lines = run(variant, args, state, task)
+        runs += lines
+        if len(found) < len(args.depths):
+            continue
+        table = rows(task, found)  # saved as soon as depths can be compared: the rest takes long
+        more = {"tests": tests(task, found), "runs": runs, "weights": digest(state)}
+        record.save("pretrained_vit_finetune", args, table, arguments, module="pretrained_vit.finetune", **more)
+    record.show("Fine-tuning", table)
+
+
+if __name__ == "__main__":
+    main()

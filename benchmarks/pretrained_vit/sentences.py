@@ -1,0 +1,205 @@
+"""What docs/evidence.md says of the results: every sentence with a figure is computed from them.
+
+Nothing is ranked where the F test over depths gives p > 0.05, and a difference is called one only if its 95 % interval
+leaves out 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.pretrained_vit.statistics import LEVEL
+
+Results = Mapping[str, Any]
+WORDS = {"cover": "land cover", "water": "water", "scenes": "scenes"}
+
+
+def frozen(found: Results) -> list[str]:
+    """Of frozen probes."""
+    tests = found["tests"]
+    apart = [row for row in tests if row["counts"] == "yes" and row["p"] <= LEVEL]
+    lines = [_gate(tests), _f_test([row for row in tests if row["counts"] == "yes"])]
+    if not apart:
+        return lines
+    mean = {row["criterion"]: row for row in found["regrets"]}
+    choices = [row for row in found["rows"] if any(_case(row) == _case(test) for test in apart)]
+    lines += [_best(found, apart), _intact(mean, choices)]
+    lines += [_simpler(mean, choices), _probe(mean, choices), _shares(mean), _gaps(mean), _width(choices)]
+    return lines
+
+
+def _gate(tests: Sequence[Results]) -> str:
+    passed = [row for row in tests if row["counts"] == "yes"]
+    out = [f"{_case(row)} ({_error(row['pretrained_minus_random'])})" for row in tests if row["counts"] != "yes"]
+    line = f"Pretraining matters, on the validation split, in {len(passed)} of {len(tests)} cases."
+    return line + (f" What fails is left out of all that follows: {_list(out)}." if out else "")
+
+
+def _f_test(tests: Sequence[Results]) -> str:
+    apart = [row for row in tests if row["p"] <= LEVEL]
+    line = f"Depths differ (F test, seeds as blocks) in {len(apart)} of these {len(tests)} cases"
+    line += f", p at most {max(row['p'] for row in apart):.2g}." if apart else "."
+    alike = [f"{_case(row)} (p = {row['p']:.2g})" for row in tests if row["p"] > LEVEL]
+    return line + (f" They are not ranked for {_list(alike)}." if alike else "")
+
+
+def _best(found: Results, apart: Sequence[Results]) -> str:
+    parts = []
+    for test in apart:
+        row = next(one for one in found["depths"] if one["weights"] == "pretrained" and _case(one) == _case(test))
+        scores = {key: value for key, value in row.items() if key.isdigit()}
+        best = max(scores, key=lambda key: scores[key][0])
+        parts.append(
+            f"{best} for {_case(test)} ({_error(scores[best])}; all {len(scores)}: {_error(scores[str(len(scores))])})"
+        )
+    return f"The highest mean test score is at depth {_list(parts)}. It is picked after the fact, so it is no estimate."
+
+
+def _intact(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
+    rows = [row for row in choices if row["criterion"] == "all blocks"]
+    lost = [row for row in rows if row["regret"][1] > 0]
+    return (
+        f"Keeping all blocks loses {_interval(mean['all blocks']['mean_regret'])} to the best depth of the other seeds, as "
+        f"the mean over tasks; the interval is above 0 in {len(lost)} of {len(rows)} cases."
+    )
+
+
+def _simpler(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
+    rows = [row for row in choices if row["criterion"] == "simpler"]
+    gained = [row for row in rows if row["gain_on_all_blocks"][1] > 0]
+    lower = [row for row in rows if row["gain_on_all_blocks"][2] < 0]
+    line = (
+        f"SIMPLER keeps {_list(_unique(row['kept'] for row in rows))} blocks, and its verdict is "
+        f"{_list(_unique(row['verdict'] for row in rows))}: mean regret {_interval(mean['simpler']['mean_regret'])}. It is "
+        f"above all blocks in {len(gained)} of {len(rows)} cases, and below in {len(lower)}."
+    )
+    half = mean.get("simpler, half where unsettled")
+    if half and any(row["verdict"] == "unsettled" for row in rows):
+        line += f" With `on_unsettled: half` the mean regret is {_interval(half['mean_regret'])}."
+    return line
+
+
+def _probe(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
+    rows = [row for row in choices if row["criterion"] == "probe"]
+    verdicts = [verdict for row in rows for verdict in row["verdict"].split(", ")]
+    row = mean["probe"]
+    each = _list([f"{WORDS[name]} {_interval(row[name])}" for name in WORDS if name in row])
+    gained = [row for row in rows if row["gain_on_all_blocks"][1] > 0]
+    counts = _list([f"{verdicts.count(one)} times {one}" for one in _unique(verdicts)])
+    return (
+        f"`probe`, which sees the labels of the training images at hand and of the validation split, has a mean regret of "
+        f"{_interval(row['mean_regret'])}: {each}. It is above all blocks in {len(gained)} of {len(rows)} cases. Its verdict "
+        f"is {counts}."
+    )
+
+
+def _shares(mean: Mapping[str, Results]) -> str:
+    probe = mean["probe"]["mean_regret"]
+    parts = []
+    for name, words in (("half", "Half of the blocks"), ("a third", "a third of them")):
+        regret = mean[name]["mean_regret"]
+        parts.append(f"{words} has a mean regret of {_interval(regret)}")
+    alike = all(_overlap(probe, mean[name]["mean_regret"]) for name in ("half", "a third"))
+    line = f"{' and '.join(parts)}, without any choice."
+    return line + (" These intervals and that of `probe` overlap, so they are not ranked." if alike else "")
+
+
+def _gaps(mean: Mapping[str, Results]) -> str:
+    names = [name for name in ("angular", "block_influence", "cka_intervals") if name in mean]
+    parts = [f"`{name}` {_interval(mean[name]['mean_regret'])}" for name in names]
+    above = [name for name in names if mean[name]["mean_regret"][1] > mean["half"]["mean_regret"][2]]
+    line = f"With a budget of half of the blocks, mean regrets are {_list(parts)}."
+    if above:
+        line += f" {len(above)} of the {len(names)} intervals lie wholly above that of the first half."
+    return line
+
+
+def _width(choices: Sequence[Results]) -> str:
+    parts = []
+    for row in {row["criterion"]: row for row in choices if ", width" in row["criterion"]}.values():
+        rows = [one for one in choices if one["criterion"] == row["criterion"]]
+        higher = [one for one in rows if one["gain_on_all_blocks"][1] > 0]
+        lower = [one for one in rows if one["gain_on_all_blocks"][2] < 0]
+        parts.append(
+            f"a width of {row['criterion'].rpartition(' ')[2]} is below full width in {len(lower)} of {len(rows)} cases and "
+            f"above in {len(higher)}"
+        )
+    return f"With all blocks, {_list(parts)}; the others cannot be told apart."
+
+
+def finetuned(found: Results) -> list[str]:
+    """Of fine-tuning."""
+    [test] = found["tests"]
+    lines = []
+    if "counts" in test:
+        matters = "matters" if test["counts"] == "yes" else "does not measurably matter"
+        lines.append(
+            f"Pretraining {matters} on the validation split: {_error(test['pretrained_minus_random'])} on random weights at "
+            "the same depth."
+        )
+    whole = sorted((row for row in found["rows"] if row["trained"] == "whole"), key=lambda row: row["blocks"])
+    *pruned, intact = whole
+    if test["p"] > LEVEL:
+        lines.append(f"The depths cannot be told apart (F test, p = {test['p']:.2g}), so they are not ranked.")
+        return lines
+    gains = _list([f"{row['blocks']} {_interval(row['gain_on_all_blocks'])}" for row in pruned])
+    better = [str(row["blocks"]) for row in pruned if row["gain_on_all_blocks"][1] > 0]
+    worse = [str(row["blocks"]) for row in pruned if row["gain_on_all_blocks"][2] < 0]
+    line = f"The depths differ (F test, p = {test['p']:.2g}). Gains on all {intact['blocks']} blocks: {gains}."
+    line += f" Above all blocks: {_list(better)}." if better else ""
+    line += f" Below all blocks: {_list(worse)}." if worse else ""
+    lines.append(line)
+    lora = [row for row in found["rows"] if row["trained"] == "lora"]
+    if lora:
+        parts = [f"{row['blocks']} blocks {_interval(row['gain_on_all_blocks'])}" for row in lora]
+        lines.append(f"LoRA, compared with the whole encoder with all blocks: {_list(parts)}.")
+    return lines
+
+
+def small(found: Results) -> list[str]:
+    """Of the small Prithvi."""
+    rows = found["rows"]
+    parts = []
+    for verdict in ("clear", "weak", "unsettled", "no answer", "-"):
+        names = [f"`{row['criterion']}`" for row in rows if row["verdict"] == verdict]
+        if names:
+            parts.append(f"{verdict if verdict != '-' else 'none'}: {_list(names)}")
+    free = [row["kept"] for row in rows if row["criterion"] in ("simpler", "knee") and row["kept"] != "-"]
+    return [f"Verdicts: {'; '.join(parts)}. Criteria without a budget and without labels keep {_list(free)} of 12 blocks."]
+
+
+PARTS: dict[str, Callable[[Results], list[str]]] = {
+    "pretrained_vit-cpu": frozen,
+    "pretrained_vit_finetune-cpu": finetuned,
+    "pretrained_vit_small-cpu": small,
+}
+
+
+def sentences(name: str, found: Results) -> str:
+    """A list of all that is said of the results in a file, by its name without ending."""
+    return "\n".join(f"- {line}" for line in PARTS[name](found)) + "\n"
+
+
+def _case(row: Results) -> str:
+    return f"{WORDS[row['task']]} with {row['labelled']} labelled images"
+
+
+def _error(value: Sequence[float]) -> str:
+    return f"{value[0]:.3f} ± {value[1]:.3f}"
+
+
+def _interval(value: Sequence[float]) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*value)
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[1] <= other[2] and other[1] <= one[2]
+
+
+def _unique(values: Any) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _list(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)

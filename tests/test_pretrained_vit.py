@@ -1,0 +1,223 @@
+"""The benchmark of a pretrained ViT: its statistics against direct computations, and small runs from data to sentences."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import rasterio
+import timm
+import torch
+from PIL import Image
+from scipy import stats
+
+from benchmarks.pretrained_vit import finetune, frozen, statistics
+from benchmarks.pretrained_vit.__main__ import main
+from benchmarks.pretrained_vit.data import Task
+from benchmarks.pretrained_vit.encoder import digest, read_weights
+from benchmarks.pretrained_vit.sentences import sentences
+
+MODEL = "vit_tiny_patch16_224"
+COUNTS = {"train": 40, "val": 8, "test": 8}
+CODES = np.array([[10, 30], [40, 80]])
+
+
+def counts(seeds=3, columns=4, places=6, classes=3):
+    return np.random.default_rng(0).integers(0, 9, size=(seeds, columns, places, classes, classes))
+
+
+def test_confusion_and_scores():
+    truth, predicted, place = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 0]), np.array([0, 0, 0, 1, 1])
+    found = statistics.confusion(truth, predicted, place, 3, 3)
+    assert found.sum((1, 2)).tolist() == [3, 2, 0]
+    assert found.sum(0).tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    assert statistics.score(found.sum(0), accuracy=True) == pytest.approx(3 / 5)
+    assert statistics.score(found.sum(0), accuracy=False) == pytest.approx((1 / 3 + 2 / 4) / 2)  # the third does not occur
+
+
+def test_f_test_is_that_of_two_depths():
+    """With two depths it is the paired t test: F = t^2."""
+    scores = np.random.default_rng(1).normal(size=(6, 2))
+    f, p = statistics.f_test(scores)
+    t = stats.ttest_rel(scores[:, 0], scores[:, 1])
+    assert (f, p) == (pytest.approx(t.statistic**2), pytest.approx(t.pvalue))
+
+
+def test_regret_takes_the_best_depth_of_the_other_seeds():
+    scores = np.array([[0.9, 0.1, 0.5], [0.1, 0.8, 0.4], [0.2, 0.6, 0.3]])  # two depths and another column
+    chosen = np.array([2, 2, 0])
+    # Without seed 0 depth 2 is best, without 1 depth 1 (1.1 against 0.7), without 2 depth 1 (1.0 against 0.9).
+    assert statistics.regrets(scores, chosen, 2) == pytest.approx([0.1 - 0.5, 0.1 - 0.4, 0.2 - 0.2])
+    assert statistics.regrets(np.stack([scores, scores]), chosen, 2).shape == (2, 3)
+    assert statistics.gains(scores, chosen, 2) == pytest.approx([0.5 - 0.1, 0.4 - 0.8, 0.2 - 0.6])
+
+
+def test_bootstrap_resamples_places_and_seeds():
+    found = counts()
+    bootstrap = statistics.Bootstrap(found, accuracy=True, resamples=5)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(6, np.full(6, 1 / 6), size=5)
+    drawn = rng.integers(3, size=(5, 3))
+    scores = [statistics.score((found * weight[:, None, None]).sum(2), True) for weight in weights]
+    assert bootstrap.scores == pytest.approx(np.array(scores))
+    means = [score[seeds].mean(0) for score, seeds in zip(scores, drawn, strict=True)]
+    assert bootstrap.mean(bootstrap.scores) == pytest.approx(np.array(means))
+    assert bootstrap.mean(bootstrap.scores[..., 1]) == pytest.approx(np.array(means)[:, 1])
+
+
+def test_gate_needs_a_clear_gain():
+    trained, untrained = np.array([[0.5, 0.7], [0.5, 0.72]]), np.array([[0.6, 0.1], [0.62, 0.1]])
+    assert statistics.gate(trained, untrained) == ([pytest.approx(0.1), pytest.approx(0, abs=1e-9)], True)
+    assert not statistics.gate(trained, untrained + 0.085)[1]
+
+
+def test_strength_is_chosen_by_the_score_of_the_task():
+    """Nine of ten rows are of one class: shrunk to that class the accuracy is best, and the mean IoU is not."""
+    rng = np.random.default_rng(0)
+    y = (np.arange(500) % 10 == 0).astype(np.int64)
+    x = (0.5 * y[:, None] + rng.normal(size=(500, 4))).astype(np.float32)
+    patches = Task("water", 2, {}, {}, {}, ())
+    assert 0 < frozen.fit(x, y, np.arange(500) % 7, patches)(x + 1).mean() < 1
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Tiles of four kinds of land cover that differ in colour, and scenes of seven kinds."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    hls, scenes = root / "hls_water", root / "rsscn7"
+    for folder in ("images", "landcover", "water_mask", "splits"):
+        (hls / folder).mkdir(parents=True)
+    (scenes / "splits").mkdir(parents=True)
+    with (hls / "tiles.csv").open("w") as file:
+        table = csv.writer(file)
+        table.writerow(["tile", "site_group"])
+        for split, count in COUNTS.items():
+            names = [f"{split}{n}" for n in range(count)]
+            (hls / f"splits/{split}.txt").write_text("\n".join(names))
+            for n, name in enumerate(names):
+                table.writerow([name, f"{split}{n % 4}"])
+                codes = np.kron(rng.permutation(CODES.flatten()).reshape(2, 2), np.ones((16, 16), np.uint8)).astype(np.uint8)
+                image = (codes * 10.0 + rng.normal(0, 50, (6, 32, 32))).astype(np.int16)
+                write(hls / f"images/{name}_image.tif", image)
+                write(hls / f"landcover/{name}_landcover.tif", codes[None])
+                write(hls / f"water_mask/{name}_mask.tif", (codes[None] == 80).astype(np.uint8))
+            kinds = [f"k{n % 7}/{split}{n}" for n in range(6 * 7 if split == "train" else 14)]
+            (scenes / f"splits/{split}.txt").write_text("\n".join(kinds))
+            for n, name in enumerate(kinds):
+                (scenes / name).parent.mkdir(exist_ok=True)
+                pixels = np.clip(30 * (n % 7) + rng.normal(0, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(scenes / f"{name}.jpg")
+    return root
+
+
+def write(path, pixels):
+    with rasterio.open(
+        path, "w", driver="GTiff", count=len(pixels), height=32, width=32, dtype=pixels.dtype.name
+    ) as file:  # fmt: skip
+        file.write(pixels)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "vit.pt"
+    torch.save(timm.create_model(MODEL, img_size=32, num_classes=0).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(data, weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frozen")
+    small = f"{data} --weights {weights} --model {MODEL} --size 32 --seeds 2 --labels 14 16 --device cpu -o {folder}"
+    main(small.split())
+    return json.loads((folder / "pretrained_vit-cpu.json").read_text())
+
+
+def test_frozen_probes_of_every_depth(found):
+    assert [(row["task"], row["labelled"]) for row in found["tests"]] == [("cover", 16), ("water", 16), ("scenes", 14)]
+    assert [row["weights"] for row in found["depths"][:3]] == ["pretrained", "random", "none (most frequent class)"]
+    for row in found["depths"]:
+        assert {key for key in row if key.isdigit()} == {str(depth) for depth in range(1, 13)}
+    # All classes are as frequent, 14 px patches aside: one of seven scenes is right.
+    assert found["depths"][-1]["1"] == pytest.approx(1 / 7)
+    criteria = [row["criterion"] for row in found["rows"] if row["task"] == "cover"]
+    assert {"probe", "simpler", "angular", "block_influence", "cka_intervals", "half", "all blocks, width 0.5"} <= {
+        *criteria
+    }
+    assert len(criteria) == len(set(criteria))
+    by_name = {row["criterion"]: row for row in found["rows"] if row["task"] == "scenes"}
+    assert by_name["half"]["kept"] == "6"
+    assert by_name["half"]["score"] == pytest.approx(found["depths"][6]["6"][0])
+    assert found["weights"]
+    assert str(found).count("/tmp") == 0
+
+
+def test_no_case_without_a_gate_has_a_regret(found):
+    counted = {row["task"] for row in found["tests"] if row["counts"] == "yes" and row["p"] <= 0.05}
+    for row in found["rows"]:
+        assert (row.get("regret") is not None) == (row["task"] in counted and "score" in row)
+
+
+def test_fine_tuning_saves_every_run(data, weights, tmp_path):
+    small = f"{data} --weights {weights} --model {MODEL} --size 32 --seeds 2 --labels 7 --epochs 1 --depths 1 2 --lora 1"
+    finetune.main([*small.split(), "--random", "1", "--device", "cpu", "-o", str(tmp_path)])
+    found = json.loads((tmp_path / "pretrained_vit_finetune-cpu.json").read_text())
+    assert [(row["trained"], row["blocks"]) for row in found["rows"]] == [
+        ("whole", 1),
+        ("whole", 2),
+        ("random", 1),
+        ("lora", 1),
+    ]
+    assert len(found["runs"]) == 4 * (3 + 1)
+    assert found["rows"][1]["gain_on_all_blocks"] is None
+    low, high = found["rows"][0]["gain_on_all_blocks"][1:]
+    assert low <= high
+    assert found["rows"][3]["trained_parameters_M"] < found["rows"][0]["trained_parameters_M"]
+    assert found["command"].startswith("python -m benchmarks.pretrained_vit.finetune DATA/")
+    assert sentences("pretrained_vit_finetune-cpu", found)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"There is no file .*none.pt, expected a state dict"):
+        read_weights(tmp_path / "none.pt")
+
+
+def test_digest_is_of_names_and_values():
+    one = {"a": torch.ones(2), "b": torch.zeros(2)}
+    assert digest(one) == digest(dict(reversed(one.items())))
+    assert digest(one) != digest({"a": torch.zeros(2), "b": torch.ones(2)})
+
+
+def fake(p=1e-3, counts="yes"):
+    """Results of one case."""
+    row = {"task": "cover", "labelled": 16}
+    figures = {"score": 0.4, "regret": [0.1, 0.05, 0.2], "gain_on_all_blocks": [-0.1, -0.2, 0.1]}
+    names = ["probe", "all blocks", "half", "a third", "simpler", "angular", "all blocks, width 0.5"]
+    rows = [row | {"criterion": name, "kept": "2", "verdict": "unsettled"} | figures for name in names]
+    mean = [{"criterion": name, "mean_regret": [0.1, 0.05, 0.2], "cover": [0.1, 0.05, 0.2]} for name in names]
+    test = row | {"pretrained_minus_random": [0.1, 0.01], "counts": counts, "F_over_depths": 9.0, "p": p}
+    depths = [row | {"weights": "pretrained", "1": [0.4, 0.01], "2": [0.3, 0.01]}]
+    return {"tests": [test], "rows": rows, "regrets": mean, "depths": depths}
+
+
+def test_sentences_rank_nothing_without_an_f_test():
+    said = sentences("pretrained_vit-cpu", fake())
+    assert "depth 1 for land cover with 16 labelled images (0.400 ± 0.010; all 2: 0.300 ± 0.010)" in said
+    assert "SIMPLER keeps 2 blocks, and its verdict is unsettled: mean regret 0.100 (0.050 to 0.200)" in said
+    assert "overlap, so they are not ranked" in said
+    for without in (fake(p=0.2), fake(counts="no")):
+        said = sentences("pretrained_vit-cpu", without)
+        assert "regret" not in said
+        assert "SIMPLER" not in said
+    assert "not ranked for land cover with 16 labelled images (p = 0.2)" in sentences("pretrained_vit-cpu", fake(p=0.2))
+
+
+def test_sentences_of_fine_tuning_follow_the_intervals():
+    rows = [
+        {"trained": "whole", "blocks": 3, "gain_on_all_blocks": [0.1, 0.05, 0.2]},
+        {"trained": "whole", "blocks": 12, "gain_on_all_blocks": None},
+    ]
+    said = sentences("pretrained_vit_finetune-cpu", {"tests": [{"F_over_depths": 9.0, "p": 0.01}], "rows": rows})
+    assert "Above all blocks: 3." in said
+    said = sentences("pretrained_vit_finetune-cpu", {"tests": [{"F_over_depths": 1.0, "p": 0.4}], "rows": rows})
+    assert said == "- The depths cannot be told apart (F test, p = 0.4), so they are not ranked.\n"
