@@ -338,3 +338,18 @@ def test_the_callback_does_without_tiles_too(trainer, task, datamodule, tmp_path
     run, module = trainer(SimplerCallback(criterion="probe", recovery="linear", max_tiles=20, min_tiles=20)), task()
     with pytest.raises(TilesError, match="Only 20 usable tiles; comparing blocks needs at least 32"):
         run.fit(module, datamodule=datamodule())
+
+
+@pytest.mark.parametrize(("images", "patches"), [(8, 36), (600, 16)])
+def test_few_images_give_more_of_their_patches(monkeypatch, images, patches):
+    found = []
+    monkeypatch.setattr(Probe, "_probe", lambda _self, labelled: found.append(labelled) or (_ for _ in ()).throw(KeyError))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=2, embed_dim=12, num_heads=1, num_classes=0)
+    generator = torch.Generator().manual_seed(0)
+    image, mask = torch.randn(images, 3, 96, 96, generator=generator), torch.arange(2).repeat_interleave(48).expand(images, 96, 96)
+    batches = list(zip(image.split(50), mask.split(50), strict=True))
+    with pytest.raises(KeyError):
+        select_depth(model, batches, criterion="probe", progress=False)
+    counts = found[0].images.bincount()
+    assert set(counts.tolist()) == {patches}
+    assert len(counts) == min(images, 512)
