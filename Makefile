@@ -1,4 +1,4 @@
-# make demo          select, fit, test and predict on generated scenes, offline, on a CPU
+# make demo          pruned against intact on generated scenes: select, fit, test, predict, one table; offline, on a CPU
 # make test          all tests except those in tests/slow.txt
 # make test-all      the tests in tests/slow.txt
 # make check         lint and types

@@ -122,7 +122,7 @@ def run_show(arguments: Namespace, _settings: Sequence[str]) -> None:
 
 
 def run_demo(arguments: Namespace, _settings: Sequence[str]) -> None:
-    """Generate scenes, fit, test and predict, offline, on a CPU."""
+    """Fine-tune an encoder on generated scenes, pruned and intact, and compare both in one table; offline, on a CPU."""
     from terratorch_simpler.demo import run
 
     run(Path(arguments.output_dir), official_weights=arguments.official_weights)

@@ -219,8 +219,8 @@ class SlimmingPlan:
         data: What was streamed, with a fingerprint.
         versions: Package versions.
         overview: What was not chosen. ``criteria``: by name its ``kept_blocks`` and ``scores`` (by depth, or
-            None) on the same statistics. ``depths``: by number of first blocks kept the ``parameters``, ``macs`` (or None),
-            ``similarity`` of the last kept block with the last one (or None), and ``recovery_r2`` (or None).
+            None) on the same statistics, and for ``simpler`` its ``verdict`` where the criterion is probe. ``depths``: by
+            number of first blocks kept the ``parameters``, ``macs`` (or None), ``similarity`` of the last kept block with the last one (or None), and ``recovery_r2`` (or None).
             ``no_answer``: by name of a criterion that has none, why. ``repaired``, where recovery is linear:
             [state before, state after, share of variance explained] of each dropped range. ``distilled``, where recovery is
             distill: ``steps``, ``tiles`` trained on, tiles ``held_out``, and the share of the target's variance on these

@@ -18,7 +18,7 @@ from terratorch.registry import BACKBONE_REGISTRY
 from terratorch.tasks import SemanticSegmentationTask
 
 import terratorch_simpler  # noqa: F401  registers simpler_
-from terratorch_simpler.demo.scenes import write_scenes
+from terratorch_simpler.demo.scenes import LAND_COVER, write_scenes
 from terratorch_simpler.export import plain
 from terratorch_simpler.export.comparison import answer
 from terratorch_simpler.logger import log
@@ -116,7 +116,7 @@ def build():
 def scenes(tmp_path_factory):
     """A folder of generated scenes: 48 to train on, 4 to validate, 4 to test, 64 px, some with nodata corners."""
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, {"train": 48, "val": 4, "test": 4}, size=64)
+    write_scenes(folder, {"train": 48, "val": 4, "test": 4}, size=64, merged=LAND_COVER)
     return folder
 
 

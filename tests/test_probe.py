@@ -397,6 +397,7 @@ def config(tmp_path_factory, scenes):
     folder = tmp_path_factory.mktemp("probe")
     path = demo.write_config(folder, scenes, demo.ENCODER)
     settings = yaml.safe_load(path.read_text())
+    settings["trainer"]["callbacks"] = [{"class_path": "terratorch_simpler.SimplerCallback"}]
     settings["trainer"].update(enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
     settings["data"]["init_args"].update(num_workers=0, predict_data_root=str(scenes / "images"))
     path.write_text(yaml.safe_dump(settings))

@@ -346,7 +346,10 @@ def test_few_images_give_more_of_their_patches(monkeypatch, images, patches):
     monkeypatch.setattr(Probe, "_probe", lambda _self, labelled: found.append(labelled) or (_ for _ in ()).throw(KeyError))
     model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=2, embed_dim=12, num_heads=1, num_classes=0)
     generator = torch.Generator().manual_seed(0)
-    image, mask = torch.randn(images, 3, 96, 96, generator=generator), torch.arange(2).repeat_interleave(48).expand(images, 96, 96)
+    image, mask = (
+        torch.randn(images, 3, 96, 96, generator=generator),
+        torch.arange(2).repeat_interleave(48).expand(images, 96, 96),
+    )
     batches = list(zip(image.split(50), mask.split(50), strict=True))
     with pytest.raises(KeyError):
         select_depth(model, batches, criterion="probe", progress=False)

@@ -13,7 +13,7 @@ from zipfile import ZipFile
 import pytest
 
 import terratorch_simpler
-from terratorch_simpler.demo.scenes import write_scenes
+from terratorch_simpler.demo.scenes import LAND_COVER, write_scenes
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "terratorch_simpler"
@@ -96,8 +96,10 @@ def test_the_demo_runs_from_the_wheel_in_a_clean_environment(distributions, tmp_
     assert Path(where.strip()).is_relative_to(site)
     out = tmp_path / "demo"
     splits = {"train": 40, "val": 8, "test": 8}
-    write_scenes(out / "scenes", splits)  # fewer than the demo would make
-    run(folder / "bin" / "terratorch-simpler", "demo", "--output_dir", out, cwd=tmp_path, env=outside)
+    write_scenes(out / "scenes", splits, size=64, merged=LAND_COVER)  # fewer than the demo would make
+    said = run(folder / "bin" / "terratorch-simpler", "demo", "--output_dir", out, cwd=tmp_path, env=outside)
+    assert "test mIoU" in said
+    assert "Without (SIMPLER)" in said
     assert len(list((out / "predictions").glob("*.tif"))) == sum(splits.values())
     plan = terratorch_simpler.SlimmingPlan.load(next(out.glob("lightning_logs/*/simpler/plan.json")))
     assert plan.tiles_seen == splits["train"]
