@@ -25,7 +25,7 @@ def frozen(found: Results) -> list[str]:
     mean = {row["criterion"]: row for row in found["regrets"]}
     choices = [row for row in found["rows"] if any(_case(row) == _case(test) for test in apart)]
     lines += [_best(found, apart), _intact(mean, choices)]
-    lines += [_simpler(mean, choices), _probe(mean, choices), _shares(mean), _gaps(mean), _width(choices)]
+    lines += [_simpler(mean, choices), _probe(mean, choices), _shares(mean), _gaps(mean, choices), _width(choices)]
     return lines
 
 
@@ -88,9 +88,9 @@ def _probe(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
     gained = [row for row in rows if row["gain_on_all_blocks"][1] > 0]
     counts = _list([f"{verdicts.count(one)} times {one}" for one in _unique(verdicts)])
     return (
-        f"`probe`, which sees the labels of the training images at hand and of the validation split, has a mean regret of "
-        f"{_interval(row['mean_regret'])}: {each}. It is above all blocks in {len(gained)} of {len(rows)} cases. Its verdict "
-        f"is {counts}."
+        "`probe`, which sees the labels of the training images at hand and of the validation split, has a mean regret "
+        f"of {_interval(row['mean_regret'])}: {each}. It is above all blocks in {len(gained)} of {len(rows)} cases. Its "
+        f"verdict is {counts}."
     )
 
 
@@ -105,13 +105,17 @@ def _shares(mean: Mapping[str, Results]) -> str:
     return line + (" These intervals and that of `probe` overlap, so they are not ranked." if alike else "")
 
 
-def _gaps(mean: Mapping[str, Results]) -> str:
+def _gaps(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
     names = [name for name in ("angular", "block_influence", "cka_intervals") if name in mean]
     parts = [f"`{name}` {_interval(mean[name]['mean_regret'])}" for name in names]
     above = [name for name in names if mean[name]["mean_regret"][1] > mean["half"]["mean_regret"][2]]
     line = f"With a budget of half of the blocks, mean regrets are {_list(parts)}."
     if above:
         line += f" {len(above)} of the {len(names)} intervals lie wholly above that of the first half."
+    clear = [row for row in choices if row["criterion"] in names and row["verdict"] == "clear"]
+    if clear:
+        poor = [row for row in clear if row["regret"][1] > 0]
+        line += f" Of the {len(clear)} choices with verdict clear, {len(poor)} have a regret whose interval is above 0."
     return line
 
 
