@@ -218,17 +218,17 @@ class SlimmingPlan:
         macs: Multiply-accumulate operations of the encoder for one tile, ``before`` and ``after``.
         data: What was streamed, with a fingerprint.
         versions: Package versions.
-        overview: What was not chosen. ``criteria``: by name its ``kept_blocks`` and ``scores`` (by depth, or
-            None) on the same statistics, and for ``simpler`` its ``verdict`` where the criterion is probe. ``depths``: by
-            number of first blocks kept the ``parameters``, ``macs`` (or None), ``similarity`` of the last kept block with the last one (or None), and ``recovery_r2`` (or None).
-            ``no_answer``: by name of a criterion that has none, why. ``repaired``, where recovery is linear:
-            [state before, state after, share of variance explained] of each dropped range. ``distilled``, where recovery is
-            distill: ``steps``, ``tiles`` trained on, tiles ``held_out``, and the share of the target's variance on these
-            that the pruned encoder ``explained_before`` and ``explained_after``. ``probe``, where that is the
-            criterion: ``metric``; what it was ``judged_on``, "validation" or "cross-validation", with how many ``groups``;
-            standard ``errors`` of the scores by depth; the ``baseline``, a constant prediction; ``best_depth``; and the
-            score of the ``intact`` encoder. ``label_sets``, in its place where labels came by name: the same of each, with
-            its ``scores``, the ``depth`` that it asks for and the ``level`` of its verdict.
+        overview: What was not chosen. ``criteria``: by name its ``kept_blocks`` and ``scores`` (by depth, or None) on the
+            same statistics, and for ``simpler`` its ``verdict`` where the criterion is probe. ``depths``: by number of first
+            blocks kept the ``parameters``, ``macs`` (or None), ``similarity`` of the last kept block with the last one (or
+            None), and ``recovery_r2`` (or None). ``no_answer``: by name of a criterion that has none, why. ``repaired``,
+            where recovery is linear: [state before, state after, share of variance explained] of each dropped range.
+            ``distilled``, where recovery is distill: ``steps``, ``tiles`` trained on, tiles ``held_out``, and the share of
+            the target's variance on these that the pruned encoder ``explained_before`` and ``explained_after``. ``probe``,
+            where that is the criterion: ``metric``; what it was ``judged_on``, "validation" or "cross-validation", with how
+            many ``groups``; standard ``errors`` of the scores by depth; the ``baseline``, a constant prediction;
+            ``best_depth``; and the score of the ``intact`` encoder. ``label_sets``, in its place where labels came by name:
+            the same of each, with its ``scores``, the ``depth`` that it asks for and the ``level`` of its verdict.
         verdict: Whether the criterion knows, and why; None if the depth was given by hand, and in plans of earlier versions.
         maps: The linear maps by the state before the range they stand for (0 is the input of the first block, l the output
             of block l), where recovery is linear; in a file of their own beside plan.json.

@@ -139,16 +139,11 @@ def run(args: argparse.Namespace, task: Task, state: dict[str, Tensor], labels: 
                 "target": "-" if kind == "none" else f"block {target}" + (" (last)" if target == blocks else " (best)"),
                 "explained": " to ".join(f"{value:.2f}" for value in one.explained) or "-",
                 "seconds": f"{one.seconds:.0f}",
-                "score": _words(score, ""),
-                "gain": "-" if kind == "none" else _words(statistics.interval(gain, samples), "+"),
+                "score": score,
+                "gain": "-" if kind == "none" else statistics.interval(gain, samples),
             }
         )
     return rows
-
-
-def _words(values: Sequence[float], sign: str) -> str:
-    value, low, high = (f"{one:{sign}.3f}" for one in values)
-    return f"{value} ({low} to {high})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

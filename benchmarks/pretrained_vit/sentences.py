@@ -173,9 +173,24 @@ def small(found: Results) -> list[str]:
     return [f"Verdicts: {'; '.join(parts)}. Criteria without a budget and without labels keep {_list(free)} of 12 blocks."]
 
 
+def recovered(found: Results) -> list[str]:
+    """Of recovery without labels."""
+    lines = []
+    for kind, words in (("linear", "A linear map"), ("distill", "Distillation")):
+        rows = [row for row in found["rows"] if row["recovery"] == kind]
+        parts = [f"{WORDS[row['task']]} to {row['target']} {_interval(row['gain'])}" for row in rows]
+        above, below = ([row for row in rows if sign * row["gain"][side] > 0] for sign, side in ((1, 1), (-1, 2)))
+        lines.append(
+            f"{words} gains on {rows[0]['kept']} blocks without recovery: {_list(parts)}. The interval is above 0 in "
+            f"{len(above)} of {len(rows)}, and below 0 in {len(below)}."
+        )
+    return lines
+
+
 PARTS: dict[str, Callable[[Results], list[str]]] = {
     "pretrained_vit-cpu": frozen,
     "pretrained_vit_finetune-cpu": finetuned,
+    "pretrained_vit_recovery-cpu": recovered,
     "pretrained_vit_small-cpu": small,
 }
 
