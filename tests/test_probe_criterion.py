@@ -356,3 +356,125 @@ def test_few_images_give_more_of_their_patches(monkeypatch, images, patches):
     counts = found[0].images.bincount()
     assert set(counts.tolist()) == {patches}
     assert len(counts) == min(images, 512)
+
+
+# --- several label sets
+
+
+def label_sets(**sets):
+    states = torch.ones(7, 7, dtype=torch.float64)
+    return Probe().choose(Statistics(states, states, states, sets), 6, Bounds())
+
+
+def test_the_largest_depth_of_the_label_sets_is_kept():
+    early, late = planted(6, 6, 6, 1, 1, 0.5), planted(0.2, 0.5, 1, 1, 8, 6, kind="regression", seed=3)
+    choice = label_sets(cover=early, height=late)
+    alone = {name: choose(each) for name, each in (("cover", early), ("height", late))}
+    entries = choice.details["label_sets"]
+    assert {name: entry["depth"] for name, entry in entries.items()} == {"cover": 1, "height": 5}
+    for name, entry in entries.items():
+        expected = {**alone[name].details["probe"], "scores": alone[name].scores, "depth": len(alone[name].kept_blocks)}
+        assert entry == {**expected, "level": alone[name].verdict.level}
+    assert choice.kept_blocks == tuple(range(5))
+    assert choice.scores == alone["height"].scores
+    assert choice.verdict.level == "clear"
+    assert [reason.partition(": ")[0] for reason in choice.verdict.reasons] == ["cover", "height"]
+    assert "probe" not in choice.details
+
+
+def test_the_verdict_is_that_of_the_least_sure_label_set():
+    choice = label_sets(cover=planted(6, 6, 6, 1, 1, 0.5), noise=planted(0, 0, 0, 0, 0, 0, kind="regression"))
+    assert choice.verdict.level == "unsettled"
+    assert choice.verdict.reasons[0].startswith("noise: ")
+    assert choice.verdict.reasons[-1].startswith("cover: Smallest depth not distinguishable")
+    assert choice.details["label_sets"]["noise"]["depth"] == 3
+
+
+def test_errors_name_the_label_set():
+    one_class = Labelled(torch.randn(6, 6, 3), torch.ones(6).long(), torch.arange(6), tuple("abcdef"))
+    with pytest.raises(LabelsError, match=r"^Label set 'cover': All labels are the same"):
+        label_sets(height=planted(*[1] * 6), cover=one_class)
+
+
+def several(batches=4, seed=0):
+    """Pixel classes, pixel values and image classes beside each other, each with gaps of its own."""
+    for (images, cover), (_, scene) in zip(
+        pairs("segmentation", batches, seed), pairs("classification", batches, seed), strict=True
+    ):
+        height = cover.float().masked_fill(torch.arange(32) < 16, torch.nan)  # half of the patches
+        cover, scene = cover.index_fill(0, torch.tensor([0]), -1), scene.index_fill(0, torch.tensor([1]), -1)
+        yield {"image": images, "mask": {"cover": cover, "height": height, "scene": scene}}
+
+
+def test_label_sets_share_one_pass_and_are_probed_as_alone(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2)
+    passes = []
+    handle = model.blocks[0].register_forward_hook(lambda _, args, __: passes.append(len(args[0])))
+    plan = select_depth(
+        model, list(several()), criterion="probe", validation=list(several(2, 1)), min_tiles=32, progress=False
+    )
+    handle.remove()
+    assert passes.count(8) == 4 + 4 + 2  # similarity, labels, validation; single images are those of the MAC count
+    entries = plan.overview["label_sets"]
+    for name, entry in entries.items():
+        alone = select_depth(
+            model, [{**batch, "mask": batch["mask"][name]} for batch in several()], criterion="probe", min_tiles=32,
+            validation=[{**batch, "mask": batch["mask"][name]} for batch in several(2, 1)], progress=False,
+        )  # fmt: skip
+        probe = {**alone.overview["probe"], "scores": alone.scores, "depth": alone.depth, "level": alone.verdict.level}
+        assert entry == probe
+    assert [entries[name]["metric"] for name in ("cover", "height", "scene")] == ["mean IoU", "R2", "accuracy"]
+    assert [entries[name]["groups"] for name in ("cover", "height", "scene")] == [14, 16, 14]
+    assert plan.depth == max(entry["depth"] for entry in entries.values())
+    loaded = SlimmingPlan.load(plan.save(tmp_path / "plan.json"))
+    assert loaded == plan
+    assert main(["show", str(tmp_path / "plan.json")]) == 0
+    shown = capsys.readouterr().out
+    page = report_page(plan)
+    for name, entry in entries.items():
+        cells = [f"{entry['depth']} of 3", f"{entry['scores'][entry['depth']]:.3f} ± ", f"{entry['baseline']:.3f}"]
+        [line] = [line for line in shown.splitlines() if line.strip().startswith(f"{name} ") and " of 3 " in line]
+        assert all(cell in line for cell in cells)
+        assert all(cell in page for cell in [f'<th scope="row">{name}</th>', *cells])
+    assert plan_figure(plan).axes
+
+
+def test_a_few_images_with_label_sets_are_enough():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2)
+    batches = [(batch["image"], batch["mask"]) for batch in several(2)]
+    with pytest.warns(FewTilesWarning, match="not compared"):
+        plan = select_depth(model, batches, criterion="probe", progress=False)
+    assert list(plan.overview["label_sets"]) == ["cover", "height", "scene"]
+    assert plan.similarity is None
+
+
+@pytest.mark.parametrize(("change", "options", "message"), [
+    (lambda sets: {}, {}, r"Found 0 label sets \(\), expected 1 to 16"),
+    (lambda sets: {7: sets["cover"]}, {}, r"Found 1 label sets \(7\), expected 1 to 16, named by 1 to 100 characters"),
+    (lambda sets: {"cover": sets["cover"], "none": torch.zeros(8).long()}, {},
+     "Found only class 0 in the labels of the batches, label set 'none', expected two classes"),
+    (lambda sets: {"many": torch.arange(16).reshape(8, 2)}, {}, "Label set 'many': Labels of an image are not all 0 or 1"),
+    (lambda sets: sets, {"criterion": "sls"}, r"Labels come by name \(cover, height, scene\), expected a tensor"),
+])  # fmt: skip
+def test_label_sets_that_cannot_be_probed_are_refused(change, options, message):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2)
+    batches = [(batch["image"], change(batch["mask"])) for batch in several()]
+    with pytest.raises(LabelsError, match=message):
+        select_depth(model, batches, progress=False, **{"criterion": "probe", **options})
+
+
+def test_batches_and_validation_have_the_same_label_sets():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2)
+    first, second, *_ = several()
+    del second["mask"]["cover"]
+    with pytest.raises(LabelsError, match="has the label sets height, scene, and the first one cover, height, scene"):
+        select_depth(model, [first, second], criterion="probe", progress=False)
+    with pytest.raises(
+        LabelsError, match="label sets cover, height, scene, and validation height, scene, expected the same"
+    ):
+        select_depth(model, [first], validation=[second], criterion="probe", progress=False)
+    with pytest.raises(LabelsError, match="label sets cover, height, scene, and validation no name"):
+        select_depth(
+            model, [first], validation=list(pairs("segmentation", 1)), criterion="probe", progress=False
+        )  # fmt: skip

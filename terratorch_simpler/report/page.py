@@ -71,6 +71,7 @@ def report_page(
         votes=plan.votes is not None,
         agreement=_agreement(plan, criteria) if len(criteria) > 1 else None,
         firmness=_firmness(plan) if plan.tiles_seen or plan.scores else None,
+        label_sets=_label_sets(plan) if summary.label_sets(plan) else None,
         costs=_costs(plan, depths) if depths else None,
         sweep={"cards": tradeoffs.cards(plan, rows), **tradeoffs.table(plan, rows)} if rows else None,
         blocks=tradeoffs.block_table(blocks) if blocks else None,
@@ -154,6 +155,24 @@ def _criterion(plan: SlimmingPlan, criterion: Criterion) -> dict[str, Any]:
     }
 
 
+def _label_sets(plan: SlimmingPlan) -> dict[str, Any]:
+    """A row of the table and a chart for every label set."""
+    blocks = plan.full_num_blocks
+    rows = [
+        {
+            "cells": each.cells(blocks),
+            "chosen": each.chosen,
+            "svg": Markup(
+                charts.criterion_chart(
+                    blocks, Criterion(each.name, tuple(range(each.depth)), each.probed["scores"], False, each.probed), None
+                )
+            ),
+        }
+        for each in summary.label_sets(plan)
+    ]
+    return {"head": summary.LABEL_SET_HEAD, "rows": rows}
+
+
 def _agreement(plan: SlimmingPlan, criteria: list[Criterion]) -> str:
     others = [criterion for criterion in criteria if not criterion.chosen]
     alike = [criterion.name for criterion in others if criterion.kept == tuple(plan.kept_blocks)]
@@ -171,7 +190,7 @@ def _agreement(plan: SlimmingPlan, criteria: list[Criterion]) -> str:
 def _firmness(plan: SlimmingPlan) -> str:
     """How much the choice depends on which tiles were seen."""
     kept = len(plan.kept_blocks)
-    if (plan.overview or {}).get("probe") is not None and plan.verdict is not None:
+    if summary.probed(plan) is not None and plan.verdict is not None:
         return " ".join(summary.printable(reason) for reason in plan.verdict.reasons)
     if plan.votes is None:
         few = plan.tiles_seen < summary.FEWEST_FOR_VOTES

@@ -58,10 +58,52 @@ class Depth(NamedTuple):
     chosen: bool
 
 
+class LabelSet(NamedTuple):
+    """What one of several label sets asks for.
+
+    Attributes:
+        name: Its name.
+        depth: Blocks that it asks for.
+        probed: The entry of the plan, with scores and standard errors by depth.
+        chosen: Whether it asks for most blocks, which decides.
+    """
+
+    name: str
+    depth: int
+    probed: Mapping[str, Any]
+    chosen: bool
+
+    def cells(self, num_blocks: int) -> list[str]:
+        """A row of a table, as :data:`LABEL_SET_HEAD` names it."""
+        probed = self.probed
+        score = f"{probed['scores'][self.depth]:.3f} ± {probed['errors'][self.depth]:.3f}"
+        return [
+            printable(self.name), f"{self.depth} of {num_blocks}", printable(probed["metric"]), score,
+            f"{probed['intact']:.3f}", f"{probed['baseline']:.3f}", probed["level"],
+        ]  # fmt: skip
+
+
+LABEL_SET_HEAD = ["label set", "depth", "metric", "score", "all blocks", "constant", "verdict"]
+
+
+def label_sets(plan: SlimmingPlan) -> list[LabelSet]:
+    """What every label set asks for, in order; none if labels had no names."""
+    entries = (plan.overview or {}).get("label_sets", {})
+    largest = max((entry["depth"] for entry in entries.values()), default=0)
+    first = next((name for name, entry in entries.items() if entry["depth"] == largest), None)
+    return [LabelSet(name, entry["depth"], entry, name == first) for name, entry in entries.items()]
+
+
+def probed(plan: SlimmingPlan) -> Mapping[str, Any] | None:
+    """Standard errors and baseline of the plan's scores; None unless they are of probes."""
+    own: Mapping[str, Any] | None = (plan.overview or {}).get("probe")
+    return next((each.probed for each in label_sets(plan) if each.chosen), own)
+
+
 def criteria(plan: SlimmingPlan) -> list[Criterion]:
     """Every criterion that was asked: the one of the plan first, those that do not score depths last."""
     own = str(plan.criterion["name"])
-    probe = (plan.overview or {}).get("probe")
+    probe = probed(plan)
     found = [Criterion(own, tuple(plan.kept_blocks), dict(plan.scores) if plan.scores else None, True, probe)]
     others = (plan.overview or {"criteria": {}})["criteria"]
     found += [
@@ -148,7 +190,9 @@ def reasons(plan: SlimmingPlan) -> list[str]:
         runner_up = max((s for d, s in plan.scores.items() if d != depth), default=None)
         beside = "" if runner_up is None else f", next best {score(runner_up)}"
         parts.append(f"score {score(plan.scores[depth])}{beside}")
-    probe = (plan.overview or {}).get("probe")
+    probe, sets = probed(plan), label_sets(plan)
+    if sets:
+        parts.append(f"{len(sets)} label sets, scores of '{next(each.name for each in sets if each.chosen)}'")
     if probe is not None:
         parts.append(f"{probe['metric']} by {probe['judged_on']} over {probe['groups']} groups")
     elif plan.votes is not None:

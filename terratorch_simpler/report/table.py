@@ -36,7 +36,21 @@ def plan_table(plan: SlimmingPlan) -> Group:
     for row in rows:
         table.add_row(*row)
     why = Text(summary.printable("; ".join(summary.reasons(plan))))
-    return Group(*_verdict(plan), Text(_heading(plan), style="bold"), table, why)
+    sets = [_label_set_table(plan)] if summary.label_sets(plan) else []
+    return Group(*_verdict(plan), Text(_heading(plan), style="bold"), table, *sets, why)
+
+
+def _label_set_table(plan: SlimmingPlan) -> Table:
+    """A row for every label set."""
+    table = Table(
+        box=box.SIMPLE_HEAD, title="What each label set asks for", title_justify="left", pad_edge=False,
+        collapse_padding=True,
+    )  # fmt: skip
+    for number, column in enumerate(summary.LABEL_SET_HEAD):
+        table.add_column(column, justify="right" if 0 < number < len(summary.LABEL_SET_HEAD) - 1 else "left")
+    for each in summary.label_sets(plan):
+        table.add_row(*map(Text, each.cells(plan.full_num_blocks)), style="bold" if each.chosen else None)
+    return table
 
 
 def full_table(plan: SlimmingPlan) -> Group:
