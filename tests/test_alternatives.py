@@ -45,14 +45,12 @@ def test_criteria_that_cannot_choose_are_left_out(build):
     assert seen["criteria"].keys() == {"fixed", "knee", "block_influence", "angular", "cka_intervals"}
 
 
-def test_repairs_are_told_for_what_was_dropped_and_every_depth(build):
+def test_what_a_map_explains_is_told_for_every_depth(build):
     criterion = Simpler()
     backbone = build(embed_dim=48, num_heads=3)
-    found, choice, seen = look(backbone, criterion, criterion.spans(12, Bounds()))
-    depth = len(choice.kept_blocks)
+    found, _, seen = look(backbone, criterion, criterion.spans(12, Bounds()))
     told = {number: cost["recovery_r2"] for number, cost in seen["depths"].items()}
     assert {number for number, value in told.items() if value is not None} == set(range(2, 11))
-    assert seen["repaired"] == [[depth, 12, told[depth]]]
     assert told[10] == found.recovery.patch.explained((10, 12)) > told[2]
 
 

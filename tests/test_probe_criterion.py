@@ -18,6 +18,7 @@ from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesErro
 from terratorch_simpler.extraction.labelled import patch_means, read_labels
 from terratorch_simpler.lightning.labelled import probed_features
 from terratorch_simpler.lightning.task import batch_normalizer
+from terratorch_simpler.plan import Verdict
 from terratorch_simpler.report import plan_figure, report_page
 from terratorch_simpler.report.summary import reasons
 from tests import cli_runner
@@ -478,3 +479,63 @@ def test_batches_and_validation_have_the_same_label_sets():
         select_depth(
             model, [first], validation=list(pairs("segmentation", 1)), criterion="probe", progress=False
         )  # fmt: skip
+
+
+# --- through the commands
+
+
+def test_fit_then_test_in_the_same_folder(scenes, tmp_path):
+    settings = cli_runner.config(scenes, tmp_path, criterion="probe")
+    assert settings["optimizer"]
+    fit = cli_runner.Command(tmp_path, settings, "--trainer.max_epochs", "1")
+    assert fit.wait() == [0], fit.output()[-3000:]
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    test = cli_runner.Command(tmp_path, settings, "--ckpt_path", last, command="test")
+    assert test.wait() == [0], test.output()[-3000:]
+    assert "test/mIoU" in test.output()
+    plan = SlimmingPlan.load(tmp_path / "simpler" / "plan.json")
+    weights = torch.load(last, weights_only=True)["state_dict"]
+    blocks = {int(name.split(".blocks.")[1].split(".")[0]) for name in weights if ".encoder.blocks." in name}
+    assert sorted(blocks) == list(range(plan.depth))
+
+
+def test_a_sweep_keeps_what_the_probe_chooses(config, tmp_path):
+    _, settings = config
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert main(["sweep", "-c", str(path), "-o", str(tmp_path), "--repeats", "1"]) == 0
+    plan = SlimmingPlan.load(tmp_path / "plan.json")
+    assert plan.criterion["name"] == "probe"
+    assert plan.overview["probe"]["judged_on"] == "validation"
+    assert "probe" in (tmp_path / "sweep.csv").read_text()
+
+
+@pytest.mark.parametrize(("what", "status", "kept"), [("error", 1, None), ("half", 0, 6), ("intact", 0, 12)])
+def test_what_the_command_does_where_nothing_is_settled(config, tmp_path, monkeypatch, capsys, what, status, kept):
+    monkeypatch.setattr("terratorch_simpler.planning.verdict_on", lambda *_, **__: Verdict("unsettled", ("Because.",)))
+    _, settings = config
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert main(["plan", "-c", str(path), "-o", str(tmp_path / "out"), "--on_unsettled", what]) == status
+    written = {found.name for found in (tmp_path / "out").iterdir()}
+    if kept is None:
+        assert written <= {"report.html", "report.png"}
+        assert "Because. on_unsettled is 'error': give the depth by hand" in " ".join(capsys.readouterr().err.split())
+    else:
+        assert len(SlimmingPlan.load(tmp_path / "out" / "plan.json").kept_blocks) == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image, _: image, "Found no mask and no label in the data, expected one of them"),
+        (lambda image, label: (image, torch.zeros_like(label)), "Found only class 0 in the labels of the batches"),
+        (lambda image, label: {"image": image, "mask": label, "filename": ["a.tif"] * len(image)},
+         "Labelled rows come from 1 group, expected at least 2 for cross-validation"),
+    ],
+)  # fmt: skip
+def test_labels_that_cannot_be_probed_are_refused(change, message):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=12, num_heads=1, num_classes=0)
+    batches = [change(*pair) for pair in pairs("segmentation", 4)]
+    with pytest.raises(LabelsError, match=message):
+        select_depth(model, batches, criterion="probe", progress=False)
