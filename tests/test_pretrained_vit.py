@@ -16,7 +16,7 @@ from benchmarks.pretrained_vit.__main__ import main
 from benchmarks.pretrained_vit.data import Task
 from benchmarks.pretrained_vit.encoder import digest, read_weights
 from benchmarks.pretrained_vit.sentences import sentences
-from extras import needs_peft
+from tests.extras import needs_peft
 
 MODEL = "vit_tiny_patch16_224"
 COUNTS = {"train": 40, "val": 8, "test": 8}
