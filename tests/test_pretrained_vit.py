@@ -16,6 +16,7 @@ from benchmarks.pretrained_vit.__main__ import main
 from benchmarks.pretrained_vit.data import Task
 from benchmarks.pretrained_vit.encoder import digest, read_weights
 from benchmarks.pretrained_vit.sentences import sentences
+from tests.extras import needs_peft
 
 MODEL = "vit_tiny_patch16_224"
 COUNTS = {"train": 40, "val": 8, "test": 8}
@@ -157,11 +158,13 @@ def test_frozen_probes_of_every_depth(found):
 
 
 def test_no_case_without_a_gate_has_a_regret(found):
+    assert any(row["counts"] == "no" or row["p"] > 0.05 for row in found["tests"])
     counted = {row["task"] for row in found["tests"] if row["counts"] == "yes" and row["p"] <= 0.05}
     for row in found["rows"]:
         assert (row.get("regret") is not None) == (row["task"] in counted and "score" in row)
 
 
+@needs_peft
 def test_fine_tuning_saves_every_run(data, weights, tmp_path):
     small = f"{data} --weights {weights} --model {MODEL} --size 32 --seeds 2 --labels 7 --epochs 1 --depths 1 2 --lora 1"
     finetune.main([*small.split(), "--random", "1", "--device", "cpu", "-o", str(tmp_path)])
@@ -221,7 +224,14 @@ def test_sentences_of_fine_tuning_follow_the_intervals():
         {"trained": "whole", "blocks": 3, "gain_on_all_blocks": [0.1, 0.05, 0.2]},
         {"trained": "whole", "blocks": 12, "gain_on_all_blocks": None},
     ]
-    said = sentences("pretrained_vit_finetune-cpu", {"tests": [{"F_over_depths": 9.0, "p": 0.01}], "rows": rows})
+    runs = [{"trained": "whole", "blocks": 3, "seed": 0, "learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)]
+    runs += [{**run, "blocks": 12} for run in runs]
+    for row, rate in zip(rows, ("1e-05", "3e-05"), strict=True):
+        row["learning_rate"] = rate
+    found = {"tests": [{"F_over_depths": 9.0, "p": 0.01}], "rows": rows, "runs": runs}
+    said = sentences("pretrained_vit_finetune-cpu", found)
     assert "Above all blocks: 3." in said
-    said = sentences("pretrained_vit_finetune-cpu", {"tests": [{"F_over_depths": 1.0, "p": 0.4}], "rows": rows})
-    assert said == "- The depths cannot be told apart (F test, p = 0.4), so they are not ranked.\n"
+    assert "chose the lowest or highest learning rate at depth 3:" in said
+    said = sentences("pretrained_vit_finetune-cpu", found | {"tests": [{"F_over_depths": 1.0, "p": 0.4}]})
+    assert "- The depths cannot be told apart (F test, p = 0.4), so they are not ranked.\n" in said
+    assert "Above" not in said

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks import record
@@ -90,6 +89,8 @@ def finetune(
     if variant.blocks < len(encoder.blocks):
         prune(encoder, variant.blocks)
     if variant.name == "lora":
+        from peft import LoraConfig, inject_adapter_in_model  # of the extra 'peft'
+
         inject_adapter_in_model(LoraConfig(**LORA), encoder)
     torch.manual_seed(seed)
     model = Classifier(encoder, task.classes)

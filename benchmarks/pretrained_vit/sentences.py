@@ -144,6 +144,7 @@ def finetuned(found: Results) -> list[str]:
         )
     whole = sorted((row for row in found["rows"] if row["trained"] == "whole"), key=lambda row: row["blocks"])
     *pruned, intact = whole
+    lines += _edges(whole, found["runs"])
     if test["p"] > LEVEL:
         lines.append(f"The depths cannot be told apart (F test, p = {test['p']:.2g}), so they are not ranked.")
         return lines
@@ -159,6 +160,20 @@ def finetuned(found: Results) -> list[str]:
         parts = [f"{row['blocks']} blocks {_interval(row['gain_on_all_blocks'])}" for row in lora]
         lines.append(f"LoRA, compared with the whole encoder with all blocks: {_list(parts)}.")
     return lines
+
+
+def _edges(rows: Sequence[Results], runs: Sequence[Results]) -> list[str]:
+    """Where the tuning ended at the lowest or highest learning rate."""
+    edges = []
+    for row in rows:
+        tried = [run["learning_rate"] for run in runs if run["trained"] == "whole" and run["blocks"] == row["blocks"]]
+        if float(row["learning_rate"]) in (min(tried), max(tried)):
+            edges.append(str(row["blocks"]))
+    if not edges:
+        return []
+    return [
+        f"The validation split chose the lowest or highest learning rate at depth {_list(edges)}: one beyond may do better."
+    ]
 
 
 def small(found: Results) -> list[str]:
