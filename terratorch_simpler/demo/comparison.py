@@ -211,5 +211,6 @@ def training_batch(cli: Any) -> dict[str, Any]:
     """The first training batch as the model gets it."""
     datamodule = cli.datamodule
     datamodule.setup("fit")
-    batch: dict[str, Any] = datamodule.on_after_batch_transfer(next(iter(datamodule.train_dataloader())), 0)
+    # Not on_after_batch_transfer, which asks the trainer what it is doing.
+    batch: dict[str, Any] = datamodule.aug(next(iter(datamodule.train_dataloader())))
     return batch
