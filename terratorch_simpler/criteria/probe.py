@@ -20,12 +20,9 @@ from terratorch_simpler.plan import Verdict
 Rule = Literal["one_standard_error", "best"]
 STRENGTHS = [10.0**exponent for exponent in range(-4, 3)]
 """Relative strengths of the penalty that are tried (ours)."""
-ALIKE = 2.3
-"""Standard errors of their difference by which best and worst depth must differ for any choice: of twelve depths that are
-alike and independent, they differ by 3.26 / sqrt(2) = 2.3 on average, the mean range of normal values (ours)."""
-APART = 3.3
-"""The same for a choice that is more than weak: 95 % of such ranges are below 4.62 / sqrt(2) = 3.27, the quantile of the
-studentized range (ours)."""
+NOISE = 3.0
+"""Depths are told apart if the best and the worst differ by so many standard errors of their difference: of twelve depths
+that are alike and independent, best and worst differ by 3.26 / sqrt(2) = 2.3 on average (ours)."""
 
 SURENESS = ("clear", "weak", "unsettled")
 ENOUGH_GROUPS = 8
@@ -153,7 +150,7 @@ class Probe(Criterion):
         from_best = scores[best - 1] - scores
         noise = result.error_of_difference(best - 1)
         reasons = []
-        if len(allowed) > 1 and from_best[worst - 1] <= ALIKE * noise[worst - 1] + TIE:
+        if len(allowed) > 1 and from_best[worst - 1] <= NOISE * noise[worst - 1] + TIE:
             reasons.append(
                 f"The depths cannot be told apart: best ({best}) and worst ({worst}) differ by "
                 f"{from_best[worst - 1]:.3f} in {metric}, with a standard error of {noise[worst - 1]:.3f}."
@@ -177,12 +174,6 @@ class Probe(Criterion):
                 f"{what}: {depth} ({metric} {at:.3f} ± {errors[depth - 1]:.3f}; all {num_blocks}: {scores[-1]:.3f})."
             )
         few = []
-        if settled and len(allowed) > 1 and from_best[worst - 1] <= APART * noise[worst - 1] + TIE:
-            few.append(
-                f"Depths are hardly told apart: best ({best}) and worst ({worst}) differ by {from_best[worst - 1]:.3f} in "
-                f"{metric}, {from_best[worst - 1] / noise[worst - 1]:.1f} standard errors, and twelve depths that are alike "
-                f"by less than {APART} in 19 of 20 cases."
-            )
         if settled and result.num_groups < ENOUGH_GROUPS:
             few.append(f"Scores are over {result.num_groups} groups, and standard errors are rough below {ENOUGH_GROUPS}.")
         details: dict[str, Any] = {
