@@ -175,10 +175,10 @@ def build_plan(
         )
     target = max(config.target_depth(blocks), kept[-1] + 1)
     maps = None
-    if config.recovery == "linear" and measurement is not None and measurement.recovery is not None:
-        spans = spans_between(kept, target)
-        overview["repaired"] = [[*span, measurement.recovery.patch.explained(span)] for span in spans]
-        maps = measurement.recovery.solve(spans)
+    if config.recovery == "linear" and measurement is not None:
+        spans, found = spans_between(kept, target), measurement.recovery
+        overview["repaired"] = [[*span, found.patch.explained(span)] for span in spans] if found else []
+        maps = found.solve(spans) if found else {}  # without sums, no choice leaves a range to recover
     plan = replace(
         plan,
         kept_blocks=kept,
