@@ -172,9 +172,9 @@ def _check_memory(student: SimplerBackbone, parameters: Mapping[str, nn.Paramete
     Raises:
         OutOfMemoryError: If they do not.
     """
-    needed = sum(one.nbytes for one in student.parameters()) + 3 * sum(one.nbytes for one in parameters.values())
     if device.type != "cuda":  # of other devices the free memory is not known
         return
+    needed = sum(one.nbytes for one in student.parameters()) + 3 * sum(one.nbytes for one in parameters.values())
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if needed > free:
@@ -308,7 +308,7 @@ class _Tiles:
         """
         found: list[Batch] = []
         missing = MOST_HELD_OUT
-        for part in self._part(held_out=True):
+        for part in self._split(held_out=True):
             found.append(slice_tiles(part, range(min(missing, len(part["index"])))))
             missing -= len(found[-1]["index"])
             if not missing:
@@ -330,7 +330,7 @@ class _Tiles:
         missing = STEP_TILES
         while True:
             found = False
-            for part in self._part(held_out=False):
+            for part in self._split(held_out=False):
                 found, start, size = True, 0, len(part["index"])
                 while start < size:
                     end = min(size, start + missing)
@@ -345,7 +345,7 @@ class _Tiles:
                 )
                 raise RecoveryError(msg)
 
-    def _part(self, held_out: bool) -> Iterator[Batch]:
+    def _split(self, held_out: bool) -> Iterator[Batch]:
         with open_stream(self.source) as batches:
             for batch in batches:
                 paths = batch.get("path")
@@ -371,8 +371,8 @@ def _train(
 ) -> int:
     """Train, and return the number of tiles seen."""
     values = list(parameters.values())
-    with_adapters = len(values) < len(list(pair.student.encoder.parameters()))
-    optimizer = torch.optim.AdamW(values, ADAPTER_LEARNING_RATE if with_adapters else LEARNING_RATE, weight_decay=0.0)
+    rate = ADAPTER_LEARNING_RATE if adapter_names(pair.student) else LEARNING_RATE
+    optimizer = torch.optim.AdamW(values, rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_learning_rate, steps=steps))
     seen: set[int] = set()
     limit = STEP_TILES

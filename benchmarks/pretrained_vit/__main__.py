@@ -21,20 +21,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks import record
 from benchmarks.pretrained_vit.data import TASKS, read_task
-from benchmarks.pretrained_vit.encoder import DIGEST, MODEL, digest, load, read_weights
+from benchmarks.pretrained_vit.encoder import DIGEST, add_arguments, digest, load, read_weights
 from benchmarks.pretrained_vit.frozen import Encoded, encode, mean_regrets, run_task
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Embed, probe, choose, compare, and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--model", default=MODEL, help="name of a ViT of timm")
+    add_arguments(parser)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from pathlib import Path
 
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 MODEL = "vit_small_patch14_dinov2"
 DIGEST = "910182e589e3f71704dfe834552066e54fc9d43c1a30f819c79e8066ab3e2046"
 """SHA-256 of the tensors of DINOv2 ViT-S/14 as ``tests/dinov2.py`` converts them: see :func:`digest`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Data, weights and name of the model."""
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--model", default=MODEL, help="name of a ViT of timm")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ import argparse
 import statistics as medians
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks import record
 from benchmarks.pretrained_vit import statistics
 from benchmarks.pretrained_vit.data import SCENES, Task, draw, read_task
-from benchmarks.pretrained_vit.encoder import MODEL, digest, load, read_weights
+from benchmarks.pretrained_vit.encoder import add_arguments, digest, load, read_weights
 from benchmarks.pretrained_vit.statistics import Bootstrap
 from terratorch_simpler import prune
 
@@ -210,9 +209,7 @@ def run(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fine-tune, test, and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--model", default=MODEL, help="name of a ViT of timm")
+    add_arguments(parser)
     parser.add_argument("--size", type=int, default=126)
     parser.add_argument("--labels", type=int, default=70, help="number of labelled scenes")
     parser.add_argument("--epochs", type=int, default=4)

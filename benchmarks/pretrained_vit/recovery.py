@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ import terratorch_simpler  # noqa: F401  makes simpler_ known
 from benchmarks import record
 from benchmarks.pretrained_vit import statistics
 from benchmarks.pretrained_vit.data import SCENES, TASKS, Task, read_task
-from benchmarks.pretrained_vit.encoder import MODEL, digest, load, read_weights
+from benchmarks.pretrained_vit.encoder import add_arguments, digest, load, read_weights
 from benchmarks.pretrained_vit.frozen import BATCH, Features, extract, run_case
 from terratorch_simpler.criteria import Fixed
 from terratorch_simpler.data import BatchTiles
@@ -149,9 +148,7 @@ def run(args: argparse.Namespace, task: Task, state: dict[str, Tensor], labels: 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Recover, probe and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--model", default=MODEL, help="name of a ViT of timm")
+    add_arguments(parser)
     parser.add_argument("--size", type=int, default=126)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--depth", type=int, default=3, help="blocks that are kept")

@@ -6,7 +6,8 @@ The file holds the maps (``recovery: linear``), or the weights of the pruned enc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,21 +106,14 @@ def load_maps(path: Path, plan: str, befores: Sequence[int]) -> dict[int, Recove
     Raises:
         PlanError: If there is no such file, it is damaged, or belongs to another plan.
     """
-    try:
-        content = load_tensors(path)
-        if content["format"] != FORMAT or content["plan"] != _digest(plan) or list(content["maps"]) != list(befores):
+    with _readable(path, "maps", "linear"):
+        content = _of_plan(path, plan)["maps"]
+        if list(content) != list(befores):
             raise ValueError("made for another plan")
-        maps = {before: RecoveryWeights(one["patch"], one["special"]) for before, one in content["maps"].items()}
+        maps = {before: RecoveryWeights(one["patch"], one["special"]) for before, one in content.items()}
         tensors = [weight for one in maps.values() for weight in one if weight is not None]
         if not all(_is_square(weight, tensors[0]) for weight in tensors):
             raise ValueError("not square matrices of one width")
-    except Exception as err:  # a damaged file raises anything
-        what = " ".join(str(err).split())[:120]
-        msg = (
-            f"Found no readable maps at {path} ({what}), expected those of a plan with recovery linear: keep the file "
-            "beside its plan, or make the plan again."
-        )
-        raise PlanError(msg) from err
     return maps
 
 
@@ -145,21 +139,32 @@ def load_weights(path: Path, plan: str) -> dict[str, Tensor]:
     Raises:
         PlanError: If there is no such file, it is damaged, or belongs to another plan.
     """
-    try:
-        content = load_tensors(path)
-        if content["format"] != FORMAT or content["plan"] != _digest(plan):
-            raise ValueError("made for another plan")
-        weights = dict(content["weights"])
+    with _readable(path, "weights", "distill"):
+        weights = dict(_of_plan(path, plan)["weights"])
         if not all(isinstance(name, str) and _is_finite(weight) for name, weight in weights.items()):
             raise ValueError("not finite tensors by name")
+    return weights
+
+
+def _of_plan(path: Path, plan: str) -> dict[str, Any]:
+    content: dict[str, Any] = load_tensors(path)
+    if content["format"] != FORMAT or content["plan"] != _digest(plan):
+        raise ValueError("made for another plan")
+    return content
+
+
+@contextmanager
+def _readable(path: Path, what: str, recovery: str) -> Iterator[None]:
+    """Turn what a missing or damaged file raises into a PlanError."""
+    try:
+        yield
     except Exception as err:  # a damaged file raises anything
-        what = " ".join(str(err).split())[:120]
+        why = " ".join(str(err).split())[:120]
         msg = (
-            f"Found no readable weights at {path} ({what}), expected those of a plan with recovery distill: keep the file "
+            f"Found no readable {what} at {path} ({why}), expected those of a plan with recovery {recovery}: keep the file "
             "beside its plan, or make the plan again."
         )
         raise PlanError(msg) from err
-    return weights
 
 
 def _is_finite(weight: object) -> bool:
