@@ -26,7 +26,7 @@ from terratorch_simpler.plan import SlimmingPlan
 HERE = Path(__file__).parent
 ENCODER = HERE / "encoder.pt"
 CONFIG = HERE / "demo.yaml"
-SPLITS = {"train": 192, "val": 128, "test": 64}
+SPLITS = {"train": 160, "val": 128, "test": 64}
 SIZE = 64
 SCENES_SEED = 1
 SEEDS = (0, 1, 2)
