@@ -15,7 +15,7 @@ import pytest
 from benchmarks.gpu import figures, machine, models, selection, training, wheels
 from benchmarks.gpu.__main__ import CHECKS, main
 from benchmarks.gpu.check import Settings
-from terratorch_simpler.extraction import hooks
+from terratorch_simpler.extraction import TokenSampler
 from tests import cli_runner, gpu_checks
 from tests.extras import needs_peft
 from tests.gpu_checks import check
@@ -236,7 +236,7 @@ def waits(settings, batch):
 
 def test_a_wait_for_every_batch_is_told_by_its_line(settings, monkeypatch):
     assert waits(settings, 8) == {}
-    monkeypatch.setattr(hooks.TokenSampler, "sample", planted_wait(hooks.TokenSampler.sample))
+    monkeypatch.setattr(TokenSampler, "sample", planted_wait(TokenSampler.sample))
     few, many = waits(settings, 8), waits(settings, 4)
     [(line, count)] = few.items()
     assert line.startswith("terratorch_simpler/extraction/hooks.py:")
