@@ -1,5 +1,7 @@
 """Fixtures that several tests share: where the real tiles are, and small encoders."""
 
+import ctypes
+import gc
 import logging
 import os
 import platform
@@ -88,9 +90,12 @@ GDAL_OPTIONS = _gdal_options()
 
 @pytest.fixture(scope="module", autouse=True)
 def no_encoders_of_other_modules():
-    """What :mod:`tests.families` has built is gigabytes in the end."""
+    """What :mod:`tests.families` has built is gigabytes in the end, and glibc keeps what was freed until it is asked to trim."""
     yield
     built.clear()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
