@@ -90,7 +90,7 @@ GDAL_OPTIONS = _gdal_options()
 
 @pytest.fixture(scope="module", autouse=True)
 def no_encoders_of_other_modules():
-    """What :mod:`tests.families` has built is gigabytes in the end, and glibc keeps what was freed until it is asked to trim."""
+    """What :mod:`tests.families` has built is gigabytes in the end; glibc keeps what was freed until it is told to trim."""
     yield
     built.clear()
     gc.collect()
