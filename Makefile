@@ -2,7 +2,7 @@
 # make test          all tests except those in tests/slow.txt
 # make test-all      the tests in tests/slow.txt
 # make check         lint and types
-# make docs          build the documentation with mkdocs --strict into site/
+# make docs          run the notebooks and build the documentation with mkdocs --strict into site/
 # make bench         run the benchmarks into benchmarks/results (DATA: folder of hls_water, ukis_csmask and scenes; DEVICE: cpu or cuda)
 # make study         run or resume the accuracy study on DATA into benchmarks/results/study
 # make test-newest   the tests with the newest TerraTorch, on Python 3.13 or 3.12 (PYTHON_NEWEST, if it is neither in PATH nor in pyenv)
@@ -56,7 +56,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: $(INSTALLED)
-	$(BIN)/python -m mkdocs build --strict
+	EXECUTE_NOTEBOOKS=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.speed --device $(DEVICE) --profile

@@ -2,6 +2,8 @@
 
 The site is the repository's tree with docs/ at its root. So links between files of the repository, as GitHub shows them,
 lead to the same files in the site: ``../configs/README.md`` to its page, YAML, Python or shell to a page with the text.
+
+Notebooks are stored without outputs. With ``EXECUTE_NOTEBOOKS=1``, as in ``make docs``, they are run and shown with them.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import posixpath
 import re
+import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -50,15 +54,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     added = {"yaml.md": yaml_page(), "interfaces.md": interfaces_page()}
     added |= {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
     notebooks = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb"))
-    added |= {f"{path}.md": _file_page(path) for path in notebooks}
+    pictures: dict[str, bytes] = {}
+    for path in notebooks:
+        added[f"{path}.md"], drawn = notebook_page(ROOT / path, execute=os.environ.get("EXECUTE_NOTEBOOKS") == "1")
+        pictures |= {f"{posixpath.dirname(path)}/{name}": content for name, content in drawn.items()}
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()} | added
     for uri, text in texts.items():
         for match in LINK.finditer(text):
             target = _repository(uri, match[1])
             if not target.startswith(DOCS) and not target.endswith(".md") and (ROOT / target).is_file():
                 added[f"{target}.md"] = _file_page(target)
-    for uri, text in added.items():
-        files.append(File.generated(config, uri, content=text))
+    for uri, content in (added | pictures).items():
+        files.append(File.generated(config, uri, content=content))
     return files
 
 
@@ -80,13 +87,48 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(in_site, markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
+    """Roles of docstrings, which mkdocstrings leaves as they are."""
+    return re.sub(r":(?:func|class|meth|mod|attr|data|exc):<code>~?", "<code>", html)
+
+
 def _file_page(path: str) -> str:
-    """A file of the repository as a page: notebooks as text and code, others as they are."""
+    """A file of the repository as a page."""
     source = (ROOT / path).read_text(encoding="utf-8")
-    if not path.endswith(".ipynb"):
-        return f"# {posixpath.basename(path)}\n\n```{_language(path)}\n{source}```\n"
-    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source)["cells"]]
-    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells) + "\n"
+    return f"# {posixpath.basename(path)}\n\n```{_language(path)}\n{source}```\n"
+
+
+def notebook_page(path: Path, execute: bool) -> tuple[str, dict[str, bytes]]:
+    """A notebook as a page.
+
+    Args:
+        path: The notebook.
+        execute: Whether to run it first, in an empty folder, so that the page has its outputs.
+
+    Returns:
+        The page, and the pictures that it shows, by name.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: If a cell fails.
+    """
+    import nbformat
+    from nbconvert import MarkdownExporter
+    from nbconvert.preprocessors import ExecutePreprocessor
+    from traitlets.config import Config
+
+    notebook = nbformat.read(path, as_version=4)
+    if execute:
+        with tempfile.TemporaryDirectory() as folder:
+            run = ExecutePreprocessor(timeout=1800, kernel_name="python3")
+            run.preprocess(notebook, {"metadata": {"path": folder}})
+    # Tables and pictures are kept; what is printed on stderr is progress and warnings of libraries.
+    for cell in notebook["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [one for one in cell["outputs"] if one.get("name") != "stderr"]
+    names = "{unique_key}_{cell_index}_{index}{extension}"
+    exporter = MarkdownExporter(config=Config(ExtractOutputPreprocessor={"output_filename_template": names}))
+    text, resources = exporter.from_notebook_node(notebook, {"unique_key": path.stem})
+    return text, resources["outputs"]
 
 
 def _repository(uri: str, link: str) -> str:

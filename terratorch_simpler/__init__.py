@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from terratorch_simpler.models.backbone import SimplerBackbone
     from terratorch_simpler.plan import SlimmingPlan, Verdict
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Angular",
     "BlockInfluence",

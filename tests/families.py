@@ -27,8 +27,8 @@ class Family:
 
     Attributes:
         key: Name of the test.
-        title: Row of the README.
-        names: Registered names, for the README.
+        title: Row of docs/encoders.md.
+        names: Registered names, for docs/encoders.md.
         name: The one that is tested.
         kwargs: Arguments that keep it small.
         shape: Shape of one input, or of each modality.
@@ -274,12 +274,12 @@ def _wrapped(family: Family, seed: int, **more: Any) -> SimplerBackbone:
         return BACKBONE_REGISTRY.build(f"simpler_{family.name}", pretrained=False, **{**family.kwargs, **more}).eval()
 
 
-# --- the table of the README
+# --- the table of docs/encoders.md
 
 START, END = "<!-- families -->", "<!-- end of families -->"
 
 
-def readme_table() -> str:
+def table() -> str:
     lines = [
         "| encoder | names after `simpler_` | depth | width | export | how it is tested |",
         "|---|---|---|---|---|---|",
@@ -302,6 +302,6 @@ def readme_table() -> str:
 if __name__ == "__main__":
     from pathlib import Path
 
-    readme = Path(__file__).parents[1] / "README.md"
-    before, rest = readme.read_text().split(START)
-    readme.write_text(f"{before}{START}\n{readme_table()}\n{END}{rest.split(END)[1]}")
+    page = Path(__file__).parents[1] / "docs" / "encoders.md"
+    before, rest = page.read_text().split(START)
+    page.write_text(f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}")

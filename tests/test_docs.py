@@ -168,7 +168,7 @@ def test_links_lead_to_the_same_file_in_the_site(hooks, page, link, expected):
 
 def test_sections_of_the_readme_that_do_not_exist_are_refused(hooks):
     assert "SimplerCallback" in hooks.readme_section("Quick start")
-    assert "](../docs/tiles.md)" in hooks.readme_section("Settings of the callback")
+    assert "](../docs/encoders.md" in hooks.readme_section("Encoders")
     with pytest.raises(ValueError, match="Found no section 'Three lines'"):
         hooks.readme_section("Three lines")
 
@@ -197,15 +197,44 @@ def test_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
 
 def test_citation_is_of_this_version():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
     assert cited["cff-version"] == "1.2.0"
     assert cited["type"] == "software"
     assert cited["version"] == terratorch_simpler.__version__
     assert cited["license"] == "Apache-2.0"
-    for entry in (cited, *cited["references"]):
-        assert all(author.keys() == {"name"} for author in entry["authors"])
-        assert entry["title"]
-    assert all(entry["type"] == "article" and entry["url"].startswith("https://") for entry in cited["references"])
+    assert f"version = {{{terratorch_simpler.__version__}}}" in (ROOT / "README.md").read_text()
+    assert (ROOT / "CHANGELOG.md").read_text().split("## [")[1].startswith(terratorch_simpler.__version__)
+    for article in cited["references"]:
+        assert article["type"] == "article"
+        assert article["title"]
+        assert article["url"].startswith("https://")
+        assert all(author.keys() == {"given-names", "family-names"} for author in article["authors"])  # people
+
+
+def test_readme_is_short_and_holds_what_a_newcomer_asks():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme) < 9000
+    headings = re.findall(r"^## (.+)$", readme, re.MULTILINE)
+    assert headings[:4] == ["What you gain, and what it can cost", "Install", "Quick start", "Is the choice to be trusted?"]
+    for asked in ("pip install", "HF_HOME", "select_depth(", "@software", "on_unsettled", "](docs/pictures/cuts.svg)"):
+        assert asked in readme
+
+
+def test_notebooks_are_pages_with_what_they_show(hooks, tmp_path):
+    nbformat = pytest.importorskip("nbformat", reason="the extra docs is not installed")
+    pytest.importorskip("nbconvert", reason="the extra docs is not installed")
+    pytest.importorskip("ipykernel", reason="the extra notebooks is not installed")
+    drawn = "from IPython.display import Image, display\ndisplay(Image(b'\\x89PNG\\r\\n\\x1a\\n' + bytes(24), format='png'))"
+    loud = "import sys\nprint('warned', file=sys.stderr)\nprint(6 * 7)"
+    cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell(loud), nbformat.v4.new_code_cell(drawn)]
+    path = tmp_path / "small.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    page, pictures = hooks.notebook_page(path, execute=True)
+    assert page.startswith("# Title")
+    assert "42" in page
+    assert "warned" not in page.replace("print('warned'", "")
+    [name] = pictures
+    assert name in page
+    assert hooks.notebook_page(path, execute=False)[1] == {}
 
 
 def test_changelog_has_an_entry_for_this_version():

@@ -15,7 +15,7 @@ from terratorch_simpler.encoders import PatchGrid
 from terratorch_simpler.errors import DepthError, TilesError, UnsupportedEncoderError
 from terratorch_simpler.extraction import ExtractionConfig, check_input, count_macs, measure
 from terratorch_simpler.models.backbone import SimplerBackbone
-from tests.families import END, FAMILIES, START, plain, readme_table, wrapped
+from tests.families import END, FAMILIES, START, plain, table, wrapped
 from tests.in_memory_tiles import Tiles
 
 pytestmark = [
@@ -414,6 +414,6 @@ def test_terramind_leaves_unknown_modalities_in_the_callers_dictionary():
     assert "clouds" in image
 
 
-def test_table_of_the_readme_is_the_one_that_was_tested():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert readme.split(START)[1].split(END)[0].strip() == readme_table(), "run python -m tests.families"
+def test_table_of_the_docs_is_the_one_that_was_tested():
+    page = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text()
+    assert page.split(START)[1].split(END)[0].strip() == table(), "run python -m tests.families"

@@ -61,7 +61,7 @@ def run(folder: Path, official_weights: bool = False) -> None:
         logs = Path(first.trainer.log_dir)
         checkpoint = next((logs / "checkpoints").glob("*_state_dict.ckpt"))
         predictions = folder / "predictions"
-        # TerraTorch's deployment file sets 16-mixed, bfloat16 on a CPU, where PyTorch's convolution can be wrong (README).
+        # TerraTorch's deployment file sets 16-mixed, bfloat16 on a CPU: its convolution can be wrong (docs/checkpoints.md).
         deploy = ("--config", logs / "config_deploy.yaml", "--ckpt_path", checkpoint, "--trainer.precision", "32-true")
         _terratorch("predict", *deploy, "--predict_output_dir", predictions)
         plan_path = logs / "simpler" / "plan.json"
