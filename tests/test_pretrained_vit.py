@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from benchmarks.pretrained_vit import finetune, frozen, statistics
+from benchmarks.pretrained_vit import finetune, frozen, recovery, statistics
 from benchmarks.pretrained_vit.__main__ import main
 from benchmarks.pretrained_vit.data import Task
 from benchmarks.pretrained_vit.encoder import digest, read_weights
@@ -182,6 +182,23 @@ def test_fine_tuning_saves_every_run(data, weights, tmp_path):
     assert found["rows"][3]["trained_parameters_M"] < found["rows"][0]["trained_parameters_M"]
     assert found["command"].startswith("python -m benchmarks.pretrained_vit.finetune DATA/")
     assert sentences("pretrained_vit_finetune-cpu", found)
+
+
+def test_recoveries_are_compared_with_none(data, weights, tmp_path):
+    small = f"{data} --weights {weights} --model {MODEL} --size 64 --seeds 2 --labels 16 --steps 2 --tasks cover"
+    recovery.main([*small.split(), "--depth", "11", "--device", "cpu", "-o", str(tmp_path)])
+    found = json.loads((tmp_path / "pretrained_vit_recovery-cpu.json").read_text())
+    assert [(row["recovery"], row["target"]) for row in found["rows"]] == [
+        ("none", "-"),
+        ("linear", "block 12 (last)"),
+        ("distill", "block 12 (last)"),
+    ]
+    none, *recovered = found["rows"]
+    for row in recovered:
+        assert row["gain"][0] == pytest.approx(row["score"][0] - none["score"][0])
+        assert row["gain"][1] <= row["gain"][0] <= row["gain"][2]
+    assert " to " in recovered[1]["explained"]
+    assert sentences("pretrained_vit_recovery-cpu", found).count("without recovery") == 2
 
 
 def test_missing_files_are_named(tmp_path):

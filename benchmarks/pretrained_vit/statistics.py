@@ -42,7 +42,8 @@ def f_test(scores: NDArray[np.float64]) -> tuple[float, float]:
     by_depth, by_seed = scores.mean(0), scores.mean(1)
     between = seeds * np.sum((by_depth - total) ** 2) / (depths - 1)
     rest = np.sum((scores - by_depth - by_seed[:, None] + total) ** 2) / ((depths - 1) * (seeds - 1))
-    f = float(between / rest)
+    with np.errstate(divide="ignore", invalid="ignore"):  # seeds that agree exactly leave no rest
+        f = float(between / rest)
     return f, float(stats.f.sf(f, depths - 1, (depths - 1) * (seeds - 1)))
 
 
