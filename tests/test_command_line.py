@@ -73,7 +73,7 @@ def without_what_a_run_brings(settings):
 def test_settings_are_those_of_fit(folder, form, capsys, monkeypatch):
     arguments = form.split()
     expected = as_fit_reads(arguments, capsys, monkeypatch)
-    assert without_what_a_run_brings(read_settings(arguments)) == expected
+    assert without_what_a_run_brings(read_settings(arguments)[0]) == expected
 
 
 def test_settings_from_the_environment(folder, capsys, monkeypatch):
@@ -82,7 +82,7 @@ def test_settings_from_the_environment(folder, capsys, monkeypatch):
     arguments = ["-c", "whole.yaml"]
     expected = as_fit_reads(arguments, capsys, monkeypatch)
     assert expected["trainer"]["max_steps"] == 11
-    assert without_what_a_run_brings(read_settings(arguments)) == expected
+    assert without_what_a_run_brings(read_settings(arguments)[0]) == expected
 
 
 def test_what_plan_builds_is_read_alike(folder, capsys, monkeypatch):
