@@ -139,11 +139,12 @@ def test_modalities_have_their_own_values(trained, tmp_path):
     necks = [{"name": "SelectIndices", "indices": [2, 5, 8, 11]}, {"name": "ReshapeTokensToImage"}]
     stack = {"necks": necks, "decoder": "FCNDecoder", "decoder_channels": 8, "num_classes": 2}
     _, config, checkpoint = trained([0, 1], backbone="simpler_terramind_v1_tiny", backbone_modalities=list(names), **stack)
+    roots = {f"{split}_data_root": dict.fromkeys(names, split) for split in ("train", "val", "test")}
+    labels = {f"{split}_label_data_root": split for split in ("train", "val", "test")}
     datamodule = GenericMultiModalDataModule(
-        batch_size=2, modalities=[*names, "LULC"], train_data_root=dict.fromkeys(names, "a"),
-        means={"S2L2A": [1.0, 2.0], "S1RTC": [3.0, 4.0], "LULC": [0.0]},
-        stds={"S2L2A": [5.0, 6.0], "S1RTC": [7.0, 8.0], "LULC": [1.0]}, output_bands=names, num_classes=2,
-        rgb_modality="S2L2A", task="segmentation", label_data_root="c", num_workers=0, constant_scale={"S2L2A": 0.1, "S1RTC": 1.0},
+        batch_size=2, num_workers=0, num_classes=2, modalities=list(names), rgb_modality="S2L2A", task="segmentation",
+        means={"S2L2A": [1.0, 2.0], "S1RTC": [3.0, 4.0], "LULC": [0.0]}, constant_scale={"S2L2A": 0.1, "S1RTC": 1.0},
+        stds={"S2L2A": [5.0, 6.0], "S1RTC": [7.0, 8.0], "LULC": [1.0]}, output_bands=names, **roots, **labels,
     )  # fmt: skip
     about = describe(load_trained(config, checkpoint), datamodule)
     assert list(about.inputs) == list(names)
