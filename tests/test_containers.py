@@ -1,7 +1,9 @@
 """The container recipes, which cannot be built here: files, versions, variables and sections are as they should be."""
 
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,14 @@ def test_what_is_copied_exists_and_is_sent(docker, apptainer):
     assert all((ROOT / file).exists() and file.split("/")[0] in sent for file in files)
     assert sent == {file.split("/")[0] for file in files}
     assert [line.split()[0] for line in apptainer["files"].splitlines() if line] == files
+
+
+def test_the_package_can_be_built_from_what_is_copied(docker, tmp_path):
+    for file in copied(docker):
+        copy = shutil.copytree if (ROOT / file).is_dir() else shutil.copy
+        copy(ROOT / file, tmp_path / Path(file).name)
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel"], cwd=tmp_path, check=True)
+    assert len(list(tmp_path.glob("dist/*.whl"))) == 1
 
 
 def test_versions_are_those_of_the_constraints(docker, apptainer):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from torchgeo.datamodules import EuroSATDataModule
 from terratorch_simpler import SlimmingPlan, cli
 from terratorch_simpler.errors import SimplerWarning
 from terratorch_simpler.export import describe, find_plan, load_trained, may_write_card, write_card
+from terratorch_simpler.export.card import NORMALIZATION
 from terratorch_simpler.plan import Verdict
 from tests.extras import needs_onnx
 
@@ -134,25 +136,63 @@ def test_normalization_is_what_the_datamodule_does_in_prediction(trained, make):
     assert about.normalized_by == (None if means is None else "EuroSATDataModule")
 
 
+NAMES = {"S2L2A": ["RED", "NIR"], "S1RTC": ["VV", "VH"]}
+
+
+def of_modalities(**more):
+    roots = {f"{split}_data_root": dict.fromkeys(NAMES, split) for split in ("train", "val", "test")}
+    labels = {f"{split}_label_data_root": split for split in ("train", "val", "test")}
+    return GenericMultiModalDataModule(
+        batch_size=2, num_workers=0, num_classes=2, modalities=list(NAMES), rgb_modality="S2L2A", task="segmentation",
+        means={"S2L2A": [1.0, 2.0], "S1RTC": [3.0, 4.0]}, stds={"S2L2A": [5.0, 6.0], "S1RTC": [7.0, 8.0]},
+        output_bands=NAMES, **roots, **labels, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:rgb_modality is deprecated")
 def test_modalities_have_their_own_values(trained, tmp_path):
-    names = {"S2L2A": ["RED", "NIR"], "S1RTC": ["VV", "VH"]}
     necks = [{"name": "SelectIndices", "indices": [2, 5, 8, 11]}, {"name": "ReshapeTokensToImage"}]
     stack = {"necks": necks, "decoder": "FCNDecoder", "decoder_channels": 8, "num_classes": 2}
-    _, config, checkpoint = trained([0, 1], backbone="simpler_terramind_v1_tiny", backbone_modalities=list(names), **stack)
-    roots = {f"{split}_data_root": dict.fromkeys(names, split) for split in ("train", "val", "test")}
-    labels = {f"{split}_label_data_root": split for split in ("train", "val", "test")}
-    datamodule = GenericMultiModalDataModule(
-        batch_size=2, num_workers=0, num_classes=2, modalities=list(names), rgb_modality="S2L2A", task="segmentation",
-        means={"S2L2A": [1.0, 2.0], "S1RTC": [3.0, 4.0], "LULC": [0.0]}, constant_scale={"S2L2A": 0.1, "S1RTC": 1.0},
-        stds={"S2L2A": [5.0, 6.0], "S1RTC": [7.0, 8.0], "LULC": [1.0]}, output_bands=names, **roots, **labels,
-    )  # fmt: skip
-    about = describe(load_trained(config, checkpoint), datamodule)
-    assert list(about.inputs) == list(names)
-    assert about.bands == names
+    _, config, checkpoint = trained([0, 1], backbone="simpler_terramind_v1_tiny", backbone_modalities=list(NAMES), **stack)
+    about = describe(load_trained(config, checkpoint), of_modalities(constant_scale={"S2L2A": 0.1}))
+    assert list(about.inputs) == list(NAMES)
+    assert about.bands == NAMES
     assert about.means == {"S2L2A": [1.0, 2.0], "S1RTC": [3.0, 4.0]}
     assert about.stds == {"S2L2A": [5.0, 6.0], "S1RTC": [7.0, 8.0]}
     assert about.scale == {"S2L2A": 0.1, "S1RTC": 1.0}
     assert "S2L2A: RED, NIR; S1RTC: VV, VH" in write_card(about, tmp_path, ["onnx"]).read_text()
+    stack["backbone_modalities"] = ["S1RTC"]
+    _, config, checkpoint = trained([0, 1], backbone="simpler_terramind_v1_tiny", **stack)
+    about = describe(load_trained(config, checkpoint), of_modalities())
+    assert (list(about.inputs), about.bands, about.means, about.scale) == (["image"], ["VV", "VH"], [3.0, 4.0], 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:rgb_modality is deprecated")
+@pytest.mark.parametrize(("scale", "known"), [(None, 1.0), (0.5, 0.5), ({"S2L2A": 0.1, "S1RTC": 1.0}, None)])
+def test_modalities_in_one_image_are_one_after_another(trained, scale, known):
+    bands = ["RED", "NIR_NARROW", "SWIR_1", "SWIR_2"]
+    _, config, checkpoint = trained([0, 1], **{**SMALL, "backbone_bands": bands})
+    scale = dict.fromkeys(NAMES, scale) if isinstance(scale, float) else scale
+    about = describe(load_trained(config, checkpoint), of_modalities(concat_bands=True, constant_scale=scale))
+    assert about.bands == ["RED", "NIR", "VV", "VH"]
+    assert (about.means, about.stds) == ([1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0])
+    assert about.scale == known
+    assert about.must_normalize is (True if known else None)  # by what is not known in full
+
+
+@pytest.mark.filterwarnings("ignore:rgb_modality is deprecated")
+def test_code_of_the_card_normalizes_as_terratorch_does():
+    torch.manual_seed(0)
+    images = {"S2L2A": torch.randn(1, 2, 8, 8), "S1RTC": torch.randn(1, 2, 3, 8, 8)}
+    datamodule = of_modalities()
+    expected = datamodule.aug({"image": {"S2L2A": 0.1 * images["S2L2A"], "S1RTC": images["S1RTC"].clone()}})["image"]
+    about = {"scale": {"S2L2A": 0.1, "S1RTC": 1.0}, "means": datamodule.aug.means, "stds": datamodule.aug.stds}
+    found = {name: image.numpy() for name, image in images.items()}
+    exec(NORMALIZATION, {"np": np, "about": about, "images": found})
+    assert all(np.allclose(found[name], expected[name], atol=1e-6) for name in images)
+    found = {"image": images["S1RTC"].numpy()}
+    exec(NORMALIZATION, {"np": np, "about": {"scale": 1.0, "means": [3.0, 4.0], "stds": [7.0, 8.0]}, "images": found})
+    assert np.allclose(found["image"], expected["S1RTC"], atol=1e-6)
 
 
 @pytest.mark.parametrize(

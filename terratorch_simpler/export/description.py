@@ -118,8 +118,14 @@ def describe(
         """What a datamodule has by modality, by the names of the inputs."""
         if not isinstance(value, Mapping):
             return value
-        found = {name: value[name if name in value else modality] for name in inputs if {name, modality} & value.keys()}
-        return found.get(IMAGE) if list(inputs) == [IMAGE] else found or None
+        if IMAGE not in inputs:
+            return {name: value[name] for name in inputs if name in value}
+        # One image: of the only modality of the encoder, or of all bands together.
+        names = [modality] if modality in value else getattr(datamodule, "image_modalities", [])
+        parts = [value.get(name) for name in names]
+        if parts and all(isinstance(part, list | tuple) for part in parts):
+            return [one for part in parts for one in part]
+        return parts[0] if parts and all(part == parts[0] for part in parts) else None
 
     transform = _evaluation_transform(datamodule)
     means, stds = _statistics(datamodule, transform)
@@ -128,7 +134,11 @@ def describe(
     before = trained.intact_parameters if plan is None or plan.parameters is None else plan.parameters["before"]
     class_names = trained.hparams.get("class_names") or getattr(datamodule, "class_names", None)
     verdict = None if plan is None or plan.verdict is None else plan.verdict
-    unchanged = means is None and _leaves_unchanged(transform, images)
+    scale = None if datamodule is None else of_inputs(getattr(datamodule, "constant_scale", None) or 1.0)
+    if means is None:
+        must_normalize = False if _leaves_unchanged(transform, images) else None
+    else:
+        must_normalize = None if scale is None else True
     return ModelDescription(
         task=trained.class_path,
         backbone=backbone.name,
@@ -142,11 +152,11 @@ def describe(
         inputs=inputs,
         image_size=next(iter(inputs.values()))[-2:],
         bands=_plain(of_inputs(bands)),
-        scale=None if datamodule is None else of_inputs(getattr(datamodule, "constant_scale", None) or 1.0),
+        scale=scale if not isinstance(scale, Mapping) else {name: scale.get(name, 1.0) for name in inputs},
         means=_plain(of_inputs(means)),
         stds=_plain(of_inputs(stds)),
         normalized_by=None if datamodule is None or means is None else type(datamodule).__name__,
-        must_normalize=True if means is not None else False if unchanged else None,
+        must_normalize=must_normalize,
         class_names=None if class_names is None else [str(name) for name in class_names],
         license=license_,
         versions=package_versions(),
