@@ -53,9 +53,9 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
         arguments: ``output_dir``, ``ckpt_path``, ``on_unsettled`` and ``debug``.
         settings: What follows ``terratorch fit``, such as ``--config c.yaml --data.init_args.batch_size 4``.
     """
-    from terratorch_simpler.lightning.reporting import PLAN_FILE
     from terratorch_simpler.models.backbone import find_backbone
     from terratorch_simpler.models.checkpoint import load_at_full_depth
+    from terratorch_simpler.plan import PLAN_FILE
     from terratorch_simpler.terratorch.command_line import build_run
 
     cli = build_run(settings, debug=arguments.debug)

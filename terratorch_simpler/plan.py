@@ -32,6 +32,7 @@ from terratorch_simpler.pruning.recovery import RecoveryWeights, load_maps, load
 
 FORMAT = "terratorch-simpler/plan"
 VERSION = 1
+PLAN_FILE = "plan.json"
 LARGEST_FILE = 16 * 2**20
 """Bytes; the plan of an encoder with 64 blocks has a hundred thousand."""
 LARGEST_NUMBER = 1e300

@@ -539,6 +539,12 @@ def band_names(datamodule: LightningDataModule) -> list[str] | dict[str, list[st
     return [_plain_name(band) for band in bands] if _is_list(bands) else []
 
 
+def batch_transform(datamodule: LightningDataModule | None) -> Callable[[Batch], Batch] | None:
+    """What a datamodule does to a batch in evaluation: some put random crops into the transform for training."""
+    names = ("predict_aug", "val_aug", "aug")
+    return next((one for name in names if (one := getattr(datamodule, name, None)) is not None), None)
+
+
 def _is_list(value: object) -> TypeGuard[Sequence[object]]:
     return isinstance(value, list | tuple)
 

@@ -14,17 +14,16 @@ from terratorch.models.backbones import prithvi_vit
 from terratorch.models.backbones.terramind.model import terramind_register
 from torch import Tensor, nn
 
-from terratorch_simpler.data import band_names
+from terratorch_simpler.data import band_names, batch_transform
 from terratorch_simpler.errors import PlanError
 from terratorch_simpler.export.trained import Trained, backbone_arguments
 from terratorch_simpler.models.backbone import SimplerBackbone
-from terratorch_simpler.plan import SlimmingPlan, package_versions
+from terratorch_simpler.plan import PLAN_FILE, SlimmingPlan, package_versions
 
 DESCRIPTION_FILE = "description.json"
 """Name of the description inside of a .pt2 file."""
 IMAGE = "image"
 """Name of the only input of a graph."""
-PLAN_FILE = "plan.json"
 LICENSES = {"ibm-nasa-geospatial/Prithvi-EO-2.0": "apache-2.0", "ibm-esa-geospatial/TerraMind-1.0": "apache-2.0"}
 """Licenses of pretrained weights, from their pages on the Hugging Face Hub; timm knows those of its own."""
 
@@ -127,13 +126,13 @@ def describe(
             return [one for part in parts for one in part]
         return parts[0] if parts and all(part == parts[0] for part in parts) else None
 
-    transform = _evaluation_transform(datamodule)
+    transform = batch_transform(datamodule)
     means, stds = _statistics(datamodule, transform)
     bands = (datamodule and band_names(datamodule)) or arguments.get("bands") or arguments.get("model_bands")
     repository, license_ = _pretrained_weights(backbone, arguments)
     before = trained.intact_parameters if plan is None or plan.parameters is None else plan.parameters["before"]
     class_names = trained.hparams.get("class_names") or getattr(datamodule, "class_names", None)
-    verdict = None if plan is None or plan.verdict is None else plan.verdict
+    verdict = None if plan is None else plan.verdict
     scale = None if datamodule is None else of_inputs(getattr(datamodule, "constant_scale", None) or 1.0)
     if means is None:
         must_normalize = False if _leaves_unchanged(transform, images) else None
@@ -192,12 +191,6 @@ def find_plan(trained: Trained, config: Mapping[str, Any], checkpoint: str | Pat
             if plan.kept_blocks == trained.backbone.kept:
                 return plan
     return None
-
-
-def _evaluation_transform(datamodule: LightningDataModule | None) -> Any:
-    """The transform of batches in prediction."""
-    names = ("predict_aug", "val_aug", "aug")
-    return next((one for name in names if (one := getattr(datamodule, name, None)) is not None), None)
 
 
 def _statistics(datamodule: LightningDataModule | None, transform: Any) -> tuple[Any, Any]:
