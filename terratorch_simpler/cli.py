@@ -53,9 +53,9 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
         arguments: ``output_dir``, ``ckpt_path``, ``on_unsettled`` and ``debug``.
         settings: What follows ``terratorch fit``, such as ``--config c.yaml --data.init_args.batch_size 4``.
     """
-    from terratorch_simpler.lightning.reporting import PLAN_FILE
     from terratorch_simpler.models.backbone import find_backbone
     from terratorch_simpler.models.checkpoint import load_at_full_depth
+    from terratorch_simpler.plan import PLAN_FILE
     from terratorch_simpler.terratorch.command_line import build_run
 
     cli = build_run(settings, debug=arguments.debug)
@@ -135,19 +135,25 @@ def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
         arguments: ``ckpt_path``, ``output_dir``, ``formats``, ``image_size``, ``width`` and ``debug``.
         settings: As for ``plan``; those of the fit.
     """
-    from terratorch_simpler.export import GRAPH_FORMATS, check_expressible, export_graph, export_plain, load_trained
+    from terratorch_simpler import export
     from terratorch_simpler.terratorch.command_line import read_settings
 
-    config = read_settings(settings, debug=arguments.debug)
-    trained = load_trained(config, arguments.ckpt_path, arguments.width)
-    if "plain" in arguments.formats:
-        check_expressible(trained.backbone)  # before anything is written
-    for format_ in (name for name in GRAPH_FORMATS if name in arguments.formats):
-        path, gap = export_graph(trained, format_, arguments.output_dir, arguments.image_size)
+    folder, formats = Path(arguments.output_dir), arguments.formats
+    config, datamodule = read_settings(settings, debug=arguments.debug)
+    trained = export.load_trained(config, arguments.ckpt_path, arguments.width)
+    if "plain" in formats:
+        export.check_expressible(trained.backbone)  # before anything is written
+    plan = export.find_plan(trained, config, arguments.ckpt_path)
+    graphs = [name for name in export.GRAPH_FORMATS if name in formats]
+    description = export.describe(trained, datamodule, plan, arguments.image_size if graphs else None)
+    for format_ in graphs:
+        path, gap = export.export_graph(trained, format_, folder, arguments.image_size, description)
         print(f"{path} (answers differ by at most {gap:.1g} of the largest value)")
-    if "plain" in arguments.formats:  # last, since it takes the model apart
-        written, weights, gap = export_plain(trained, config, arguments.output_dir)
+    if "plain" in formats:  # last, since it takes the model apart
+        written, weights, gap = export.export_plain(trained, config, folder)
         print(f"{written}\n{weights} (answers differ by at most {gap:.1g} of the largest value)")
+    if export.may_write_card(folder):
+        print(export.write_card(description, folder, formats))
 
 
 COMMANDS: dict[str, Callable[[Namespace, Sequence[str]], None]] = {

@@ -84,6 +84,12 @@ def below(folder: str | Path, name: str) -> str | Path:
     return folder / name if isinstance(folder, Path) else f"{folder}/{name}"
 
 
+def read_text(path: str | Path) -> str | None:
+    """The text of a file, or of the one at a URL; None if there is none."""
+    filesystem, inside = _file_system(str(path))
+    return filesystem.cat_file(inside).decode("utf-8", "replace") if filesystem.isfile(inside) else None
+
+
 @contextmanager
 def written_to(folder: str | Path) -> Iterator[Path]:
     """Give a folder to write files to; those for a remote folder are copied there if the block ends without an error.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, NotRequired
 
@@ -30,6 +32,7 @@ from terratorch_simpler.pruning.recovery import RecoveryWeights, load_maps, load
 
 FORMAT = "terratorch-simpler/plan"
 VERSION = 1
+PLAN_FILE = "plan.json"
 LARGEST_FILE = 16 * 2**20
 """Bytes; the plan of an encoder with 64 blocks has a hundred thousand."""
 LARGEST_NUMBER = 1e300
@@ -380,6 +383,15 @@ class SlimmingPlan:
 
 _SCHEMA = TypeAdapter(SlimmingPlan)
 _ADDED_LATER = {"overview": None, "verdict": None, "recovery_target": None}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a plan or an export depends on."""
+    from terratorch_simpler import __version__  # which imports this module
+
+    others = {package: metadata.version(package) for package in ("terratorch", "torch", "lightning")}
+    # Not metadata.version() for our own: a source tree that is only on the path has no metadata.
+    return {"python": platform.python_version(), "terratorch_simpler": __version__, **others}
 
 
 def _wrong_key(key: str, found: object, problem: str, source: str) -> PlanError:

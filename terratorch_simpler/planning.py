@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from terratorch_simpler import __version__
 from terratorch_simpler.alternatives import compare_alternatives, depths_without_budget
 from terratorch_simpler.criteria import Bounds, Choice, Criterion, Labels, Simpler, Statistics, verdict_on
 from terratorch_simpler.criteria.verdict import UNSETTLED
@@ -29,7 +26,7 @@ from terratorch_simpler.extraction import ExtractionConfig, Measurement, Tokens,
 from terratorch_simpler.indices import Span, spans_between
 from terratorch_simpler.metrics import MIN_GROUP_TILES
 from terratorch_simpler.models.plain import Encoder
-from terratorch_simpler.plan import SlimmingPlan, Verdict
+from terratorch_simpler.plan import SlimmingPlan, Verdict, package_versions
 
 OnUnsettled = Literal["apply", "half", "intact", "error"]
 """Take the choice of the criterion and warn; keep half of the blocks; keep all of them; or end the run."""
@@ -316,10 +313,3 @@ def warn_not_compared(error: TooFewTilesError) -> None:
         FewTilesWarning,
         stacklevel=4,  # beyond the decorator of the caller
     )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that a plan depends on."""
-    others = {package: metadata.version(package) for package in ("terratorch", "torch", "lightning")}
-    # Not metadata.version() for our own: a source tree that is only on the path has no metadata.
-    return {"python": platform.python_version(), "terratorch_simpler": __version__, **others}

@@ -200,6 +200,33 @@ def as_nobody(tmp_path):
 
 
 @pytest.fixture
+def trained(tmp_path, trainer):
+    """A checkpoint of a cut task with all weights changed, and the task."""
+
+    def make(kept=range(5), task=SemanticSegmentationTask, factory="EncoderDecoderFactory", class_names=None, **model_args):
+        torch.manual_seed(0)
+        names = {} if class_names is None else {"class_names": class_names}
+        built = task(model_factory=factory, model_args=model_args, **names)
+        backbone = next(part for part in built.modules() if isinstance(part, SimplerBackbone))
+        if kept is not None:
+            backbone.prune_depth(kept)
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        saver = trainer()
+        saver.strategy.connect(built)
+        built.trainer = saver
+        saver.save_checkpoint(tmp_path / "fit.ckpt")
+        config = {
+            "trainer": {"max_epochs": 1, "callbacks": [{"class_path": "terratorch_simpler.SimplerCallback"}]},
+            "model": {"class_path": f"terratorch.tasks.{task.__name__}"},
+        }
+        return built.eval(), config, tmp_path / "fit.ckpt"
+
+    return make
+
+
+@pytest.fixture
 def in_process(monkeypatch):
     """Try the plain model in this process: as strict, and ten times as fast."""
 

@@ -634,3 +634,7 @@ def test_export_without_the_command_line_writes_the_task(trainer, datamodule, ta
     assert written["model"]["class_path"] == "terratorch.tasks.segmentation_tasks.SemanticSegmentationTask"
     kept = len(plan_of(tmp_path / "out").kept_blocks)
     assert written["model"]["init_args"]["model_args"]["backbone_depth"] == kept
+    card = (tmp_path / "out" / "plain" / "README.md").read_text()
+    assert "| criterion | simpler |" in card
+    assert f"| kept blocks | {kept} of 12:" in card
+    assert "`config.yaml` has no datamodule: add one under `data`." in card

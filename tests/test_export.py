@@ -31,7 +31,6 @@ from terratorch_simpler.errors import (
 )
 from terratorch_simpler.export import Trained, export_graph, export_plain, load_trained, plain
 from terratorch_simpler.export.comparison import ROUNDING, Comparison, answer, difference, find_comparison
-from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.extras import needs_onnx, needs_peft
 from tests.families import FAMILIES, wrapped
 
@@ -46,34 +45,6 @@ LORA = {
     "replace_qkv": "qkv",
     "peft_config_kwargs": {"target_modules": ["q_linear", "v_linear", "mlp.fc1"], "r": 4, "lora_alpha": 4},
 }
-CONFIG = {
-    "trainer": {"max_epochs": 1, "callbacks": [{"class_path": "terratorch_simpler.SimplerCallback"}]},
-    "model": {"class_path": "terratorch.tasks.SemanticSegmentationTask"},
-}
-
-
-@pytest.fixture
-def trained(tmp_path, trainer):
-    """A checkpoint of a cut task with all weights changed, and the task."""
-
-    def make(kept=range(5), task=SemanticSegmentationTask, factory="EncoderDecoderFactory", **model_args):
-        torch.manual_seed(0)
-        built = task(model_factory=factory, model_args=model_args)
-        backbone = next(part for part in built.modules() if isinstance(part, SimplerBackbone))
-        if kept is not None:
-            backbone.prune_depth(kept)
-        with torch.no_grad():
-            for parameter in built.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
-        saver = trainer()
-        saver.strategy.connect(built)
-        built.trainer = saver
-        saver.save_checkpoint(tmp_path / "fit.ckpt")
-        config = {**CONFIG, "model": {"class_path": f"terratorch.tasks.{task.__name__}"}}
-        return built.eval(), config, tmp_path / "fit.ckpt"
-
-    return make
-
 
 STACKS = {
     "unet": {"backbone": TINY, "necks": NECKS, **UNET},
@@ -202,7 +173,7 @@ def test_a_process_without_this_package_answers_alike(trained, tmp_path, capsys,
     assert cli.main(["export", *arguments]) == 0
     said = capsys.readouterr().out
     assert f"{tmp_path / 'plain' / 'config.yaml'}\n{tmp_path / 'plain' / 'model.ckpt'} (answers differ by at most" in said
-    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["config.yaml", "model.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["README.md", "config.yaml", "model.ckpt"]
 
 
 def test_the_other_process_really_cannot_import_us(tmp_path):

@@ -69,7 +69,7 @@ class DatamoduleTiles:
 
     def __init__(self, datamodule: LightningDataModule, seed: int = 0, split: Split = "train", labels: bool = False) -> None:
         self._name = type(datamodule).__name__
-        self.band_names = _band_names(datamodule)
+        self.band_names = band_names(datamodule)
         self._split: Split = split
         self._dataset = _dataset_of(datamodule, split, labels)
         _check_dataset(datamodule, self._dataset, split)
@@ -531,12 +531,18 @@ def _same_data(unfilled: Tensor | dict[str, Tensor], filled: Tensor | dict[str, 
     return unfilled.shape == filled.shape and bool(((unfilled == filled) | ~torch.isfinite(unfilled)).all())
 
 
-def _band_names(datamodule: LightningDataModule) -> list[str] | dict[str, list[str]]:
-    """What the bands of the images, or of each modality, are called where the datamodule says it."""
+def band_names(datamodule: LightningDataModule) -> list[str] | dict[str, list[str]]:
+    """What the bands of the images, or of each modality, are called; empty where the datamodule does not say it."""
     bands = getattr(datamodule, "output_bands", None) or getattr(datamodule, "bands", None)
     if isinstance(bands, dict):
         return {str(name): [_plain_name(band) for band in of_one] for name, of_one in bands.items() if _is_list(of_one)}
     return [_plain_name(band) for band in bands] if _is_list(bands) else []
+
+
+def batch_transform(datamodule: LightningDataModule | None) -> Callable[[Batch], Batch] | None:
+    """What a datamodule does to a batch in evaluation: some put random crops into the transform for training."""
+    names = ("predict_aug", "val_aug", "aug")
+    return next((one for name in names if (one := getattr(datamodule, name, None)) is not None), None)
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[object]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from terratorch_simpler.errors import ExportError, SimplerWarning
 from terratorch_simpler.export.comparison import answer, difference, find_comparison, flipped
+from terratorch_simpler.export.description import DESCRIPTION_FILE, ModelDescription, describe
 from terratorch_simpler.export.trained import Trained
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.functional.hsic import full_float32
@@ -35,7 +36,13 @@ class _Answer(nn.Module):
         return self.model(inputs).output  # type: ignore[no-any-return, operator]
 
 
-def export_graph(trained: Trained, format_: str, folder: str | Path, size: int | None = None) -> tuple[Path, float]:
+def export_graph(
+    trained: Trained,
+    format_: str,
+    folder: str | Path,
+    size: int | None = None,
+    description: ModelDescription | None = None,
+) -> tuple[Path, float]:
     """Write the whole model, encoder to head, as a graph.
 
     Args:
@@ -44,6 +51,8 @@ def export_graph(trained: Trained, format_: str, folder: str | Path, size: int |
         folder: Where to write ``model.onnx`` or ``model.pt2``.
         size: Rows and columns of the images in pixels; by default those of the encoder. Other sizes cannot be run. Where it
             is no multiple of twice the patch TerraTorch pads, and the graph takes one image at a time.
+        description: What the file says of itself: every field by name in the metadata of ONNX, ``description.json`` in the
+            extra files of pt2. By default what the task alone tells.
 
     Returns:
         The file, and the largest difference of an answer, as a share of the largest value.
@@ -65,12 +74,14 @@ def export_graph(trained: Trained, format_: str, folder: str | Path, size: int |
     names = tuple(comparison.images) if isinstance(comparison.images, dict) else ()
     images = _ordered(comparison.images)
     model = _Answer(trained, names).eval()
+    description = description or describe(trained, size=size)
     path = Path(folder) / GRAPH_FORMATS[format_]
     try:
         # Other images than those to compare on, which a graph may hold as constants.
         program, at_once = _trace(model, _ordered(flipped(comparison.images)))
         with atomic_write(path) as part:
-            run = _write_onnx(program, names, part) if format_ == "onnx" else _write_pt2(program, part)
+            write = _write_onnx if format_ == "onnx" else _write_pt2
+            run = write(program, description, part)
             batches = zip(*(image.split(at_once) for image in images), strict=True)
             gap = difference([torch.cat([run(batch) for batch in batches])], comparison.expected)
             allowed = comparison.tolerance(ALLOWED)
@@ -115,8 +126,10 @@ def _trace(model: nn.Module, images: tuple[Tensor, ...]) -> tuple[torch.export.E
     return program, 1
 
 
-def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> Callable[[tuple[Tensor, ...]], Tensor]:
-    torch.export.save(program, path)
+def _write_pt2(
+    program: torch.export.ExportedProgram, description: ModelDescription, path: Path
+) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    torch.export.save(program, path, extra_files={DESCRIPTION_FILE: description.to_json()})
     module = torch.export.load(path).module()
 
     def run(images: tuple[Tensor, ...]) -> Tensor:
@@ -127,7 +140,7 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> Callable[[t
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, names: tuple[str, ...], path: Path
+    program: torch.export.ExportedProgram, description: ModelDescription, path: Path
 ) -> Callable[[tuple[Tensor, ...]], Tensor]:
     try:
         import onnxruntime
@@ -135,11 +148,12 @@ def _write_onnx(
     except ImportError as err:
         msg = f"Found no package {err.name}, expected it for ONNX: install terratorch-simpler[onnx]."
         raise ExportError(msg) from err
-    inputs = list(names) or ["image"]
+    inputs = list(description.inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         onnx = torch.onnx.export(program, (), input_names=inputs, output_names=["output"], dynamo=True, verbose=False)
     assert onnx is not None
+    onnx.model.metadata_props.update(description.as_properties())
     onnx.save(path, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from terratorch_simpler.errors import ConfigurationError, ExportError
 from terratorch_simpler.export.comparison import difference
-from terratorch_simpler.export.trained import PREFIX, Trained, unwrap
+from terratorch_simpler.export.trained import PREFIX, Trained, backbone_arguments, unwrap
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.models.backbone import SimplerBackbone
 
@@ -132,17 +132,9 @@ def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path
     return folder / CONFIG_FILE, folder / CHECKPOINT_FILE, max(gap, trained.folding)
 
 
-def _backbone_arguments(model_args: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Arguments of the backbone without their prefix, and the prefix: TerraTorch takes them in two ways."""
-    if model_args.get("backbone_kwargs"):
-        return dict(model_args["backbone_kwargs"]), ""
-    prefix = "backbone_"
-    return {key.removeprefix(prefix): value for key, value in model_args.items() if key.startswith(prefix)}, prefix
-
-
 def _plain_model_args(model_args: Mapping[str, Any], backbone: SimplerBackbone) -> tuple[dict[str, Any], bool]:
     """Arguments of TerraTorch's factory, and whether a neck was put in front of the others."""
-    arguments, prefix = _backbone_arguments(model_args)
+    arguments, prefix = backbone_arguments(model_args)
     features = list(range(len(backbone.feature_positions)))
     positions, unchanged = features, True  # an intact encoder of a family without such settings is built as it was
     if (host := backbone.terratorch_kwargs()) is not None:

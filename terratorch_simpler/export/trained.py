@@ -43,6 +43,7 @@ class Trained:
         hparams: The arguments it was built with, as its checkpoint holds them.
         checkpoint: The rest of the checkpoint, without weights; of its hyper_parameters how Lightning builds the task.
         folding: Largest difference that folding adapters in made to an answer, as a share of its largest value.
+        intact_parameters: Parameters of the intact encoder; None if it was not built, or only with adapters.
     """
 
     class_path: str
@@ -50,6 +51,7 @@ class Trained:
     hparams: Mapping[str, Any]
     checkpoint: Mapping[str, Any]
     folding: float = 0.0
+    intact_parameters: int | None = None
 
     @property
     def backbone(self) -> SimplerBackbone:
@@ -149,6 +151,7 @@ def load_trained(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using PEFT without a pretrained backbone")
         task = task_class(**arguments)
+    intact = _intact_parameters(task)
     _load(task, content["state_dict"], checkpoint)
     check_callbacks(content, dict(task.named_parameters()).keys(), checkpoint)
     task.eval()
@@ -159,8 +162,15 @@ def load_trained(
     how = {"_class_path": class_path, **{key: value for key, value in saved.items() if key.startswith("_")}}
     others: dict[str, Any] = {"hyper_parameters": how}
     others |= {key: content[key] for key in ("epoch", "global_step", "pytorch-lightning_version") if key in content}
-    trained = Trained(class_path, task, hparams, others)
+    trained = Trained(class_path, task, hparams, others, intact_parameters=intact)
     return _fold_adapters(trained) if any(hasattr(part, "merge_and_unload") for part in task.modules()) else trained
+
+
+def _intact_parameters(task: nn.Module) -> int | None:
+    backbone = next(part for part in task.modules() if isinstance(part, SimplerBackbone))
+    adapted = any(hasattr(part, "merge_and_unload") for part in task.modules())
+    intact = backbone.num_blocks == backbone.full_num_blocks and backbone.width == 1
+    return backbone.num_parameters() if intact and not adapted else None
 
 
 def _load(task: nn.Module, weights: Mapping[str, Tensor], checkpoint: str | Path) -> None:
@@ -230,6 +240,18 @@ def _task_class(config: Mapping[str, Any]) -> type[LightningModule]:
     except (ImportError, AttributeError) as err:
         msg = f"Found model.class_path '{path}' ({err}), expected a task that can be imported: check the config."
         raise ConfigurationError(msg) from err
+
+
+def backbone_arguments(model_args: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Arguments of the backbone, of which TerraTorch takes two forms.
+
+    Returns:
+        The arguments without their prefix, and the prefix.
+    """
+    if model_args.get("backbone_kwargs"):
+        return dict(model_args["backbone_kwargs"]), ""
+    prefix = "backbone_"
+    return {key.removeprefix(prefix): value for key, value in model_args.items() if key.startswith(prefix)}, prefix
 
 
 def _without_downloads(model_args: dict[str, Any] | None) -> None:

@@ -240,7 +240,7 @@ class SimplerCallback(Callback):
         folder = trainer.log_dir  # a collective call, so on every rank
         if not self.export or fast_dev_run(trainer) or not trainer.is_global_zero:
             return
-        from terratorch_simpler.export import export_plain, load_trained
+        from terratorch_simpler.export import describe, export_plain, find_plan, load_trained, may_write_card, write_card
 
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not best:
@@ -249,8 +249,13 @@ class SimplerCallback(Callback):
         config = _config_of_run(trainer, pl_module)
         target = below(self._output(trainer, folder), PLAIN_FOLDER)
         with written_to(folder_of(target)) as plain:
-            trained = load_trained(config, best, known=[type(getattr(trainer, "datamodule", None)).__qualname__])
+            datamodule = getattr(trainer, "datamodule", None)
+            trained = load_trained(config, best, known=[type(datamodule).__qualname__])
+            plan = (self._backbone and self._backbone.plan) or find_plan(trained, config, best)
+            description = describe(trained, datamodule, plan)
             written, weights, _ = export_plain(trained, config, plain)
+            if may_write_card(target):
+                write_card(description, plain, ["plain"])
         log.info(f"Plain TerraTorch, without terratorch_simpler: {written.name} and {weights.name} in {target}.")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002

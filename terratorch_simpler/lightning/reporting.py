@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from terratorch_simpler.errors import PlanError
 from terratorch_simpler.files import below, written_to
 from terratorch_simpler.logger import log
-from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.plan import PLAN_FILE, SlimmingPlan
 from terratorch_simpler.report import plan_figure, plan_markdown, plan_rows, report_page, save_figure, save_page
 
-PLAN_FILE = "plan.json"
 FIGURE_FILE = "report.png"
 PAGE_FILE = "report.html"
 

@@ -37,8 +37,8 @@ from terratorch_simpler.lightning.labelled import labelled_features, probed_feat
 from terratorch_simpler.lightning.task import batch_normalizer, outermost_encoder, task_forward
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
-from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.planning import SelectionConfig, build_plan, describe_tiles, package_versions, warn_not_compared
+from terratorch_simpler.plan import SlimmingPlan, package_versions
+from terratorch_simpler.planning import SelectionConfig, build_plan, describe_tiles, warn_not_compared
 
 
 @random_state_kept()  # training sees the same random numbers as with a given plan

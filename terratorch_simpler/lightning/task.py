@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from terratorch_simpler.data import TILE_KEYS, Batch, GeoTiffTiles, TileSource
+from terratorch_simpler.data import TILE_KEYS, Batch, GeoTiffTiles, TileSource, batch_transform
 from terratorch_simpler.errors import SimplerWarning
 from terratorch_simpler.extraction import explain
 from terratorch_simpler.models.backbone import SimplerBackbone
@@ -86,15 +86,8 @@ def batch_normalizer(trainer: Trainer, backbone: SimplerBackbone, source: TileSo
 
 
 def _evaluation_transform(trainer: Trainer, source: TileSource) -> Callable[[Batch], Batch] | None:
-    """The datamodule's batch transform for evaluation: some put random crops into the one for training."""
-    datamodule = getattr(trainer, "datamodule", None)
-    if getattr(source, "means", None) is not None:
-        return None
-    for name in ("predict_aug", "val_aug", "aug"):
-        transform = getattr(datamodule, name, None)
-        if transform is not None:
-            return transform  # type: ignore[no-any-return]
-    return None
+    """The datamodule's batch transform for evaluation, unless tiles are normalised already."""
+    return None if getattr(source, "means", None) is not None else batch_transform(getattr(trainer, "datamodule", None))
 
 
 def overlap_transfer(move: Callable[[Batch], Batch], device: torch.device) -> Callable[[Batch], Batch]:

@@ -11,6 +11,8 @@ from typing import Any
 from unittest import mock
 
 import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
 from terratorch import cli_tools
 
 from terratorch_simpler.errors import SettingsError
@@ -45,12 +47,16 @@ class _Built(cli_tools.MyLightningCLI):  # type: ignore[misc]
 
 
 class _Parsed(_Built):
-    """The same with nothing built: the settings only."""
+    """The same with nothing built but the datamodule, which opens no files before its setup."""
 
     def instantiate_classes(self) -> None:
         # MyLightningCLI does this on the way, for tasks and backbones of the user.
         path = self.settings.get("custom_modules_path") or os.getenv("TERRATORCH_CUSTOM_MODULE_PATH")
         cli_tools.import_custom_modules(path)
+        self.datamodule = None
+        if (data := self.settings.get("data")) is not None:
+            with contextlib.suppress(Exception):  # export does without
+                self.datamodule = self._parser("fit").instantiate_classes(Namespace(data=data)).data  # type: ignore[no-untyped-call]
 
 
 def build_run(arguments: Sequence[str], *, debug: bool = False) -> Any:
@@ -70,19 +76,22 @@ def build_run(arguments: Sequence[str], *, debug: bool = False) -> Any:
         return cli_tools.build_lightning_cli(["fit", *arguments])
 
 
-def read_settings(arguments: Sequence[str], *, debug: bool = False) -> dict[str, Any]:
+def read_settings(arguments: Sequence[str], *, debug: bool = False) -> tuple[dict[str, Any], LightningDataModule | None]:
     """Settings that ``terratorch fit`` would run with, defaults included; no data is opened and no weights are fetched.
 
     Args:
         arguments: What follows ``terratorch fit``.
         debug: Let the parser print its usage as well.
 
+    Returns:
+        The settings, and the datamodule before its setup; None where there is none, or it cannot be built.
+
     Raises:
         SettingsError: If the parser refuses the arguments, or the model factory takes no ``simpler_`` names.
     """
     with _host_class(_Parsed), _sentence(arguments, debug):
         cli: Any = cli_tools.build_lightning_cli(["fit", *arguments])
-        return dump(cli._parser("fit"), cli.settings)
+        return dump(cli._parser("fit"), cli.settings), cli.datamodule
 
 
 def dump(parser: Any, settings: Any) -> dict[str, Any]:
