@@ -34,7 +34,7 @@ from terratorch_simpler.errors import (
     UnsupportedEncoderError,
     UntrainedEncoderWarning,
 )
-from terratorch_simpler.terratorch.source import register_source
+from terratorch_simpler.terratorch.registration import register_source
 
 if TYPE_CHECKING:
     from terratorch_simpler.api import prune, select_depth

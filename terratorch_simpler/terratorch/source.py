@@ -20,9 +20,9 @@ from terratorch_simpler.lightning.internals import asked_with_prefix
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.terratorch.deployment import keep_import
 from terratorch_simpler.terratorch.pretrained import check_loaded, load_pruned, pop_pruned_weights, read_files
+from terratorch_simpler.terratorch.registration import SOURCE
 from terratorch_simpler.terratorch.timm_weights import MODULES, is_timm, load_file, pop_file
 
-SOURCE = "simpler"
 NOT_ENCODERS = ("tokenizer", "IdentityBackbone", "UNet")
 """Parts of names in TerraTorch's own source that are no encoders."""
 TIMM_MODULES = (*MODULES, "embedder")
@@ -180,9 +180,3 @@ def _build_encoder(source_and_name: tuple[Any, str], args: tuple[Any, ...], kwar
         if isinstance(err.__context__, KeyError):
             raise err.__context__ from None
         raise
-
-
-def register_source() -> None:
-    """Add the source, once; importing the package does it."""
-    if SOURCE not in BACKBONE_REGISTRY.keys():  # noqa: SIM118 (see above)
-        BACKBONE_REGISTRY.register_source(SOURCE, SimplerSource())

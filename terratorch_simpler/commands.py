@@ -1,0 +1,115 @@
+"""The commands that build what ``terratorch fit`` would train: ``plan``, ``sweep`` and ``export``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from terratorch_simpler.errors import ConfigurationError, SettingsError
+from terratorch_simpler.export import GRAPH_FORMATS, check_expressible, export_graph, export_plain, load_trained
+from terratorch_simpler.files import below, written_to
+from terratorch_simpler.lightning.callback import SimplerCallback
+from terratorch_simpler.lightning.internals import TunerExitException
+from terratorch_simpler.lightning.reporting import PLAN_FILE
+from terratorch_simpler.models.backbone import find_backbone
+from terratorch_simpler.models.checkpoint import load_at_full_depth
+from terratorch_simpler.sweep import Sweep, SweepSettings
+from terratorch_simpler.terratorch.command_line import build_run, read_settings
+
+
+class _Planned(TunerExitException):
+    """Ends a fit once the plan is made; Lightning takes this kind for a success and tells the loggers so."""
+
+
+class _InSetup(Callback):
+    """Does something in setup, where SimplerCallback works as well."""
+
+    def __init__(self, work: Callable[[Trainer, LightningModule], None]) -> None:
+        self._work = work
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        self._work(trainer, pl_module)
+
+
+def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
+    """Choose a plan with the setup that ``terratorch fit`` would use, and stop before training.
+
+    Args:
+        arguments: ``output_dir``, ``ckpt_path``, ``on_unsettled`` and ``debug``.
+        settings: What follows ``terratorch fit``, such as ``--config c.yaml --data.init_args.batch_size 4``.
+    """
+    cli = build_run(settings, debug=arguments.debug)
+    if arguments.ckpt_path:
+        load_at_full_depth(cli.model, arguments.ckpt_path)
+        find_backbone(cli.model).pretrained = None  # whatever it was built with
+    print(below(_choose(cli, arguments), PLAN_FILE))
+
+
+def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
+    """Choose a plan as ``plan`` does, and compare cost and quality of every other depth and width.
+
+    Args:
+        arguments: ``output_dir``, ``widths``, ``probe``, ``repeats``, ``on_unsettled`` and ``debug``.
+        settings: As for ``plan``.
+    """
+    try:
+        wanted = SweepSettings(tuple(arguments.widths), arguments.probe, arguments.repeats)
+    except ConfigurationError as err:
+        raise SettingsError(str(err)) from err
+    cli = build_run(settings, debug=arguments.debug)
+    _choose(cli, arguments, Sweep(cli.model, wanted))
+
+
+def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> str | Path:
+    """Fit up to the point where the plan is chosen; returns its folder."""
+    callbacks: list[Callback] = cli.trainer.callbacks
+    ours = next((callback for callback in callbacks if isinstance(callback, SimplerCallback)), None)
+    if ours is None:
+        ours = SimplerCallback()
+        callbacks.insert(0, ours)
+    ours.output_dir = arguments.output_dir or ours.output_dir
+    ours.on_unsettled = arguments.on_unsettled or ours.on_unsettled
+
+    def stop(trainer: Trainer, task: LightningModule) -> None:
+        if sweep is not None and ours.written is not None and trainer.is_global_zero:
+            with written_to(ours.written) as folder:
+                sweep.run(trainer, task, folder)
+        raise _Planned
+
+    callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
+    if sweep is not None:
+        ours.compare(sweep.record)
+        callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
+    if not is_overridden("training_step", cli.model):  # tasks that only predict can be pruned as well
+        cli.model.training_step = lambda *_args: None
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    if ours.written is None:
+        msg = (
+            "The encoder is pruned already, expected an intact one: remove backbone_keep, backbone_plan and backbone_width."
+        )
+        raise ConfigurationError(msg)
+    return ours.written
+
+
+def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
+    """Write a slimmed model so that it runs without this package.
+
+    Args:
+        arguments: ``ckpt_path``, ``output_dir``, ``formats``, ``image_size``, ``width`` and ``debug``.
+        settings: As for ``plan``; those of the fit.
+    """
+    config = read_settings(settings, debug=arguments.debug)
+    trained = load_trained(config, arguments.ckpt_path, arguments.width)
+    if "plain" in arguments.formats:
+        check_expressible(trained.backbone)  # before anything is written
+    for format_ in (name for name in GRAPH_FORMATS if name in arguments.formats):
+        path, gap = export_graph(trained, format_, arguments.output_dir, arguments.image_size)
+        print(f"{path} (answers differ by at most {gap:.1g} of the largest value)")
+    if "plain" in arguments.formats:  # last, since it takes the model apart
+        written, weights, gap = export_plain(trained, config, arguments.output_dir)
+        print(f"{written}\n{weights} (answers differ by at most {gap:.1g} of the largest value)")
