@@ -5,6 +5,7 @@ Nothing heavy is imported before it is needed: ``--help``, ``--version`` and ``s
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace, _SubParsersAction
@@ -13,9 +14,32 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from terratorch_simpler.errors import PlanError, SettingsError, SimplerError, did_you_mean
+from terratorch_simpler.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DepthError,
+    LabelsError,
+    PlanError,
+    SettingsError,
+    SimplerError,
+    TilesError,
+    TooFewTilesError,
+    UnsupportedEncoderError,
+    did_you_mean,
+)
+from terratorch_simpler.files import check_folder
 
 FAILED, BAD_CONFIG = 1, 2
+WRONG_SETTINGS = (
+    ConfigurationError,
+    CheckpointError,
+    DepthError,
+    LabelsError,
+    PlanError,
+    TilesError,
+    UnsupportedEncoderError,
+)
+"""Errors of what was asked for; the others are of a run that failed."""
 TAKE_SETTINGS = ("plan", "sweep", "export")
 """Commands that take settings of ``terratorch fit`` besides their own."""
 NEGATIVE = re.compile(r"-(\.?\d|inf)")
@@ -261,6 +285,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if args and args[0] in TAKE_SETTINGS:
         own, settings = _split(build_commands()[args[0]], args[1:])
         args = [args[0], *own]
+        _refuse_typos(args[0], settings)
     options, unknown = build_parser().parse_known_args(args)  # exits with 2 by itself
     if unknown:
         command = build_commands()[options.command]
@@ -268,17 +293,60 @@ def main(args: Sequence[str] | None = None) -> int:
             f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], command._option_string_actions)}"
         )
     try:
+        _check_paths(options)
         COMMANDS[options.command](options, settings)
     except Exception as err:
         if options.debug:
             raise
-        ours = _our_error(err)
+        ours = _our_error(err) or _explained(err)
         foreign = " ".join(f"{type(err).__name__}: {err}".split())
         foreign = foreign if len(foreign) <= LONGEST else f"{foreign[: LONGEST - 4]} ..."
         text = str(ours) if ours else f"{foreign} (--debug shows where)"
         print(f"terratorch-simpler {options.command}: {' '.join(text.split())}", file=sys.stderr)
-        return BAD_CONFIG if isinstance(ours, SettingsError | PlanError) else FAILED
+        return BAD_CONFIG if isinstance(ours, WRONG_SETTINGS) and not isinstance(ours, TooFewTilesError) else FAILED
     return 0
+
+
+def _refuse_typos(name: str, settings: Sequence[str]) -> None:
+    """Refuse settings that are a typo of an option of the command, such as a hyphen, before TerraTorch is imported."""
+    command = build_commands()[name]
+    for setting in settings:
+        flag = setting.partition("=")[0]
+        if flag.startswith("--") and "." not in flag and flag not in command._option_string_actions:
+            meant = difflib.get_close_matches(flag, command._option_string_actions, n=1, cutoff=0.85)
+            if meant:
+                command.error(f"unrecognized arguments: {flag} (did you mean '{meant[0]}'?)")
+
+
+def _check_paths(options: Namespace) -> None:
+    """Refuse files that are not there, and configs that are no YAML, before TerraTorch is imported."""
+    given = vars(options)
+    for path in given.get("config") or []:
+        if not Path(path).is_file():
+            msg = f"The config {path} does not exist: give the path of a YAML that terratorch fit takes."
+            raise SettingsError(msg)
+        _check_yaml(path)
+    checkpoint = given.get("ckpt_path")
+    if checkpoint and not Path(checkpoint).exists():
+        msg = f"The checkpoint {checkpoint} does not exist: give the path of one that terratorch fit has written."
+        raise SettingsError(msg)
+    if options.command in ("export", "demo"):  # the others check it where the callback's own folder is known
+        check_folder("--output_dir", options.output_dir, local=True)
+
+
+def _check_yaml(path: str) -> None:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as err:
+        mark = getattr(err, "problem_mark", None)
+        where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+        msg = f"The config {path} is no valid YAML{where} ({getattr(err, 'problem', None) or err}): correct it there."
+        raise SettingsError(msg) from err
+    if not isinstance(content, dict):
+        msg = f"The config {path} holds {str(content)[:40]!r}, expected settings of terratorch fit: check the path."
+        raise SettingsError(msg)
 
 
 def _our_error(err: BaseException | None) -> SimplerError | None:
@@ -286,6 +354,14 @@ def _our_error(err: BaseException | None) -> SimplerError | None:
     while err is not None and not isinstance(err, SimplerError):
         err = err.__cause__ or err.__context__
     return err
+
+
+def _explained(err: Exception) -> SimplerError | None:
+    if "terratorch" not in sys.modules:
+        return None
+    from terratorch_simpler.terratorch.explain import run_error
+
+    return run_error(err)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
         arguments: ``output_dir``, ``ckpt_path``, ``on_unsettled`` and ``debug``.
         settings: What follows ``terratorch fit``, such as ``--config c.yaml --data.init_args.batch_size 4``.
     """
-    cli = build_run(settings, debug=arguments.debug)
+    cli = build_run(settings)
     if arguments.ckpt_path:
         load_at_full_depth(cli.model, arguments.ckpt_path)
         find_backbone(cli.model).pretrained = None  # whatever it was built with
@@ -61,7 +61,7 @@ def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
         wanted = SweepSettings(tuple(arguments.widths), arguments.probe, arguments.repeats)
     except ConfigurationError as err:
         raise SettingsError(str(err)) from err
-    cli = build_run(settings, debug=arguments.debug)
+    cli = build_run(settings)
     _choose(cli, arguments, Sweep(cli.model, wanted))
 
 
@@ -103,7 +103,7 @@ def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
         arguments: ``ckpt_path``, ``output_dir``, ``formats``, ``image_size``, ``width`` and ``debug``.
         settings: As for ``plan``; those of the fit.
     """
-    config = read_settings(settings, debug=arguments.debug)
+    config = read_settings(settings)
     trained = load_trained(config, arguments.ckpt_path, arguments.width)
     if "plain" in arguments.formats:
         check_expressible(trained.backbone)  # before anything is written

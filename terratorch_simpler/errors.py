@@ -35,6 +35,10 @@ class CheckpointError(SimplerError, RuntimeError):
     """A checkpoint does not fit the encoder it is loaded into."""
 
 
+class DownloadError(SimplerError, RuntimeError):
+    """Weights are neither on this machine nor can they be fetched."""
+
+
 class ExportError(SimplerError, RuntimeError):
     """A model cannot be expressed without this package, or what was written does not answer alike."""
 

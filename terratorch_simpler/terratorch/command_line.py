@@ -14,10 +14,8 @@ import yaml
 from terratorch import cli_tools
 
 from terratorch_simpler.errors import SettingsError
+from terratorch_simpler.terratorch.explain import build_error, parser_error
 from terratorch_simpler.terratorch.factories import check_factory
-
-LONGEST = 400
-"""Characters of an error of TerraTorch's parser, which repeats the whole config."""
 
 
 class _Built(cli_tools.MyLightningCLI):  # type: ignore[misc]
@@ -37,11 +35,28 @@ class _Built(cli_tools.MyLightningCLI):  # type: ignore[misc]
     def _parse_ckpt_path(self) -> None:
         pass
 
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                super().parse_arguments(parser, args)
+        except SystemExit as err:
+            if not err.code:  # --print_config and the like
+                raise
+            options = [option.lstrip("-") for option in self._parser("fit")._option_string_actions]
+            raise SettingsError(parser_error(said.getvalue().rpartition("error:")[2], options)) from err
+
     def before_instantiate_classes(self) -> None:
         check_factory(self.settings)
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as err:
+            raise build_error(err, self.settings) from err
 
 
 class _Parsed(_Built):
@@ -53,34 +68,32 @@ class _Parsed(_Built):
         cli_tools.import_custom_modules(path)
 
 
-def build_run(arguments: Sequence[str], *, debug: bool = False) -> Any:
+def build_run(arguments: Sequence[str]) -> Any:
     """Build what ``terratorch fit`` would train.
 
     Args:
         arguments: What follows ``terratorch fit``: any number of ``--config``, and settings.
-        debug: Let the parser print its usage as well.
 
     Returns:
         TerraTorch's command line, with ``model``, ``datamodule`` and ``trainer``.
 
     Raises:
-        SettingsError: If the parser refuses the arguments, or the model factory takes no ``simpler_`` names.
+        SimplerError: If the parser refuses the arguments, or what they describe cannot be built.
     """
-    with _host_class(_Built), _sentence(arguments, debug):
+    with _host_class(_Built):
         return cli_tools.build_lightning_cli(["fit", *arguments])
 
 
-def read_settings(arguments: Sequence[str], *, debug: bool = False) -> dict[str, Any]:
+def read_settings(arguments: Sequence[str]) -> dict[str, Any]:
     """Settings that ``terratorch fit`` would run with, defaults included; no data is opened and no weights are fetched.
 
     Args:
         arguments: What follows ``terratorch fit``.
-        debug: Let the parser print its usage as well.
 
     Raises:
-        SettingsError: If the parser refuses the arguments, or the model factory takes no ``simpler_`` names.
+        SimplerError: If the parser refuses the arguments, or what they describe cannot be built.
     """
-    with _host_class(_Parsed), _sentence(arguments, debug):
+    with _host_class(_Parsed):
         cli: Any = cli_tools.build_lightning_cli(["fit", *arguments])
         return dump(cli._parser("fit"), cli.settings)
 
@@ -100,18 +113,3 @@ def _host_class(used: type[cli_tools.MyLightningCLI]) -> Iterator[None]:
     """Have ``build_lightning_cli``, which knows TerraTorch's defaults, make another class of command line."""
     with mock.patch.object(cli_tools, "MyLightningCLI", used), mock.patch.object(sys, "argv", ["terratorch"]):
         yield
-
-
-@contextlib.contextmanager
-def _sentence(arguments: Sequence[str], debug: bool) -> Iterator[None]:
-    """Turn what the parser prints before it exits into an error."""
-    said = io.StringIO()
-    try:
-        with contextlib.nullcontext() if debug else contextlib.redirect_stderr(said):
-            yield
-    except SystemExit as err:
-        if not err.code:  # --print_config and the like
-            raise
-        reason = " ".join(said.getvalue().rpartition("error:")[2].split())
-        msg = f"TerraTorch cannot read {' '.join(arguments)}: {reason[:LONGEST]}"
-        raise SettingsError(msg) from err
