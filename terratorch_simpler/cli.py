@@ -10,6 +10,7 @@ import re
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace, _SubParsersAction
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,21 +91,24 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
     """Choose a plan; see :func:`terratorch_simpler.commands.run_plan`."""
     from terratorch_simpler import commands
 
-    commands.run_plan(arguments, settings)
+    with nullcontext() if arguments.debug else commands.quiet():
+        commands.run_plan(arguments, settings)
 
 
 def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
     """Compare every depth and width; see :func:`terratorch_simpler.commands.run_sweep`."""
     from terratorch_simpler import commands
 
-    commands.run_sweep(arguments, settings)
+    with nullcontext() if arguments.debug else commands.quiet():
+        commands.run_sweep(arguments, settings)
 
 
 def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
     """Write a slimmed model; see :func:`terratorch_simpler.commands.run_export`."""
     from terratorch_simpler import commands
 
-    commands.run_export(arguments, settings)
+    with nullcontext() if arguments.debug else commands.quiet():
+        commands.run_export(arguments, settings)
 
 
 def run_show(arguments: Namespace, _settings: Sequence[str]) -> None:

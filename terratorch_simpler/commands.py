@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from terratorch_simpler.errors import ConfigurationError, SettingsError
-from terratorch_simpler.export import GRAPH_FORMATS, check_expressible, export_graph, export_plain, load_trained
+from terratorch_simpler.export import (
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    GRAPH_FORMATS,
+    check_expressible,
+    export_graph,
+    export_plain,
+    load_trained,
+)
+from terratorch_simpler.extraction import progress_bar
 from terratorch_simpler.files import below, written_to
 from terratorch_simpler.lightning.callback import SimplerCallback
 from terratorch_simpler.lightning.internals import TunerExitException
 from terratorch_simpler.lightning.reporting import PLAN_FILE
+from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import find_backbone
 from terratorch_simpler.models.checkpoint import load_at_full_depth
 from terratorch_simpler.sweep import Sweep, SweepSettings
@@ -36,6 +50,21 @@ class _InSetup(Callback):
         self._work(trainer, pl_module)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what Lightning says of devices and its own products, and the source lines of warnings."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with mock.patch.object(warnings, "formatwarning", lambda message, *_args, **_kwargs: f"Warning: {message}\n"):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
     """Choose a plan with the setup that ``terratorch fit`` would use, and stop before training.
 
@@ -47,7 +76,7 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
     if arguments.ckpt_path:
         load_at_full_depth(cli.model, arguments.ckpt_path)
         find_backbone(cli.model).pretrained = None  # whatever it was built with
-    print(below(_choose(cli, arguments), PLAN_FILE))
+    _choose(cli, arguments)
 
 
 def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
@@ -65,8 +94,8 @@ def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
     _choose(cli, arguments, Sweep(cli.model, wanted))
 
 
-def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> str | Path:
-    """Fit up to the point where the plan is chosen; returns its folder."""
+def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> None:
+    """Fit up to the point where the plan is chosen, and say what was written, the plan last."""
     callbacks: list[Callback] = cli.trainer.callbacks
     ours = next((callback for callback in callbacks if isinstance(callback, SimplerCallback)), None)
     if ours is None:
@@ -74,11 +103,12 @@ def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> str |
         callbacks.insert(0, ours)
     ours.output_dir = arguments.output_dir or ours.output_dir
     ours.on_unsettled = arguments.on_unsettled or ours.on_unsettled
+    ours.announces = False
 
     def stop(trainer: Trainer, task: LightningModule) -> None:
         if sweep is not None and ours.written is not None and trainer.is_global_zero:
             with written_to(ours.written) as folder:
-                sweep.run(trainer, task, folder)
+                ours.written_files += sweep.run(trainer, task, folder)
         raise _Planned
 
     callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
@@ -93,7 +123,8 @@ def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> str |
             "The encoder is pruned already, expected an intact one: remove backbone_keep, backbone_plan and backbone_width."
         )
         raise ConfigurationError(msg)
-    return ours.written
+    for name in sorted(ours.written_files, key=lambda name: (name == PLAN_FILE, name)):
+        print(below(ours.written, name))
 
 
 def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
@@ -104,12 +135,26 @@ def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
         settings: As for ``plan``; those of the fit.
     """
     config = read_settings(settings)
-    trained = load_trained(config, arguments.ckpt_path, arguments.width)
-    if "plain" in arguments.formats:
-        check_expressible(trained.backbone)  # before anything is written
-    for format_ in (name for name in GRAPH_FORMATS if name in arguments.formats):
-        path, gap = export_graph(trained, format_, arguments.output_dir, arguments.image_size)
+    plain, graphs = "plain" in arguments.formats, [name for name in GRAPH_FORMATS if name in arguments.formats]
+    names = [*(GRAPH_FORMATS[name] for name in graphs), *([CONFIG_FILE, CHECKPOINT_FILE] if plain else [])]
+    folder = Path(arguments.output_dir)
+    if there := [name for name in names if (folder / name).exists()]:
+        log.info(f"Replaces {', '.join(there)} of an earlier export in {folder}.")
+    written: list[tuple[Path, float]] = []
+    shown = (config.get("trainer") or {}).get("enable_progress_bar") is not False
+    with progress_bar(shown, 1 + len(graphs) + plain, f"Exporting {arguments.ckpt_path}") as progress:
+        trained = load_trained(config, arguments.ckpt_path, arguments.width)
+        if plain:
+            check_expressible(trained.backbone)  # before anything is written
+        progress(1)
+        for format_ in graphs:
+            written.append(export_graph(trained, format_, folder, arguments.image_size))
+            progress(1 + len(written))
+        if plain:  # last, since it takes the model apart
+            _, weights, gap = export_plain(trained, config, folder)
+            written.append((weights, gap))
+            progress(1 + len(written))
+    for path, gap in written:
         print(f"{path} (answers differ by at most {gap:.1g} of the largest value)")
-    if "plain" in arguments.formats:  # last, since it takes the model apart
-        written, weights, gap = export_plain(trained, config, arguments.output_dir)
-        print(f"{written}\n{weights} (answers differ by at most {gap:.1g} of the largest value)")
+    if plain:
+        print(folder / CONFIG_FILE)

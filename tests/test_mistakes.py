@@ -28,8 +28,8 @@ MISTAKES = {
     "trainer.max_epoch": (3, "has a setting 'trainer.max_epoch' (did you mean 'trainer.max_epochs'?)"),
     "trainer.max_steps": ("few", "sets trainer.max_steps to 'few', expected a whole number"),
     "model.class_path": (
-        "terratorch.tasks.SegmentationTask",
-        "terratorch.tasks has no class 'SegmentationTask' (did you mean 'SemanticSegmentationTask'?)",
+        "terratorch.tasks.SemanticSegmentatonTask",
+        "terratorch.tasks has no class 'SemanticSegmentatonTask' (did you mean 'SemanticSegmentationTask'?)",
     ),
     "model.init_args.model_factory": (
         "EncoderDecodrFactory",
@@ -40,7 +40,7 @@ MISTAKES = {
         "knows no backbone 'prithvi_eo_v2_tiny' for 'simpler_prithvi_eo_v2_tiny' (did you mean "
         "'simpler_prithvi_eo_v2_tiny_tl'?)",
     ),
-    f"{MODEL}.backbone ": ("prithvi_eo_v2_tinytl", "no backbone 'prithvi_eo_v2_tinytl' (did you mean 'prithvi_eo_v2_tiny_tl'?)"),
+    f"{MODEL}.backbone ": ("prithvi_eo_v2_tinytl", "'prithvi_eo_v2_tinytl' (did you mean 'prithvi_eo_v2_tiny_tl'?)"),
     f"{MODEL}.backbone_kep": (4, "takes no argument 'backbone_kep' (did you mean 'backbone_keep'?)"),
     f"{MODEL}.backbone_keep": (24, "Found keep 24, expected 1 to 12"),
     f"{MODEL}.backbone_ckpt_path": ("gone.pt", "The file gone.pt of backbone_ckpt_path does not exist"),

@@ -48,6 +48,8 @@ class _Built(cli_tools.MyLightningCLI):  # type: ignore[misc]
 
     def before_instantiate_classes(self) -> None:
         check_factory(self.settings)
+        if self.settings.trainer.logger is True or self.settings.trainer.logger is None:
+            self.settings.trainer.logger = False  # nothing is trained: a log folder would hold nothing
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -61,6 +63,9 @@ class _Built(cli_tools.MyLightningCLI):  # type: ignore[misc]
 
 class _Parsed(_Built):
     """The same with nothing built: the settings only."""
+
+    def before_instantiate_classes(self) -> None:
+        check_factory(self.settings)
 
     def instantiate_classes(self) -> None:
         # MyLightningCLI does this on the way, for tasks and backbones of the user.
