@@ -58,7 +58,11 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
-        with mock.patch.object(warnings, "formatwarning", lambda message, *_args, **_kwargs: f"Warning: {message}\n"):
+        with (
+            warnings.catch_warnings(),
+            mock.patch.object(warnings, "formatwarning", lambda message, *_args, **_kwargs: f"Warning: {message}\n"),
+        ):
+            warnings.filterwarnings("ignore", module=r"lightning\.")  # of a training that is not to come
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
