@@ -13,6 +13,7 @@ from terratorch_simpler.errors import (
     ConfigurationError,
     DegenerateFeaturesError,
     DepthError,
+    DownloadError,
     ExportError,
     FewTilesWarning,
     ImplausibleInputWarning,
@@ -34,7 +35,7 @@ from terratorch_simpler.errors import (
     UnsupportedEncoderError,
     UntrainedEncoderWarning,
 )
-from terratorch_simpler.terratorch.source import register_source
+from terratorch_simpler.terratorch.registration import register_source
 
 if TYPE_CHECKING:
     from terratorch_simpler.api import prune, select_depth
@@ -68,6 +69,7 @@ __all__ = [
     "Criterion",
     "DegenerateFeaturesError",
     "DepthError",
+    "DownloadError",
     "ExportError",
     "FewTilesWarning",
     "Fixed",

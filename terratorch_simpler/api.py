@@ -38,10 +38,9 @@ from terratorch_simpler.extraction import (
     rows_per_image,
 )
 from terratorch_simpler.indices import resolve_keep
-from terratorch_simpler.metrics import MIN_GROUP_TILES
 from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from terratorch_simpler.models.plain import Encoder, PlainEncoder
-from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.plan import MIN_GROUP_TILES, SlimmingPlan
 from terratorch_simpler.planning import (
     OnUnsettled,
     SelectionConfig,

@@ -1,124 +1,135 @@
-"""The command ``terratorch-simpler``: parse, call, and say in one line what went wrong."""
+"""The command ``terratorch-simpler``: parse, call, and say in one sentence what went wrong.
+
+Nothing heavy is imported before it is needed: ``--help``, ``--version`` and ``show`` answer without TerraTorch and PyTorch.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
-import textwrap
+from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace, _SubParsersAction
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
-
-from terratorch_simpler.errors import ConfigurationError, PlanError, SettingsError, SimplerError
-from terratorch_simpler.files import below, written_to
-from terratorch_simpler.lightning.internals import TunerExitException
-from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.report import full_table
-
-if TYPE_CHECKING:
-    from terratorch_simpler.sweep import Sweep
+from terratorch_simpler.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DepthError,
+    LabelsError,
+    PlanError,
+    SettingsError,
+    SimplerError,
+    TilesError,
+    TooFewTilesError,
+    UnsupportedEncoderError,
+    did_you_mean,
+)
+from terratorch_simpler.files import check_folder
 
 FAILED, BAD_CONFIG = 1, 2
+WRONG_SETTINGS = (
+    ConfigurationError,
+    CheckpointError,
+    DepthError,
+    LabelsError,
+    PlanError,
+    TilesError,
+    UnsupportedEncoderError,
+)
+"""Errors of what was asked for; the others are of a run that failed."""
 TAKE_SETTINGS = ("plan", "sweep", "export")
 """Commands that take settings of ``terratorch fit`` besides their own."""
 NEGATIVE = re.compile(r"-(\.?\d|inf)")
 """What starts a number and no option."""
 LONGEST = 500
 """Characters of an error that is not ours: the parser's repeat the whole config."""
+PLAN_FILES = ("plan.json", "simpler/plan.json")
+"""Where ``show`` looks in a folder: that of a plan, or the log folder of a fit."""
 
 
-class _Planned(TunerExitException):
-    """Ends a fit once the plan is made; Lightning takes this kind for a success and tells the loggers so."""
+class _Formatter(HelpFormatter):
+    """Fills descriptions, and leaves an example as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
-class _InSetup(Callback):
-    """Does something in setup, where SimplerCallback works as well."""
+class _Parser(ArgumentParser):
+    """Says what is wrong without printing the usage of every option."""
 
-    def __init__(self, work: Callable[[Trainer, LightningModule], None]) -> None:
-        self._work = work
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, add_help=False, **kwargs)
+        self.add_argument("-h", "--help", action="help", help="show this help and exit")
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        self._work(trainer, pl_module)
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_CONFIG, f"{self.prog}: error: {message}; {self.prog} --help shows what it takes.\n")
+
+
+class _Version(Action):
+    """Prints the versions that a report of a problem needs, once asked for: they are read from installed packages."""
+
+    def __call__(self, parser: ArgumentParser, *_: Any) -> None:
+        from terratorch_simpler import __version__
+
+        versions = {"terratorch-simpler": __version__, **{name: _version(name) for name in ("TerraTorch", "torch")}}
+        print(", ".join(f"{name} {number}" for name, number in versions.items()))
+        parser.exit()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package.lower())
+    except PackageNotFoundError:
+        return "is not installed"
 
 
 def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
-    """Choose a plan with the setup that ``terratorch fit`` would use, and stop before training.
+    """Choose a plan; see :func:`terratorch_simpler.commands.run_plan`."""
+    from terratorch_simpler import commands
 
-    Args:
-        arguments: ``output_dir``, ``ckpt_path``, ``on_unsettled`` and ``debug``.
-        settings: What follows ``terratorch fit``, such as ``--config c.yaml --data.init_args.batch_size 4``.
-    """
-    from terratorch_simpler.models.backbone import find_backbone
-    from terratorch_simpler.models.checkpoint import load_at_full_depth
-    from terratorch_simpler.plan import PLAN_FILE
-    from terratorch_simpler.terratorch.command_line import build_run
-
-    cli = build_run(settings, debug=arguments.debug)
-    if arguments.ckpt_path:
-        load_at_full_depth(cli.model, arguments.ckpt_path)
-        find_backbone(cli.model).pretrained = None  # whatever it was built with
-    print(below(_choose(cli, arguments), PLAN_FILE))
+    with nullcontext() if arguments.debug else commands.quiet():
+        commands.run_plan(arguments, settings)
 
 
 def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
-    """Choose a plan as ``plan`` does, and compare cost and quality of every other depth and width.
+    """Compare every depth and width; see :func:`terratorch_simpler.commands.run_sweep`."""
+    from terratorch_simpler import commands
 
-    Args:
-        arguments: ``output_dir``, ``widths``, ``probe``, ``repeats``, ``on_unsettled`` and ``debug``.
-        settings: As for ``plan``.
-    """
-    from terratorch_simpler.sweep import Sweep, SweepSettings
-    from terratorch_simpler.terratorch.command_line import build_run
-
-    try:
-        wanted = SweepSettings(tuple(arguments.widths), arguments.probe, arguments.repeats)
-    except ConfigurationError as err:
-        raise SettingsError(str(err)) from err
-    cli = build_run(settings, debug=arguments.debug)
-    _choose(cli, arguments, Sweep(cli.model, wanted))
+    with nullcontext() if arguments.debug else commands.quiet():
+        commands.run_sweep(arguments, settings)
 
 
-def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> str | Path:
-    """Fit up to the point where the plan is chosen; returns its folder."""
-    from terratorch_simpler.lightning.callback import SimplerCallback
+def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
+    """Write a slimmed model; see :func:`terratorch_simpler.commands.run_export`."""
+    from terratorch_simpler import commands
 
-    callbacks: list[Callback] = cli.trainer.callbacks
-    ours = next((callback for callback in callbacks if isinstance(callback, SimplerCallback)), None)
-    if ours is None:
-        ours = SimplerCallback()
-        callbacks.insert(0, ours)
-    ours.output_dir = arguments.output_dir or ours.output_dir
-    ours.on_unsettled = arguments.on_unsettled or ours.on_unsettled
-
-    def stop(trainer: Trainer, task: LightningModule) -> None:
-        if sweep is not None and ours.written is not None and trainer.is_global_zero:
-            with written_to(ours.written) as folder:
-                sweep.run(trainer, task, folder)
-        raise _Planned
-
-    callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
-    if sweep is not None:
-        ours.compare(sweep.record)
-        callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
-    if not is_overridden("training_step", cli.model):  # tasks that only predict can be pruned as well
-        cli.model.training_step = lambda *_args: None
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    if ours.written is None:
-        msg = (
-            "The encoder is pruned already, expected an intact one: remove backbone_keep, backbone_plan and backbone_width."
-        )
-        raise ConfigurationError(msg)
-    return ours.written
+    with nullcontext() if arguments.debug else commands.quiet():
+        commands.run_export(arguments, settings)
 
 
 def run_show(arguments: Namespace, _settings: Sequence[str]) -> None:
     """Print a plan: what it keeps and why, what every depth costs, what other criteria would keep."""
-    Console().print(full_table(SlimmingPlan.load(arguments.plan)))
+    from rich.console import Console
+
+    from terratorch_simpler.plan import SlimmingPlan
+    from terratorch_simpler.report.table import full_table
+
+    Console().print(full_table(SlimmingPlan.load(_plan_file(Path(arguments.plan)))))
+
+
+def _plan_file(path: Path) -> Path:
+    """The plan at a path, which may be a folder that holds one."""
+    if not path.is_dir():
+        return path
+    for name in PLAN_FILES:
+        if (path / name).is_file():
+            return path / name
+    msg = f"The folder {path} holds neither {' nor '.join(PLAN_FILES)}: give the folder or the plan.json of an earlier run."
+    raise PlanError(msg)
 
 
 def run_demo(arguments: Namespace, _settings: Sequence[str]) -> None:
@@ -128,34 +139,6 @@ def run_demo(arguments: Namespace, _settings: Sequence[str]) -> None:
     run(Path(arguments.output_dir), official_weights=arguments.official_weights)
 
 
-def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
-    """Write a slimmed model so that it runs without this package.
-
-    Args:
-        arguments: ``ckpt_path``, ``output_dir``, ``formats``, ``image_size``, ``width`` and ``debug``.
-        settings: As for ``plan``; those of the fit.
-    """
-    from terratorch_simpler import export
-    from terratorch_simpler.terratorch.command_line import read_settings
-
-    folder, formats = Path(arguments.output_dir), arguments.formats
-    config, datamodule = read_settings(settings, debug=arguments.debug)
-    trained = export.load_trained(config, arguments.ckpt_path, arguments.width)
-    if "plain" in formats:
-        export.check_expressible(trained.backbone)  # before anything is written
-    plan = export.find_plan(trained, config, arguments.ckpt_path)
-    graphs = [name for name in export.GRAPH_FORMATS if name in formats]
-    description = export.describe(trained, datamodule, plan, arguments.image_size if graphs else None)
-    for format_ in graphs:
-        path, gap = export.export_graph(trained, format_, folder, arguments.image_size, description)
-        print(f"{path} (answers differ by at most {gap:.1g} of the largest value)")
-    if "plain" in formats:  # last, since it takes the model apart
-        written, weights, gap = export.export_plain(trained, config, folder)
-        print(f"{written}\n{weights} (answers differ by at most {gap:.1g} of the largest value)")
-    if export.may_write_card(folder):
-        print(export.write_card(description, folder, formats))
-
-
 COMMANDS: dict[str, Callable[[Namespace, Sequence[str]], None]] = {
     "plan": run_plan,
     "show": run_show,
@@ -163,68 +146,117 @@ COMMANDS: dict[str, Callable[[Namespace, Sequence[str]], None]] = {
     "export": run_export,
     "demo": run_demo,
 }
+ABOUT = {
+    "plan": (
+        "Choose the depth of an encoder without training, and write plan.json and a report.",
+        "terratorch-simpler plan -c config.yaml -o chosen --data.init_args.batch_size 4",
+    ),
+    "show": ("Show a plan in the terminal.", "terratorch-simpler show lightning_logs/version_0"),
+    "sweep": (
+        "Compare cost and quality of every depth and width without training, and write the table and charts.",
+        "terratorch-simpler sweep -c config.yaml -o compared --widths 1.0 0.5 --probe",
+    ),
+    "export": (
+        "Write a slimmed model so that it runs where this package is not installed.",
+        "terratorch-simpler export -c config.yaml --ckpt_path best.ckpt -o plain --formats plain onnx",
+    ),
+    "demo": (
+        "Fine-tune an encoder on generated scenes, pruned and intact, and compare both: offline, on a CPU, in minutes.",
+        "terratorch-simpler demo -o demo",
+    ),
+}
+"""What each command does, in one sentence, and an example."""
 
 
-def build_parser(commands: Mapping[str, ArgumentParser] | None = None) -> ArgumentParser:
-    """The parser with all commands.
-
-    Args:
-        commands: Their own parsers; made anew by default.
-    """
-    parser = ArgumentParser(prog="terratorch-simpler", description=__doc__)
-    subcommands = parser.add_subcommands(dest="command")
-    for name, command in (commands or build_commands()).items():
-        subcommands.add_subcommand(name, command)
+def build_parser() -> ArgumentParser:
+    """The parser with all commands."""
+    parser = _Parser(
+        prog="terratorch-simpler",
+        description="Choose how many blocks of an Earth-observation encoder to keep, before fine-tuning it.",
+        epilog="terratorch-simpler COMMAND --help shows the options of a command.",
+    )
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        default=SUPPRESS,
+        help="show the versions of this package, TerraTorch and torch",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    added = {}
+    for name, (about, example) in ABOUT.items():
+        more = " Settings of the config can be overridden as in terratorch fit." if name in TAKE_SETTINGS else ""
+        added[name] = commands.add_parser(name, help=about, description=about + more, epilog=f"example:\n  {example}")
+    _add_options(added)
     return parser
 
 
 def build_commands() -> dict[str, ArgumentParser]:
     """The parser of every command."""
-    plan = ArgumentParser(description="Choose a plan without training: plan.json, a report and a table. Settings of the "
-                          "config can be overridden as in terratorch fit, e.g. --data.init_args.batch_size 4.")  # fmt: skip
-    plan.add_argument("-c", "--config", required=True, help="a YAML that terratorch fit takes; later ones override")
-    plan.add_argument("-o", "--output_dir", help="folder for plan.json and the report; default <log_dir>/simpler")
-    plan.add_argument("--ckpt_path", help="checkpoint of a fit at full depth, to choose from what it has tuned")
-    sweep = ArgumentParser(
-        description="Compare cost and quality of every depth and width, without training: sweep.csv, sweep.png, a table, "
-        "and what plan writes. Settings of the config can be overridden as for plan."
-    )
-    sweep.add_argument("-c", "--config", required=True, help="a YAML that terratorch fit takes; later ones override")
-    sweep.add_argument("-o", "--output_dir", help="folder for what is written; default <log_dir>/simpler")
-    sweep.add_argument("--widths", type=float, nargs="+", default=[1.0], help="kept shares of width, each with every depth")
-    sweep.add_argument("--probe", action="store_true", help="score frozen features with the labels: k-NN and a linear probe")
-    sweep.add_argument("--repeats", type=int, default=20, help="timed passes of a single tile")
+    actions = build_parser()._actions
+    return next(dict(action.choices) for action in actions if isinstance(action, _SubParsersAction))
+
+
+def _add_options(commands: Mapping[str, ArgumentParser]) -> None:
+    plan, sweep, show, export, demo = (commands[name] for name in ("plan", "sweep", "show", "export", "demo"))
+    for command in (plan, sweep, export):
+        command.add_argument(
+            "-c",
+            "--config",
+            action="append",
+            required=True,
+            metavar="YAML",
+            help="a config that terratorch fit takes; may be repeated, later ones override",
+        )
+    plan.add_argument("--ckpt_path", metavar="FILE", help="checkpoint of a fit at full depth, to choose from its weights")
     for chooses in (plan, sweep):
+        chooses.add_argument(
+            "-o",
+            "--output_dir",
+            metavar="FOLDER",
+            help="folder for what is written (default: that of the callback, or simpler in the log folder)",
+        )
         chooses.add_argument(
             "--on_unsettled",
             choices=["apply", "half", "intact", "error"],
-            help="where the verdict is unsettled: apply the choice and warn, keep half of the blocks, or all, or end "
-            "after the report; default as in the config",
+            help="if the verdict is unsettled: apply the choice and warn, keep half of the blocks, keep all, or fail "
+            "after the report (default: as in the config)",
         )
-    show = ArgumentParser(description="Show a plan in the terminal.")
-    show.add_argument("plan", help="path of a plan.json")
-    export = ArgumentParser(description="Write a slimmed model so that it runs where this package is not installed.")
-    export.add_argument("-c", "--config", required=True, help="a YAML of the fit; later ones override")
-    export.add_argument("--ckpt_path", required=True, help="checkpoint of the fit")
-    export.add_argument("-o", "--output_dir", required=True, help="folder for what is written")
+    sweep.add_argument(
+        "--widths",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="SHARE",
+        help="kept shares of width, each with every depth (default: 1.0)",
+    )
+    sweep.add_argument("--probe", action="store_true", help="score frozen features with the labels: k-NN and a linear probe")
+    sweep.add_argument("--repeats", type=int, default=20, metavar="N", help="timed passes of a single tile (default: 20)")
+    show.add_argument("plan", help="a plan.json, its folder, or the log folder of a fit")
+    export.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint of the fit")
+    export.add_argument("-o", "--output_dir", required=True, metavar="FOLDER", help="folder for what is written")
     export.add_argument(
         "--formats",
         nargs="+",
         choices=["plain", "onnx", "pt2"],
         default=["plain"],
-        help="plain: config and checkpoint for TerraTorch; onnx and pt2 (torch.export): the whole model as one graph",
+        help="plain: config and checkpoint for TerraTorch; onnx and pt2 (torch.export): the whole model as one graph "
+        "(default: plain)",
     )
-    export.add_argument("--image_size", type=int, help="rows and columns in a graph, in pixels; default the encoder's own")
-    export.add_argument("--width", type=float, help="one of the widths that SlimmableTraining trained; default the largest")
-    demo = ArgumentParser(description=run_demo.__doc__)
-    demo.add_argument("-o", "--output_dir", default="demo", help="folder for everything the demo makes")
+    export.add_argument(
+        "--image_size", type=int, metavar="PIXELS", help="rows and columns in a graph (default: the encoder's own)"
+    )
+    export.add_argument(
+        "--width", type=float, metavar="SHARE", help="one of the widths of SlimmableTraining (default: the largest)"
+    )
+    demo.add_argument(
+        "-o", "--output_dir", default="demo", metavar="FOLDER", help="folder for everything it makes (default: demo)"
+    )
     demo.add_argument(
         "--official_weights", action="store_true", help="use Prithvi-EO-2.0-tiny-TL from the Hugging Face Hub instead"
     )
-    commands = {"plan": plan, "sweep": sweep, "show": show, "export": export, "demo": demo}
     for command in commands.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return commands
 
 
 def _split(command: ArgumentParser, args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -253,24 +285,72 @@ def main(args: Sequence[str] | None = None) -> int:
         0 on success, 1 if the run failed, 2 if arguments or configuration are wrong.
     """
     args = list(sys.argv[1:] if args is None else args)
-    commands = build_commands()
     settings: list[str] = []
     if args and args[0] in TAKE_SETTINGS:
-        own, settings = _split(commands[args[0]], args[1:])
+        own, settings = _split(build_commands()[args[0]], args[1:])
         args = [args[0], *own]
-    parsed = build_parser(commands).parse_args(args)  # exits with 2 by itself
-    options = parsed[parsed.command]
+        _refuse_typos(args[0], settings)
+    options, unknown = build_parser().parse_known_args(args)  # exits with 2 by itself
+    if unknown:
+        command = build_commands()[options.command]
+        command.error(
+            f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], command._option_string_actions)}"
+        )
     try:
-        COMMANDS[parsed.command](options, settings)
+        _check_paths(options)
+        COMMANDS[options.command](options, settings)
     except Exception as err:
         if options.debug:
             raise
-        ours = _our_error(err)
-        foreign = textwrap.shorten(f"{type(err).__name__}: {err}", LONGEST, placeholder=" ...")
+        ours = _our_error(err) or _explained(err)
+        foreign = " ".join(f"{type(err).__name__}: {err}".split())
+        foreign = foreign if len(foreign) <= LONGEST else f"{foreign[: LONGEST - 4]} ..."
         text = str(ours) if ours else f"{foreign} (--debug shows where)"
-        print(f"terratorch-simpler {parsed.command}: {' '.join(text.split())}", file=sys.stderr)
-        return BAD_CONFIG if isinstance(ours, SettingsError | PlanError) else FAILED
+        print(f"terratorch-simpler {options.command}: {' '.join(text.split())}", file=sys.stderr)
+        return BAD_CONFIG if isinstance(ours, WRONG_SETTINGS) and not isinstance(ours, TooFewTilesError) else FAILED
     return 0
+
+
+def _refuse_typos(name: str, settings: Sequence[str]) -> None:
+    """Refuse settings that are a typo of an option of the command, such as a hyphen, before TerraTorch is imported."""
+    command = build_commands()[name]
+    for setting in settings:
+        flag = setting.partition("=")[0]
+        if flag.startswith("--") and "." not in flag and flag not in command._option_string_actions:
+            meant = difflib.get_close_matches(flag, command._option_string_actions, n=1, cutoff=0.85)
+            if meant:
+                command.error(f"unrecognized arguments: {flag} (did you mean '{meant[0]}'?)")
+
+
+def _check_paths(options: Namespace) -> None:
+    """Refuse files that are not there, and configs that are no YAML, before TerraTorch is imported."""
+    given = vars(options)
+    for path in given.get("config") or []:
+        if not Path(path).is_file():
+            msg = f"The config {path} does not exist: give the path of a YAML that terratorch fit takes."
+            raise SettingsError(msg)
+        _check_yaml(path)
+    checkpoint = given.get("ckpt_path")
+    if checkpoint and not Path(checkpoint).exists():
+        msg = f"The checkpoint {checkpoint} does not exist: give the path of one that terratorch fit has written."
+        raise SettingsError(msg)
+    if options.command in ("export", "demo"):  # the others check it where the callback's own folder is known
+        check_folder("--output_dir", options.output_dir, local=True)
+
+
+def _check_yaml(path: str) -> None:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as err:
+        mark = getattr(err, "problem_mark", None)
+        where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+        msg = f"The config {path} is no valid YAML{where} ({getattr(err, 'problem', None) or err}): correct it there."
+        raise SettingsError(msg) from err
+    if not isinstance(content, dict):
+        msg = f"The config {path} holds {str(content)[:40]!r}, expected settings of terratorch fit: check the path."
+        raise SettingsError(msg)
 
 
 def _our_error(err: BaseException | None) -> SimplerError | None:
@@ -278,6 +358,14 @@ def _our_error(err: BaseException | None) -> SimplerError | None:
     while err is not None and not isinstance(err, SimplerError):
         err = err.__cause__ or err.__context__
     return err
+
+
+def _explained(err: Exception) -> SimplerError | None:
+    if "terratorch" not in sys.modules:
+        return None
+    from terratorch_simpler.terratorch.explain import run_error
+
+    return run_error(err)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -32,6 +33,10 @@ class PlanError(SimplerError, ValueError):
 
 class CheckpointError(SimplerError, RuntimeError):
     """A checkpoint does not fit the encoder it is loaded into."""
+
+
+class DownloadError(SimplerError, RuntimeError):
+    """Weights are neither on this machine nor can they be fetched."""
 
 
 class ExportError(SimplerError, RuntimeError):
@@ -117,3 +122,18 @@ class FewTilesWarning(SimplerWarning):
 
 class SkippedTilesWarning(SimplerWarning):
     """Some tiles could not be used and were counted instead."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A suggestion to put behind a wrong name, or nothing.
+
+    Args:
+        name: What was given.
+        known: What could have been meant.
+
+    Example:
+        >>> did_you_mean("--widht", ["--width", "--debug"]), did_you_mean("x", ["--debug"])
+        (" (did you mean '--width'?)", '')
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

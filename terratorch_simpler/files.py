@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from terratorch_simpler.errors import ConfigurationError
@@ -45,6 +44,8 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
                     with archive.open(entry) as record:
                         while record.read(CHUNK):
                             pass
+    import torch  # what is written here need not be tensors
+
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

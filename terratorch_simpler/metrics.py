@@ -13,11 +13,7 @@ from terratorch_simpler.criteria import Bounds, Criterion, GroupSums, Statistics
 from terratorch_simpler.errors import DegenerateFeaturesError
 from terratorch_simpler.functional.angles import angle_sums
 from terratorch_simpler.functional.hsic import MIN_ROWS, check_features, hsic_matrix, layer_normed, moments, tile_means
-
-MIN_GROUP_TILES = 32
-"""Fewest tiles of a group; fewer usable tiles in all are an error."""
-MIN_BOOTSTRAP_GROUPS = 4
-"""With fewer groups than this, a bootstrap over groups says nothing."""
+from terratorch_simpler.plan import MIN_BOOTSTRAP_GROUPS
 
 
 class LayerSimilarity(Metric):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, NotRequired
 
 from pydantic import (
     AfterValidator,
@@ -22,13 +22,18 @@ from pydantic import (
     ValidationInfo,
     with_config,
 )
-from torch import Tensor
 from typing_extensions import TypedDict  # pydantic refuses that of typing before Python 3.12
 
 from terratorch_simpler.errors import PlanError
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.indices import LARGEST_DEPTH, Span, spans_between
-from terratorch_simpler.pruning.recovery import RecoveryWeights, load_maps, load_weights, save_maps, save_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from terratorch_simpler.pruning.recovery import RecoveryWeights
+else:  # pydantic looks the names up, and checks neither; a plan without recovery is read without PyTorch
+    RecoveryWeights = Tensor = Any
 
 FORMAT = "terratorch-simpler/plan"
 VERSION = 1
@@ -37,6 +42,10 @@ LARGEST_FILE = 16 * 2**20
 """Bytes; the plan of an encoder with 64 blocks has a hundred thousand."""
 LARGEST_NUMBER = 1e300
 LARGEST_INTEGER = 2**63 - 1
+MIN_GROUP_TILES = 32
+"""Fewest tiles of a group; fewer usable tiles in all are an error."""
+MIN_BOOTSTRAP_GROUPS = 4
+"""With fewer groups than this, a bootstrap over groups says nothing."""
 RECOVERIES = ("none", "linear", "distill")
 
 
@@ -315,10 +324,13 @@ class SlimmingPlan:
             The path.
         """
         text = self.to_json()
-        if self.maps is not None:  # first, since they are looked for when there is a plan
-            save_maps(self.maps, _recovery_file(path), text)
-        if self.weights is not None:
-            save_weights(self.weights, _recovery_file(path), text)
+        if self.maps is not None or self.weights is not None:  # first, since they are looked for when there is a plan
+            from terratorch_simpler.pruning.recovery import save_maps, save_weights
+
+            if self.maps is not None:
+                save_maps(self.maps, _recovery_file(path), text)
+            if self.weights is not None:
+                save_weights(self.weights, _recovery_file(path), text)
         with atomic_write(path) as part:
             part.write_text(text, encoding="utf-8")
         return Path(path)
@@ -345,6 +357,8 @@ class SlimmingPlan:
         plan = cls.from_dict(raw, source=str(path))
         if plan.recovery == "none":
             return plan
+        from terratorch_simpler.pruning.recovery import load_maps, load_weights
+
         text = content.decode("utf-8")
         if plan.recovery == "distill":
             return replace(plan, weights=load_weights(_recovery_file(path), text))

@@ -24,9 +24,8 @@ from terratorch_simpler.errors import (
 )
 from terratorch_simpler.extraction import ExtractionConfig, Measurement, Tokens, count_macs
 from terratorch_simpler.indices import Span, spans_between
-from terratorch_simpler.metrics import MIN_GROUP_TILES
 from terratorch_simpler.models.plain import Encoder
-from terratorch_simpler.plan import SlimmingPlan, Verdict, package_versions
+from terratorch_simpler.plan import MIN_GROUP_TILES, SlimmingPlan, Verdict, package_versions
 
 OnUnsettled = Literal["apply", "half", "intact", "error"]
 """Take the choice of the criterion and warn; keep half of the blocks; keep all of them; or end the run."""

@@ -254,7 +254,7 @@ def test_registry_knows_simpler_names_and_leaves_the_others_alone():
     assert not isinstance(BACKBONE_REGISTRY.build("prithvi_eo_tiny"), SimplerBackbone)
     with pytest.raises(Exception, match="The model no_such_backbone could not be instantiated"):
         BACKBONE_REGISTRY.build("no_such_backbone")
-    with pytest.raises(Exception, match="Found no backbone 'no_such_backbone' behind 'simpler_no_such_backbone'"):
+    with pytest.raises(Exception, match="TerraTorch knows no backbone 'no_such_backbone' for 'simpler_no_such_backbone'"):
         BACKBONE_REGISTRY.build("simpler_no_such_backbone")
 
 

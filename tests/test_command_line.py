@@ -166,4 +166,4 @@ def test_a_run_that_ends_with_a_plan_is_logged_as_a_success(folder, command, mor
 @pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.SimplerWarning")
 def test_a_run_that_fails_is_logged_as_failed(folder):
     status, ended = recorded(folder, "plan", "--data.init_args.train_data_root", "nowhere")
-    assert (status, ended) == (1, ["failed"])
+    assert (status, ended) == (2, ["failed"])

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ from terratorch.cli_tools import LightningInferenceModel
 from terratorch.tasks import SemanticSegmentationTask
 
 import terratorch_simpler.demo as demo
-from terratorch_simpler import SlimmingPlan
-from terratorch_simpler.cli import main
+from terratorch_simpler import SlimmingPlan, __version__
+from terratorch_simpler.cli import ABOUT, build_commands, main
 from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.checkpoints import kept_in
 
@@ -236,36 +238,36 @@ def one_line(capsys) -> str:
 
 def test_plan_on_a_plain_backbone_fails_with_the_line_to_write(config, tmp_path, capsys):
     name = "--model.init_args.model_args.backbone"
-    assert main(["plan", "-c", str(config), name, "prithvi_eo_v2_tiny_tl", "-o", str(tmp_path)]) == 1
+    assert main(["plan", "-c", str(config), name, "prithvi_eo_v2_tiny_tl", "-o", str(tmp_path)]) == 2
     assert "write backbone: simpler_prithvi_eo_v2_tiny_tl" in one_line(capsys)
     assert not list(tmp_path.iterdir())
 
 
 def test_plan_on_a_cut_backbone_says_so(config, capsys):
-    assert main(["plan", "-c", str(config), "--model.init_args.model_args.backbone_keep", "3"]) == 1
+    assert main(["plan", "-c", str(config), "--model.init_args.model_args.backbone_keep", "3"]) == 2
     assert "The encoder is pruned already" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "File does not exist"),
-        ("trainer: [", "Problems parsing config"),
-        ("hello", "Unexpected config: hello"),
-        ("modell: {}", "model"),
+        (None, "The config bad.yaml does not exist: give the path"),
+        ("trainer: [", "The config bad.yaml is no valid YAML at line 1, column 11 ("),
+        ("hello", "The config bad.yaml holds 'hello', expected settings of terratorch fit"),
+        ("modell: {}", "has a setting 'modell' (did you mean 'model'?)"),
+        ("trainer: {max_epoch: 3}", "has a setting 'trainer.max_epoch' (did you mean 'trainer.max_epochs'?)"),
     ],
 )
 @pytest.mark.parametrize(
     ("command", "arguments"), [("plan", []), ("sweep", []), ("export", ["--ckpt_path", "fit.ckpt", "-o", "plain"])]
 )
-def test_bad_config_is_status_2_and_one_line(tmp_path, capsys, text, message, command, arguments):
-    path = tmp_path / "bad.yaml"
+def test_bad_config_is_status_2_and_one_line(tmp_path, capsys, monkeypatch, text, message, command, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("fit.ckpt").touch()
     if text is not None:
-        path.write_text(text)
-    assert main([command, "-c", str(path), *arguments]) == 2
-    said = one_line(capsys)
-    assert f"TerraTorch cannot read -c {path}: " in said
-    assert message in said
+        Path("bad.yaml").write_text(text)
+    assert main([command, "-c", "bad.yaml", *arguments]) == 2
+    assert message in one_line(capsys)
 
 
 def test_damaged_plan_is_status_2(tmp_path, capsys):
@@ -274,12 +276,72 @@ def test_damaged_plan_is_status_2(tmp_path, capsys):
     assert "Found 99 for key 'version'" in one_line(capsys)
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["show"], ["show", "a", "--nonsense"], ["plan"]])
-def test_bad_arguments_are_status_2(args, capsys):
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["show"], "the following arguments are required: plan"),
+        (["show", "a", "--debugg"], "unrecognized arguments: --debugg (did you mean '--debug'?)"),
+        (["plan"], "the following arguments are required: -c/--config"),
+        (["sweep", "-c", "a", "--repeats", "few"], "invalid int value: 'few'"),
+        (["export", "-c", "a", "--ckpt_path", "b", "-o", "c", "--formats", "onxx"], "invalid choice: 'onxx'"),
+    ],
+)
+def test_bad_arguments_are_status_2(args, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_help_has_a_sentence_an_example_and_every_default_once(capsys):
+    for name, command in build_commands().items():
+        text = " ".join(command.format_help().split())
+        assert f"example: terratorch-simpler {name} " in text
+        assert not [word for word in ("``", "null", "default: default", "(required)") if word in text]
+        for action in command._actions:
+            assert (action.help or "").count("default") <= 1
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name} {about}" in said for name, (about, _) in ABOUT.items())
+
+
+def test_version_names_the_packages_that_a_problem_depends_on(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    expected = f"terratorch-simpler {__version__}, TerraTorch {version('terratorch')}, torch {version('torch')}\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("place", ["plan.json", ".", "..", "nothing"])
+def test_show_takes_a_plan_its_folder_or_the_log_folder(tmp_path, capsys, place):
+    folder = tmp_path / "simpler"
+    SlimmingPlan("vit", 3, (0, 1), {"name": "fixed", "args": {}}).save(folder / "plan.json")
+    (folder / "nothing").mkdir()
+    assert main(["show", str(folder / place)]) == (2 if place == "nothing" else 0)
+    said = capsys.readouterr()
+    if place == "nothing":
+        assert "holds neither plan.json nor simpler/plan.json: give the folder" in said.err
+    else:
+        assert "first 2 of 3 blocks kept" in said.out
+
+
+@pytest.mark.parametrize("args", [["show", "plan.json"], ["--version"], ["sweep", "--help"]])
+def test_light_commands_import_nothing_heavy(tmp_path, args):
+    SlimmingPlan("vit", 3, (0, 1), {"name": "fixed", "args": {}}).save(tmp_path / "plan.json")
+    code = (
+        "import sys\nfrom terratorch_simpler.cli import main\n"
+        f"try: main({args})\nexcept SystemExit: pass\n"
+        "print(*{'terratorch', 'lightning', 'torch', 'torchgeo', 'timm'} & set(sys.modules), 'imported')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].split() == ["imported"]
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -70,7 +70,10 @@ def test_reference_tells_type_default_and_meaning(sections):
     assert "| `bands` | list[int or str] or null | `null` |" in sections["GeoTiffTiles"]
     assert "| `num_frames` | int | `1` |" in sections["GeoTiffTiles"]
     assert "| `drop_blocks` | int | required | Number of blocks to drop. |" in sections["angular"]  # said by its base class
-    assert "| `-c`, `--config` | str | required | a YAML of the fit; later ones override |" in sections["export"]
+    assert (
+        "| `-c`, `--config` | str | required | a config that terratorch fit takes; may be repeated, later ones override |"
+        in sections["export"]
+    )
     assert "| `--widths` | float, several | `[1.0]` |" in sections["sweep"]
     assert "| `--debug` | flag | `false` |" in sections["show"]
     assert "| `PLAN` | str | required |" in sections["show"]

@@ -27,7 +27,8 @@ LAYERS = [
     {"planning"},
     {"api"},
     {"lightning", "terratorch", "sweep"},
-    {"demo", "cli"},
+    {"commands", "demo"},
+    {"cli"},
 ]
 PURE = ("errors", "files", "indices", "functional", "metrics", "plan", "criteria")
 PURE_FILES = ("pruning/recovery.py", "models/state.py", "lightning/optimizers.py")

@@ -433,6 +433,6 @@ def test_without_classes_nothing_is_computed(config, tmp_path, scenes, capsys, m
         with rasterio.open(path) as file:
             write(one / path.name, np.zeros_like(file.read()))
     args = ["--data.init_args.val_label_data_root", str(one)]
-    assert main(["sweep", "-c", str(config), "-o", str(tmp_path / "out"), "--probe", *args]) == 1
+    assert main(["sweep", "-c", str(config), "-o", str(tmp_path / "out"), "--probe", *args]) == 2
     assert "Found only class 0 in the labels of the validation images" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -234,7 +234,7 @@ def test_a_plan_from_tuned_adapters_is_applied_to_a_new_run(tuned, places, tmp_p
 def test_checkpoints_of_something_else_are_refused(tuned, tmp_path, capsys, content, message):
     path = tmp_path / "other.ckpt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    assert main(["plan", "-c", str(tuned[0]), "-o", str(tmp_path / "out"), "--ckpt_path", str(path)]) == 1
+    assert main(["plan", "-c", str(tuned[0]), "-o", str(tmp_path / "out"), "--ckpt_path", str(path)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

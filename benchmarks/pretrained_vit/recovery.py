@@ -31,9 +31,8 @@ from terratorch_simpler.data import BatchTiles
 from terratorch_simpler.distillation import distill, pruned_copy
 from terratorch_simpler.extraction import ExtractionConfig, measure
 from terratorch_simpler.functional.hsic import layer_normed
-from terratorch_simpler.metrics import MIN_GROUP_TILES
 from terratorch_simpler.models.backbone import SimplerBackbone
-from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.plan import MIN_GROUP_TILES, SlimmingPlan
 
 LABELLED = {"cover": 68, "water": 68, SCENES: 70}
 """Labelled training images of each task."""

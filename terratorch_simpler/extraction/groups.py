@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from terratorch_simpler.metrics import MIN_GROUP_TILES
+from terratorch_simpler.plan import MIN_GROUP_TILES
 
 TILES_PER_GROUP = 64
 

@@ -219,6 +219,7 @@ def collect_labelled(
     rows: int = ROWS_PER_TILE,
     limit: int = IMAGES,
     seed: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> LabelledRows:
     """Send labelled images through the encoder and sample rows after every block it keeps.
 
@@ -238,13 +239,14 @@ def collect_labelled(
         rows: Most patches of an image.
         limit: Images with labels after which to stop.
         seed: Seed of the sampled patches.
+        progress: Called with the number of images so far.
 
     Raises:
         LabelsError: If there are no classes, or only one.
     """
     [found] = _collect(
         forward, backbone, batches, stop_after, _LabelledTokenSampler(kind, seed, rows, ignore_index, class_token),
-        what=what, readout=readout, limit=limit,
+        what=what, readout=readout, limit=limit, progress=progress,
     ).values()  # fmt: skip
     return found
 
@@ -297,6 +299,7 @@ def _collect(
     what: str,
     readout: Readout | None,
     limit: int,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, LabelledRows]:
     found: dict[str, _Rows] = {}
     with (
@@ -313,6 +316,8 @@ def _collect(
                 raise LabelsError(msg)
             for name, part in samples.split(features.float().cpu()).items():
                 found[name].add(part, samples.sets[name])
+            if progress is not None:
+                progress(min(rows.num_images for rows in found.values()))
             if all(rows.num_images >= limit for rows in found.values()):
                 break
     if not found:

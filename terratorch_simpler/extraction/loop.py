@@ -22,8 +22,8 @@ from terratorch_simpler.extraction.input_statistics import InputStatistics
 from terratorch_simpler.extraction.partial_result import PartialResult
 from terratorch_simpler.extraction.recovery import RecoveryStatistics
 from terratorch_simpler.extraction.token_sampling import TokenSampler
-from terratorch_simpler.metrics import MIN_GROUP_TILES
 from terratorch_simpler.models.plain import Encoder
+from terratorch_simpler.plan import MIN_GROUP_TILES
 
 
 @dataclass(frozen=True)

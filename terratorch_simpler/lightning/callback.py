@@ -25,13 +25,13 @@ from terratorch_simpler.files import below, check_folder, folder_of, written_to
 from terratorch_simpler.indices import resolve_width
 from terratorch_simpler.lightning.internals import checkpoint_to_resume, cli_config, fast_dev_run, running_cli
 from terratorch_simpler.lightning.optimizers import ParameterChange, dropped_parameters, updated_optimizers
-from terratorch_simpler.lightning.reporting import write_report
+from terratorch_simpler.lightning.reporting import PAGE_FILE, write_report
 from terratorch_simpler.lightning.selection import select
 from terratorch_simpler.lightning.signals import StoppedForRequeue, StopSignals, requeue_job
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from terratorch_simpler.models.checkpoint import read_pruned_state
-from terratorch_simpler.plan import RECOVERIES, SlimmingPlan
+from terratorch_simpler.plan import PLAN_FILE, RECOVERIES, SlimmingPlan
 from terratorch_simpler.planning import OnUnsettled, SelectionConfig, check_on_unsettled, is_unsettled, tell_unsettled
 from terratorch_simpler.report import plan_table
 from terratorch_simpler.terratorch.factories import check_factory
@@ -80,6 +80,8 @@ class SimplerCallback(Callback):
 
     Attributes:
         written: Folder that holds plan.json, once it was written: a path, or the URL of a remote one.
+        written_files: Names of the files in it.
+        announces: Whether the log says where they are; the commands of this package say it at their end.
 
     Raises:
         ConfigurationError: If options contradict each other.
@@ -140,6 +142,8 @@ class SimplerCallback(Callback):
         self.output_dir = output_dir
         self.export = export
         self.written: str | Path | None = None
+        self.written_files: list[str] = []
+        self.announces = True
         self._backbone: SimplerBackbone | None = None
         self._signals: StopSignals | None = None
         self._optimizer_changes: list[ParameterChange] = []
@@ -325,8 +329,13 @@ class SimplerCallback(Callback):
             )
         else:
             output = self._output(trainer, log_dir)
-            write_report(trainer, plan, output, report_only=refused)
+            self.written_files = write_report(trainer, plan, output, report_only=refused)
             self.written = output
+            page = below(output, PAGE_FILE)
+            if refused:
+                log.info(f"The report is in {page}.")
+            elif self.announces:
+                log.info(f"The plan is in {below(output, PLAN_FILE)}, what led to it in {page}.")
         if judge:
             tell_unsettled(plan, self.on_unsettled)
 

@@ -96,13 +96,13 @@ def cli_arguments_of_optimizers(module: nn.Module) -> list[Any]:
 
 
 def asked_with_prefix(registry: object, name: str) -> bool:
-    """Whether a registry of TerraTorch, which calls our caller, was asked for ``<prefix>_<name>`` and not for ``name``.
+    """Whether a registry of TerraTorch, which asks our caller, was asked for ``<prefix>_<name>`` and not for ``name``.
 
     Borrowed: the local variables ``self`` and ``name`` of ``MultiSourceRegistry`` (TerraTorch 1.2), which strips the prefix
     before it asks a source. If they are gone, True is returned: names without a prefix may then build our encoder too.
     """
     frame: FrameType | None = sys._getframe(2)
-    for _ in range(2):  # it may ask in a generator
+    for _ in range(3):  # it asks the lazy source, which asks our caller, and may ask in a generator
         if frame is None:
             break
         if frame.f_locals.get("self") is registry:

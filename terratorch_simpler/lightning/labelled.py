@@ -19,6 +19,7 @@ from terratorch_simpler.criteria import Labelled
 from terratorch_simpler.data import DatamoduleTiles, Split
 from terratorch_simpler.errors import ConfigurationError, LabelsError
 from terratorch_simpler.extraction import (
+    IMAGES,
     LabelledRows,
     Readout,
     as_pretrained,
@@ -27,10 +28,11 @@ from terratorch_simpler.extraction import (
     evaluating,
     layer_normed,
     on_device,
+    progress_bar,
     rows_per_image,
 )
 from terratorch_simpler.functional.scores import LabelKind
-from terratorch_simpler.lightning.task import outermost_encoder, task_forward
+from terratorch_simpler.lightning.task import outermost_encoder, shows_progress, task_forward
 from terratorch_simpler.models.backbone import find_backbone
 
 SPLIT_NAMES = {"train": "training images", "val": "validation images"}
@@ -56,6 +58,7 @@ def labelled_rows(
     class_token: bool = False,
     kind: LabelKind | Literal["classes", "any"] = "classes",
     all_rows: bool = False,
+    progress: bool = False,
 ) -> LabelledRows:
     """Features with labels after every block of a task's encoder; batches go the way of a training step.
 
@@ -69,6 +72,7 @@ def labelled_rows(
         class_token: With labels by image, take the class token, if there is one, instead of the mean of the patches.
         kind: Kind of labels: "classes" takes no other; "any" takes what they look like.
         all_rows: Take more than 16 patches of an image where there are few images.
+        progress: Show a progress bar, if the trainer shows any.
 
     Raises:
         LabelsError: If there are no labels, or of one class only.
@@ -80,6 +84,11 @@ def labelled_rows(
         on_device(pl_module, trainer.strategy.root_device),
         evaluating(pl_module, seed),
         nullcontext() if tuned else as_pretrained(encoder, backbone),
+        progress_bar(
+            progress and shows_progress(trainer),
+            min(len(source), IMAGES),
+            f"Sampling the labels of the {SPLIT_NAMES[split]}",
+        ) as update,
     ):
         return collect_labelled(
             task_forward(trainer, pl_module, backbone, source),
@@ -93,12 +102,13 @@ def labelled_rows(
             kind=kind,
             rows=rows_per_image(len(source) if all_rows else None),
             seed=seed,
+            progress=update,
         )
 
 
 def labelled_features(trainer: Trainer, pl_module: LightningModule, seed: int) -> Labelled:
     """Labelled features of the encoder as it was tuned, for criteria that need some; block outputs before any norm."""
-    rows = labelled_rows(trainer, pl_module, "train", seed, tuned=True, class_token=True)
+    rows = labelled_rows(trainer, pl_module, "train", seed, tuned=True, class_token=True, progress=True)
     return Labelled(rows.features, rows.labels)
 
 
@@ -111,7 +121,7 @@ def probed_features(trainer: Trainer, pl_module: LightningModule, seed: int) -> 
 
     def collect(split: Split) -> Labelled:
         source = labelled_source(trainer, split, seed)
-        rows = labelled_rows(trainer, pl_module, split, seed, readout=layer_normed, kind=kind, all_rows=True)
+        rows = labelled_rows(trainer, pl_module, split, seed, readout=layer_normed, kind=kind, all_rows=True, progress=True)
         return rows.named(source.name_of)
 
     train = collect("train")

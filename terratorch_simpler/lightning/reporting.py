@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 
 from terratorch_simpler.errors import PlanError
-from terratorch_simpler.files import below, written_to
+from terratorch_simpler.files import written_to
 from terratorch_simpler.logger import log
 from terratorch_simpler.plan import PLAN_FILE, SlimmingPlan
 from terratorch_simpler.report import plan_figure, plan_markdown, plan_rows, report_page, save_figure, save_page
@@ -18,7 +18,7 @@ FIGURE_FILE = "report.png"
 PAGE_FILE = "report.html"
 
 
-def write_report(trainer: Trainer, plan: SlimmingPlan, output: str | Path, report_only: bool = False) -> None:
+def write_report(trainer: Trainer, plan: SlimmingPlan, output: str | Path, report_only: bool = False) -> list[str]:
     """Write plan.json, report.html and report.png, and pass the report to the loggers.
 
     Args:
@@ -26,9 +26,13 @@ def write_report(trainer: Trainer, plan: SlimmingPlan, output: str | Path, repor
         plan: The plan that was applied.
         output: A folder, or a URL that fsspec knows.
         report_only: Leave out plan.json, since the plan is not used.
+
+    Returns:
+        Names of the files.
     """
     if not report_only and isinstance(output, Path) and _is_another_plan(output / PLAN_FILE, plan):
         log.info(f"Replaces the plan of an earlier fit in {output}; give output_dir to keep both.")
+    names = [PAGE_FILE] if report_only else [PLAN_FILE, PAGE_FILE]
     with written_to(output) as folder:
         if not report_only:
             plan.save(folder / PLAN_FILE)
@@ -37,12 +41,8 @@ def write_report(trainer: Trainer, plan: SlimmingPlan, output: str | Path, repor
         if plan.similarity is not None or plan.scores:
             figure = plan_figure(plan)
             _log_figure(trainer, figure, save_figure(figure, folder / FIGURE_FILE))
-    page_at = below(output, PAGE_FILE)
-    log.info(
-        f"The report is in {page_at}."
-        if report_only
-        else f"The plan is in {below(output, PLAN_FILE)}, what led to it in {page_at}."
-    )
+            names.append(FIGURE_FILE)
+    return names
 
 
 def _is_another_plan(path: Path, plan: SlimmingPlan) -> bool:

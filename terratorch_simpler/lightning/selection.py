@@ -34,7 +34,7 @@ from terratorch_simpler.extraction import (
 )
 from terratorch_simpler.lightning.internals import fast_dev_run
 from terratorch_simpler.lightning.labelled import labelled_features, probed_features
-from terratorch_simpler.lightning.task import batch_normalizer, outermost_encoder, task_forward
+from terratorch_simpler.lightning.task import batch_normalizer, outermost_encoder, shows_progress, task_forward
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan, package_versions
@@ -204,11 +204,10 @@ def _stream(
         )
     device = trainer.strategy.root_device
     source.pin_memory = source.pin_memory or device.type == "cuda"
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     with (
         on_device(pl_module, device),  # the whole task: something may run before the encoder
         evaluating(pl_module, config.seed),  # the whole task: detection models ask for boxes in training mode
-        progress_bar(shown, planned, f"Comparing the blocks of {backbone.name}") as progress,
+        progress_bar(shows_progress(trainer), planned, f"Comparing the blocks of {backbone.name}") as progress,
     ):
         measurement = measure(
             task_forward(trainer, pl_module, backbone, source),
@@ -264,11 +263,10 @@ def _distill(
     if plan.kept_blocks == tuple(range(target)) and plan.width == 1:
         log.info(f"Nothing to distill: the pruned encoder already gives the output of block {target - 1}.")
         return replace(plan, weights={})
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     with (
         on_device(pl_module, trainer.strategy.root_device),
         evaluating(pl_module, config.seed),
-        progress_bar(shown, config.recovery_steps, f"Distilling {backbone.name}") as progress,
+        progress_bar(shows_progress(trainer), config.recovery_steps, f"Distilling {backbone.name}") as progress,
     ):
         result = distill(
             task_forward(trainer, pl_module, backbone, source),

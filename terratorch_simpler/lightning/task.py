@@ -22,6 +22,11 @@ NOT_INPUT = TILE_KEYS | {"valid", "target"}
 """Keys of a batch that do not go to the encoder."""
 
 
+def shows_progress(trainer: Trainer) -> bool:
+    """Whether this process shows progress bars: rank zero, unless ``enable_progress_bar`` is false."""
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None
+
+
 def outermost_encoder(pl_module: LightningModule, backbone: SimplerBackbone) -> nn.Module:
     """The encoder of the task's model: the backbone, or what wraps it (TemporalWrapper, PEFT)."""
     encoder = getattr(getattr(pl_module, "model", None), "encoder", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -118,25 +116,6 @@ def tip(artist: Any, kind: str, text: str) -> None:
     artist.set_in_layout(False)  # inside the axes: measuring hundreds of cells takes longer than drawing them
 
 
-def lowest_shown(values: Iterable[float]) -> float:
-    """Where the scale of a similarity that ends at 1 begins: at a tenth below all values, so that structure is seen.
-
-    Example:
-        >>> lowest_shown([0.93, 1.0]), lowest_shown([0.34, 1.0]), lowest_shown([-0.1])
-        (0.8, 0.3, 0.0)
-    """
-    return min(max(math.floor(min(values) * 10) / 10, 0.0), 0.8)
-
-
-def viridis(share: float) -> str:
-    """A colour of matplotlib's map ``viridis`` as #rrggbb.
-
-    Args:
-        share: Place in the map, 0 to 1.
-    """
-    return to_hex(mpl.colormaps["viridis"](min(max(share, 0.0), 1.0)))
-
-
 # --- a plan
 
 
@@ -191,7 +170,7 @@ def draw_similarity(axes: Axes, plan: SlimmingPlan) -> None:
     """
     blocks = plan.full_num_blocks
     similarity = np.asarray(plan.similarity, dtype=float)
-    edges, low = (-0.5, blocks - 0.5), lowest_shown(similarity.ravel())
+    edges, low = (-0.5, blocks - 0.5), summary.lowest_shown(similarity.ravel())
     scale = {"vmin": low, "vmax": 1.0, "cmap": "viridis"}
     image = axes.imshow(similarity, origin="upper", extent=(*edges, *edges[::-1]), **scale)  # type: ignore[arg-type]
     if blocks <= MOST_CELLS:

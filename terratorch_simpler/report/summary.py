@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from terratorch_simpler.metrics import MIN_BOOTSTRAP_GROUPS, MIN_GROUP_TILES
-from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.plan import MIN_BOOTSTRAP_GROUPS, MIN_GROUP_TILES, SlimmingPlan
 
 LONGEST = 200
 """Characters that are shown of a text from a plan or a table, which may come from anywhere."""
@@ -225,6 +225,16 @@ def share(part: float | None, whole: float | None) -> str:
         '84.2%'
     """
     return MISSING if part is None or not whole else f"{part / whole:.1%}"
+
+
+def lowest_shown(values: Iterable[float]) -> float:
+    """Where the scale of a similarity that ends at 1 begins: at a tenth below all values, so that structure is seen.
+
+    Example:
+        >>> lowest_shown([0.93, 1.0]), lowest_shown([0.34, 1.0]), lowest_shown([-0.1])
+        (0.8, 0.3, 0.0)
+    """
+    return min(max(math.floor(min(values) * 10) / 10, 0.0), 0.8)
 
 
 def short(number: float | None) -> str:

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import summary
-from terratorch_simpler.report.charts import lowest_shown, viridis
 
 CELL = 3
 """Columns of a cell of the heat map: a per cent number and a space."""
@@ -179,7 +178,7 @@ class _HeatMap:
         blocks = len(self.similarity)
         if options.max_width < CELL * (blocks + 1) + 1:
             return
-        low = lowest_shown(value for row in self.similarity for value in row)
+        low = summary.lowest_shown(value for row in self.similarity for value in row)
         yield Text("Similarity of block outputs (CKA in per cent, ** is 99.5 or more)", style="italic")
         yield Text(" " * (CELL + 1) + "".join(f"{number:{CELL}d}" for number in range(blocks)), style="dim")
         for number, row in enumerate(self.similarity):
@@ -188,5 +187,11 @@ class _HeatMap:
                 shown = min(max(value, 0.0), 1.0)
                 ink = "#000000" if (shown - low) / (1 - low) > 0.6 else "#ffffff"
                 number_shown = f"{100 * shown:.0f}" if shown < 0.995 else "**"
-                line.append(f"{number_shown:>{CELL}}", style=f"not dim {ink} on {viridis((value - low) / (1 - low))}")
+                line.append(f"{number_shown:>{CELL}}", style=f"not dim {ink} on {_viridis((value - low) / (1 - low))}")
             yield line
+
+
+def _viridis(share: float) -> str:
+    from matplotlib import colormaps, colors  # a table without similarity needs no Matplotlib
+
+    return colors.to_hex(colormaps["viridis"](min(max(share, 0.0), 1.0)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 import weakref
@@ -54,7 +55,12 @@ class Cost(NamedTuple):
 
 
 def measure_costs(
-    encoders: Sequence[SimplerBackbone], input_shape: InputShape, repeats: int, precision: Precision, seed: int = 0
+    encoders: Sequence[SimplerBackbone],
+    input_shape: InputShape,
+    repeats: int,
+    precision: Precision,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Cost]:
     """Measure encoders side by side, in a new random order each time, so that drift of the machine favours none.
 
@@ -64,18 +70,36 @@ def measure_costs(
         repeats: Timed passes of a single tile.
         precision: The precision they run in.
         seed: Seed of the order and of the input.
+        progress: Called with how many of the :func:`num_steps` are done.
     """
     passes = [_Pass(encoder, input_shape, precision, seed) for encoder in encoders]
     random = np.random.default_rng(seed)
+    done = itertools.count(1)
+
+    def seconds(one: _Pass, images: Any) -> float:
+        taken = one.seconds(images)
+        progress(next(done))
+        return taken
+
     macs = [count_macs(encoder, input_shape) for encoder in encoders]
     with torch.no_grad():
-        latency = _latency(passes, repeats, random)
+        latency = medians_in_turn([partial(seconds, one, one.images(1)) for one in passes], repeats, random)
         memory = [one.peak_memory() for one in passes]
-        throughput = _throughput(passes, random)
+        throughput = _throughput(passes, random, lambda: progress(next(done)))
     return [
         Cost(encoder.num_parameters(), macs[i], 1000 * latency[i], *throughput[i], memory[i] / 2**20)
         for i, encoder in enumerate(encoders)
     ]
+
+
+def num_steps(encoders: int, repeats: int) -> int:
+    """Steps that :func:`measure_costs` reports: every timed pass of a tile, and the throughput of every encoder.
+
+    Args:
+        encoders: Number of encoders.
+        repeats: Timed passes of a single tile.
+    """
+    return encoders * (WARM_UPS + repeats + 1)
 
 
 class _Pass:
@@ -135,10 +159,6 @@ def added_memory(run: Callable[[], object], held: Sequence[Tensor], device: torc
     return int(torch.cuda.max_memory_allocated(device) - before)
 
 
-def _latency(passes: Sequence[_Pass], repeats: int, random: np.random.Generator) -> list[float]:
-    return medians_in_turn([partial(one.seconds, one.images(1)) for one in passes], repeats, random)
-
-
 def medians_in_turn(timed: Sequence[Callable[[], float]], repeats: int, random: np.random.Generator) -> list[float]:
     """Median of what each call returns; every turn calls all of them once, in a new order.
 
@@ -175,7 +195,7 @@ def timed_run(run: Callable[[], object], device: torch.device) -> float:
     return float(first.elapsed_time(last)) / 1000
 
 
-def _throughput(passes: Sequence[_Pass], random: np.random.Generator) -> list[tuple[float, int]]:
+def _throughput(passes: Sequence[_Pass], random: np.random.Generator, step: Callable[[], None]) -> list[tuple[float, int]]:
     """Tiles per second and batch size: powers of two, until a larger batch gains nothing or memory runs out."""
     best = [(0.0, 1)] * len(passes)
     growing, batch = list(range(len(passes))), 1
@@ -191,6 +211,8 @@ def _throughput(passes: Sequence[_Pass], random: np.random.Generator) -> list[tu
                     still.append(int(i))
                 if rate > best[i][0]:
                     best[i] = (rate, batch)
+        for _ in range(len(growing) - len(still) if 2 * batch <= LARGEST_BATCH else len(growing)):
+            step()
         growing, batch = still, 2 * batch
     return best
 

@@ -112,6 +112,7 @@ def probe_variants(
     variants: Sequence[Variant],
     seed: int,
     recover: Recover | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, float]]:
     """Probe every variant: fitted on the training images, scored on the validation images.
 
@@ -125,6 +126,7 @@ def probe_variants(
         variants: What to probe.
         seed: Seed of images, patches and resamples.
         recover: How the first blocks at full width are recovered, if they are: they are probed with it as well.
+        progress: Called with the number of variants that are done.
 
     Returns:
         For every variant its columns of a sweep.
@@ -145,6 +147,7 @@ def probe_variants(
         by_depth = features(encoder)
         for variant in depths:
             results[variant] = _columns(probe(*by_depth[len(variant.kept) - 1], seed))
+            progress(len(results))
         if recover is not None and width == 1.0:
             recovered = features(encoder, recover)
             for variant in depths:
@@ -154,6 +157,7 @@ def probe_variants(
         if variant not in results:
             (encoder,) = build_variants(intact, [variant])
             results[variant] = _columns(probe(*features(encoder)[-1], seed))
+            progress(len(results))
     return [results[variant] for variant in variants]
 
 

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import ConfigurationError
-from terratorch_simpler.extraction import Measurement, RecoveryStatistics, on_device
+from terratorch_simpler.extraction import Measurement, RecoveryStatistics, on_device, progress_bar
 from terratorch_simpler.lightning.labelled import check_split
 from terratorch_simpler.lightning.reporting import PAGE_FILE
-from terratorch_simpler.lightning.task import precision_of
+from terratorch_simpler.lightning.task import precision_of, shows_progress
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.pruning.recovery import LinearRecovery
 from terratorch_simpler.report import report_page, save_figure, save_page
 from terratorch_simpler.report.tradeoffs import sweep_figure
-from terratorch_simpler.sweep.cost import measure_costs
+from terratorch_simpler.sweep.cost import measure_costs, num_steps
 from terratorch_simpler.sweep.diagnostics import BLOCK_COLUMNS, diagnose_blocks
 from terratorch_simpler.sweep.probing import Recover, probe_variants
 from terratorch_simpler.sweep.rows import Row, columns_of, row_of_control, row_of_variant, sweep_table, write_csv
@@ -92,25 +92,30 @@ class Sweep:
         """Keep the statistics of linear recovery that the selection has measured."""
         self._statistics = measurement.recovery
 
-    def run(self, trainer: Trainer, task: LightningModule, folder: Path) -> None:
+    def run(self, trainer: Trainer, task: LightningModule, folder: Path) -> list[str]:
         """Measure, and write ``sweep.csv``, ``blocks.csv`` and ``sweep.png`` beside the plan, and its page anew.
 
         Args:
             trainer: Gives device and precision.
             task: The task, pruned by the plan.
             folder: Where the plan is.
+
+        Returns:
+            Names of the files that :func:`~terratorch_simpler.lightning.reporting.write_report` has not written.
         """
         plan = find_backbone(task).plan
         assert plan is not None  # a plan was made, or this would not run
         rows = self._rows(trainer, task, plan)
         blocks = [] if self._statistics is None else diagnose_blocks(self._statistics.patch, plan.full_num_blocks)
         Console(width=max(Console().width, NARROWEST)).print(sweep_table(rows))
-        path = write_csv(rows, columns_of(rows), folder / CSV_FILE)
+        if (folder / CSV_FILE).exists():
+            log.info(f"Replaces the comparison of an earlier sweep in {folder}.")
+        write_csv(rows, columns_of(rows), folder / CSV_FILE)
         if blocks:
             write_csv(blocks, BLOCK_COLUMNS, folder / BLOCKS_FILE)
         save_figure(sweep_figure(rows), folder / FIGURE_FILE)
         save_page(report_page(plan, rows, blocks), folder / PAGE_FILE)
-        log.info(f"The comparison is in {path}.")
+        return [CSV_FILE, *([BLOCKS_FILE] if blocks else []), FIGURE_FILE]
 
     def _rows(self, trainer: Trainer, task: LightningModule, plan: SlimmingPlan) -> list[Row]:
         intact = self._intact
@@ -120,10 +125,15 @@ class Sweep:
         shape = _input_shape(plan, intact)
         with on_device(torch.nn.ModuleList([intact, *controls]), trainer.strategy.root_device):
             encoders = [*build_variants(intact, variants), *controls]
-            costs = measure_costs(encoders, shape, self._settings.repeats, lambda: precision_of(trainer), SEED)
+            repeats = self._settings.repeats
+            steps = num_steps(len(encoders), repeats)
+            what = f"Timing {len(encoders)} encoders"
+            with progress_bar(shows_progress(trainer), steps, what, thread=False) as progress:
+                costs = measure_costs(encoders, shape, repeats, lambda: precision_of(trainer), SEED, progress)
         probed: list[dict[str, float]] = [{}] * len(variants)
         if self._settings.probe:
-            probed = probe_variants(trainer, task, intact, variants, SEED, self._recover())
+            with progress_bar(shows_progress(trainer), len(variants), "Probing depths and widths") as progress:
+                probed = probe_variants(trainer, task, intact, variants, SEED, self._recover(), progress)
         slim = [
             row_of_variant(plan, variant, cost, columns)
             for variant, cost, columns in zip(variants, costs, probed, strict=False)

@@ -16,10 +16,8 @@ from lightning.pytorch import LightningDataModule
 from terratorch import cli_tools
 
 from terratorch_simpler.errors import SettingsError
+from terratorch_simpler.terratorch.explain import build_error, parser_error
 from terratorch_simpler.terratorch.factories import check_factory
-
-LONGEST = 400
-"""Characters of an error of TerraTorch's parser, which repeats the whole config."""
 
 
 class _Built(cli_tools.MyLightningCLI):  # type: ignore[misc]
@@ -39,15 +37,37 @@ class _Built(cli_tools.MyLightningCLI):  # type: ignore[misc]
     def _parse_ckpt_path(self) -> None:
         pass
 
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                super().parse_arguments(parser, args)
+        except SystemExit as err:
+            if not err.code:  # --print_config and the like
+                raise
+            options = [option.lstrip("-") for option in self._parser("fit")._option_string_actions]
+            raise SettingsError(parser_error(said.getvalue().rpartition("error:")[2], options)) from err
+
     def before_instantiate_classes(self) -> None:
         check_factory(self.settings)
+        if self.settings.trainer.logger is True or self.settings.trainer.logger is None:
+            self.settings.trainer.logger = False  # nothing is trained: a log folder would hold nothing
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as err:
+            raise build_error(err, self.settings) from err
+
 
 class _Parsed(_Built):
     """The same with nothing built but the datamodule, which opens no files before its setup."""
+
+    def before_instantiate_classes(self) -> None:
+        check_factory(self.settings)
 
     def instantiate_classes(self) -> None:
         # MyLightningCLI does this on the way, for tasks and backbones of the user.
@@ -59,37 +79,35 @@ class _Parsed(_Built):
                 self.datamodule = self._parser("fit").instantiate_classes(Namespace(data=data)).data  # type: ignore[no-untyped-call]
 
 
-def build_run(arguments: Sequence[str], *, debug: bool = False) -> Any:
+def build_run(arguments: Sequence[str]) -> Any:
     """Build what ``terratorch fit`` would train.
 
     Args:
         arguments: What follows ``terratorch fit``: any number of ``--config``, and settings.
-        debug: Let the parser print its usage as well.
 
     Returns:
         TerraTorch's command line, with ``model``, ``datamodule`` and ``trainer``.
 
     Raises:
-        SettingsError: If the parser refuses the arguments, or the model factory takes no ``simpler_`` names.
+        SimplerError: If the parser refuses the arguments, or what they describe cannot be built.
     """
-    with _host_class(_Built), _sentence(arguments, debug):
+    with _host_class(_Built):
         return cli_tools.build_lightning_cli(["fit", *arguments])
 
 
-def read_settings(arguments: Sequence[str], *, debug: bool = False) -> tuple[dict[str, Any], LightningDataModule | None]:
+def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], LightningDataModule | None]:
     """Settings that ``terratorch fit`` would run with, defaults included; no data is opened and no weights are fetched.
 
     Args:
         arguments: What follows ``terratorch fit``.
-        debug: Let the parser print its usage as well.
 
     Returns:
         The settings, and the datamodule before its setup; None where there is none, or it cannot be built.
 
     Raises:
-        SettingsError: If the parser refuses the arguments, or the model factory takes no ``simpler_`` names.
+        SimplerError: If the parser refuses the arguments, or what they describe cannot be built.
     """
-    with _host_class(_Parsed), _sentence(arguments, debug):
+    with _host_class(_Parsed):
         cli: Any = cli_tools.build_lightning_cli(["fit", *arguments])
         return dump(cli._parser("fit"), cli.settings), cli.datamodule
 
@@ -109,18 +127,3 @@ def _host_class(used: type[cli_tools.MyLightningCLI]) -> Iterator[None]:
     """Have ``build_lightning_cli``, which knows TerraTorch's defaults, make another class of command line."""
     with mock.patch.object(cli_tools, "MyLightningCLI", used), mock.patch.object(sys, "argv", ["terratorch"]):
         yield
-
-
-@contextlib.contextmanager
-def _sentence(arguments: Sequence[str], debug: bool) -> Iterator[None]:
-    """Turn what the parser prints before it exits into an error."""
-    said = io.StringIO()
-    try:
-        with contextlib.nullcontext() if debug else contextlib.redirect_stderr(said):
-            yield
-    except SystemExit as err:
-        if not err.code:  # --print_config and the like
-            raise
-        reason = " ".join(said.getvalue().rpartition("error:")[2].split())
-        msg = f"TerraTorch cannot read {' '.join(arguments)}: {reason[:LONGEST]}"
-        raise SettingsError(msg) from err

@@ -22,6 +22,8 @@ from terratorch_simpler.plan import SlimmingPlan
 
 FILE_ARGUMENTS = ("ckpt_path", "ckpt_data", "checkpoint_path")
 """Arguments of TerraTorch's and timm's encoders that name a file of weights."""
+SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
+"""Of local files of weights; TerraTorch takes other text for names of its own, or fails on it in its own words."""
 FINGERPRINT_LENGTH = 8
 """Leading values of a tensor that identify it in a file."""
 ADAPTER_PARTS = {"base_layer", "q_linear", "k_linear", "v_linear"}
@@ -36,10 +38,16 @@ def read_files(arguments: Mapping[str, Any]) -> Files:
     """Read the local files of weights among the arguments of an encoder, once; tensors stay on the disk until they are used.
 
     A file that cannot be read is left out: the encoder reports it.
+
+    Raises:
+        CheckpointError: If a file does not exist.
     """
     files: dict[str, tuple[Path, object]] = {}
     for argument in FILE_ARGUMENTS:
         value = arguments.get(argument)
+        if isinstance(value, str) and ":" not in value and Path(value).suffix in SUFFIXES and not Path(value).exists():
+            msg = f"The file {value} of backbone_{argument} does not exist, expected weights of the encoder: check the path."
+            raise CheckpointError(msg)
         if isinstance(value, str | Path) and (path := Path(value)).is_file():
             with suppress(Exception):  # a damaged file raises anything
                 files[argument] = path, load_state_dict(str(path)) if path.suffix == ".safetensors" else load_mapped(path)

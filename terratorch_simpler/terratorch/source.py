@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,27 @@ from terratorch.utils import InvalidModelError
 from torch import nn
 
 from terratorch_simpler.encoders import refuse_by_name
-from terratorch_simpler.errors import UnsupportedEncoderError
+from terratorch_simpler.errors import ConfigurationError, UnsupportedEncoderError, did_you_mean
 from terratorch_simpler.indices import resolve_width
 from terratorch_simpler.lightning.internals import asked_with_prefix
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.terratorch.deployment import keep_import
+from terratorch_simpler.terratorch.hub import weights_at_hand
 from terratorch_simpler.terratorch.pretrained import check_loaded, load_pruned, pop_pruned_weights, read_files
+from terratorch_simpler.terratorch.registration import SOURCE
 from terratorch_simpler.terratorch.timm_weights import MODULES, is_timm, load_file, pop_file
 
-SOURCE = "simpler"
 NOT_ENCODERS = ("tokenizer", "IdentityBackbone", "UNet")
 """Parts of names in TerraTorch's own source that are no encoders."""
+OUR_ARGUMENTS = ("block_path", "keep", "out_indices", "plan", "pretrained", "width")
 TIMM_MODULES = (*MODULES, "embedder")
 """Modules of timm with encoders of known families; ``embedder`` is TerraTorch's Clay."""
 parse_yaml: Callable[[str], Any] = get_loader("yaml")
 """Parses text as TerraTorch's parser does."""
+
+
+class UnknownBackboneError(ConfigurationError, InvalidModelError):  # type: ignore[misc]
+    """No other source knows the name; TerraTorch's registry expects an InvalidModelError."""
 
 
 class SimplerSource:
@@ -92,16 +100,19 @@ class SimplerSource:
             **kwargs: For the encoder.
 
         Raises:
-            InvalidModelError: If no other source knows the name, as TerraTorch's registry expects.
+            UnknownBackboneError: If no other source knows the name.
             UnsupportedEncoderError: If the encoder cannot be pruned.
             CheckpointError: If a file of weights does not fit the encoder.
-            ConfigurationError: If ``width`` is no number above 0 and at most 1.
+            ConfigurationError: If ``width`` is no number above 0 and at most 1, or an argument is a typo of one of ours.
+            DownloadError: If weights have to be fetched and the Hugging Face Hub does not answer.
         """
         source = _find(name)
         if source is None or not asked_with_prefix(BACKBONE_REGISTRY, name):
-            msg = f"Found no backbone '{name}' behind 'simpler_{name}', expected a name that TerraTorch can build."
-            raise InvalidModelError(msg)
+            meant = did_you_mean(f"simpler_{name}", [f"simpler_{known.partition('_')[2]}" for known in self])
+            msg = f"TerraTorch knows no backbone '{name}' for 'simpler_{name}'{meant}: change backbone in model_args."
+            raise UnknownBackboneError(msg)
         refuse_by_name(name)
+        _refuse_typos(kwargs)
         keep_import()
         keep, out_indices = _parsed(keep), _parsed(out_indices)
         width = 1.0 if width is None else resolve_width(_parsed(width))  # before weights are fetched
@@ -110,7 +121,9 @@ class SimplerSource:
         files = read_files(kwargs)
         weights = pop_pruned_weights(name, kwargs, files)
         file = pop_file(source[1], kwargs) if weights is None and is_timm(*source) else None
-        encoder = _build_encoder(source, args, kwargs)
+        fetched = bool(kwargs.get("pretrained")) and weights is None and file is None and not files
+        with weights_at_hand(name) if fetched else nullcontext():
+            encoder = _build_encoder(source, args, kwargs)
         if file is not None:
             load_file(encoder, source[1], file)
         elif weights is None:
@@ -131,6 +144,15 @@ class SimplerSource:
         if weights is not None:
             load_pruned(backbone, weights, keep, plan, width)
         return backbone
+
+
+def _refuse_typos(arguments: Iterable[str]) -> None:
+    """TerraTorch's encoders ignore arguments that they do not know."""
+    for name in arguments:
+        if name not in OUR_ARGUMENTS and (close := difflib.get_close_matches(name, OUR_ARGUMENTS, n=1, cutoff=0.8)):
+            meant = f"(did you mean 'backbone_{close[0]}'?)"
+            msg = f"The encoder takes no argument 'backbone_{name}' {meant}: change it in model_args."
+            raise ConfigurationError(msg)
 
 
 def _parsed(value: Any) -> Any:
@@ -180,9 +202,3 @@ def _build_encoder(source_and_name: tuple[Any, str], args: tuple[Any, ...], kwar
         if isinstance(err.__context__, KeyError):
             raise err.__context__ from None
         raise
-
-
-def register_source() -> None:
-    """Add the source, once; importing the package does it."""
-    if SOURCE not in BACKBONE_REGISTRY.keys():  # noqa: SIM118 (see above)
-        BACKBONE_REGISTRY.register_source(SOURCE, SimplerSource())
