@@ -22,7 +22,7 @@ from terratorch_simpler.report import (
     save_page,
     summary,
 )
-from terratorch_simpler.report.summary import MISSING, block_ranges, short
+from terratorch_simpler.report.summary import MISSING, block_ranges, change, short
 from terratorch_simpler.report.tradeoffs import cards, draw_trade_off
 
 BLOCKS = 6
@@ -223,25 +223,25 @@ def test_numbers_of_the_page_are_those_of_the_plan():
     for depth in DEPTHS:
         assert f"{depth} blocks kept: score {0.011 * depth:.4g}" in told
     head, *rows = page.table()
-    assert head == ["blocks kept", "score", "votes", "parameters", "MACs per tile", "similarity to the last block",
+    assert head == ["blocks kept", "score", "votes", "parameters", "MACs per tile", "CKA to the last block",
                     "R² of linear recovery"]  # fmt: skip
     for depth, row in zip(DEPTHS, rows, strict=True):
         cost = PLAN.overview["depths"][depth]
         assert row == [
             f"{depth} (chosen)" if depth == 3 else str(depth),
-            f"{PLAN.scores[depth]:.3g}" if depth in PLAN.scores else MISSING,
-            f"{PLAN.votes[depth]:.1%}" if depth in PLAN.votes else MISSING,
-            f"{cost['parameters']:,} ({cost['parameters'] / 6_000_600:.1%})",
-            f"{cost['macs']:,} ({cost['macs'] / 777_000_000:.1%})",
+            f"{PLAN.scores[depth]:.3f}" if depth in PLAN.scores else MISSING,
+            f"{PLAN.votes[depth]:.1%}".replace("%", " %") if depth in PLAN.votes else MISSING,
+            f"{short(cost['parameters'])} ({change(cost['parameters'], 6_000_600)})",
+            f"{short(cost['macs'])} ({change(cost['macs'], 777_000_000)})",
             f"{SIMILARITY[depth - 1][-1]:.3f}",
             MISSING if depth == BLOCKS else f"{0.151 * depth:.3f}",
         ]  # fmt: skip
     facts = {item["text"] for item in page.all("dd")}
     assert {
-        "3 of 650.0% of the depth",
-        "50.0%3 M of 6 M",
-        "50.2%390 M of 777 M",
-        "75%of resamples choose this depth",
+        "3 of 6-50.0 % of the depth",
+        "-50.0 %3.0 M of 6.0 M",
+        "-49.8 %390.0 M of 777.0 M",
+        "75.0 %of resamples choose this depth",
     } <= facts
     assert {
         "384",
@@ -256,7 +256,7 @@ def test_numbers_of_the_page_are_those_of_the_plan():
     } <= facts
     text = page.all("main")[0]["text"]
     assert "3 blocks (3-5) of the encoder's 6 transformer blocks are deleted before fine-tuning." in text
-    assert "gives this depth in 75% of the cases, and 2 blocks in 12%. Look at the whole curve" in text
+    assert "gives this depth in 75.0 % of the cases, and 2 blocks in 12.5 %. Look at the whole curve" in text
     assert "Of 2 other criteria, asked on the same tiles, none would keep exactly the same blocks" in text
     assert "from 3 to 4" in text
     assert "Keeps 3 blocks: 0, 2, 5." in text
@@ -292,7 +292,7 @@ def test_sentences_fit_the_plan():
     assert "arXiv 2601.22841" not in text["whole"]
     assert all("arXiv 2603.19873" in told and "more than 10 %" in told for told in text.values())
     firm = Page(report_page(replace(PLAN, votes={3: 0.96, 2: 0.04}))).all("main")[0]["text"]
-    assert "in 96% of the cases: it depends little on which tiles were seen" in firm
+    assert "in 96.0 % of the cases: it depends little on which tiles were seen" in firm
 
 
 def test_numbers_of_a_sweep():
@@ -385,7 +385,7 @@ def test_encoder_of_very_many_blocks_has_no_million_cells():
 def test_terminal_tells_every_depth_and_every_rule():
     text = printed(full_table(PLAN))
     (line,) = [line for line in text.splitlines() if "chosen" in line]
-    assert line.split() == ["3", "0.234", "75.0%", "3", "M", "████░░░░", "388", "M", "0.949", "0.453", "chosen"]
+    assert line.split() == ["3", "0.234", "75.0", "%", "3.0", "M", "████░░░░", "388.5", "M", "0.949", "0.453", "chosen"]
     assert "knee                  4  0-3" in text
     assert "block_influence       3  0, 2, 5" in text
     assert "  3  67 78 98 ** 98 97" in text
@@ -432,7 +432,7 @@ def test_show_prints_it_all(tmp_path, capsys):
 def test_small_words():
     assert block_ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert [short(n) for n in (None, 0, 999, 1000, 64_558_080, 322_637_568, 5.9e10)] == [
-        *(MISSING, "0", "999", "1 k", "64.6 M", "323 M", "59 G")
+        *(MISSING, "0", "999", "1.0 k", "64.6 M", "322.6 M", "59.0 G")
     ]  # fmt: skip
     assert json.loads(json.dumps(sweep_rows(PLAN)))  # plain values, as read from a CSV
 

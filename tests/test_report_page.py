@@ -57,11 +57,11 @@ def test_key_numbers_are_shown(browser, pages):
     text = browser.ask("document.body.innerText")
     numbers = [
         "3 of 6",
-        "50.0%",
-        "50.2%",
-        "75%",
-        "3,000,600 (50.0%)",
-        "388,500,000 (50.0%)",
+        "-50.0 %",
+        "-49.8 %",
+        "75.0 %",
+        "3.0 M (-50.0 %)",
+        "388.5 M (-50.0 %)",
         "0.949",
         "0.453",
         "384",

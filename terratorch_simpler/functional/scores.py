@@ -27,6 +27,22 @@ MOST_SUBSETS = 32
 """Groups are left out in at most so many subsets for a standard error: each needs every score again (ours)."""
 
 
+def format_score(value: float) -> str:
+    """A score with three decimals, as everywhere that one is shown; with one digit if it is smaller, or as 1e+300.
+
+    Args:
+        value: A score or its standard error.
+
+    Example:
+        >>> format_score(0.85), format_score(0.0), format_score(0.0004), format_score(-3e7)
+        ('0.850', '0.000', '0.0004', '-3e+07')
+    """
+    size = abs(value)
+    if size == 0 or 0.0005 <= size < 1e4:
+        return f"{value:.3f}"
+    return f"{value:.1g}" if size < 1 else f"{value:.3g}"
+
+
 def score_predictions(kind: LabelKind, predictions: Tensor, targets: Tensor) -> float:
     """Mean IoU, accuracy, mean average precision or R2.
 

@@ -34,8 +34,6 @@ CSV_FILE = "sweep.csv"
 BLOCKS_FILE = "blocks.csv"
 FIGURE_FILE = "sweep.png"
 SEED = 0
-NARROWEST = 110
-"""Columns of the terminal that the table needs; in a narrower one its lines are folded, but whole."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +102,13 @@ class Sweep:
         assert plan is not None  # a plan was made, or this would not run
         rows = self._rows(trainer, task, plan)
         blocks = [] if self._statistics is None else diagnose_blocks(self._statistics.patch, plan.full_num_blocks)
-        Console(width=max(Console().width, NARROWEST)).print(sweep_table(rows))
+        Console().print(sweep_table(rows))
         path = write_csv(rows, columns_of(rows), folder / CSV_FILE)
         if blocks:
             write_csv(blocks, BLOCK_COLUMNS, folder / BLOCKS_FILE)
         save_figure(sweep_figure(rows), folder / FIGURE_FILE)
         save_page(report_page(plan, rows, blocks), folder / PAGE_FILE)
-        log.info(f"The comparison is in {path}.")
+        log.info(f"The comparison is in {path}, with every column.")
 
     def _rows(self, trainer: Trainer, task: LightningModule, plan: SlimmingPlan) -> list[Row]:
         intact = self._intact
