@@ -22,7 +22,7 @@ from terratorch_simpler.report import (
     save_page,
     summary,
 )
-from terratorch_simpler.report.summary import MISSING, block_ranges, change, short
+from terratorch_simpler.report.summary import MISSING, block_ranges, change, percent, short
 from terratorch_simpler.report.tradeoffs import cards, draw_trade_off
 
 BLOCKS = 6
@@ -218,10 +218,10 @@ def test_numbers_of_the_page_are_those_of_the_plan():
         for j in range(BLOCKS):
             assert f"blocks {i} and {j}: {SIMILARITY[i][j]:.3f}" in told
     for depth, score in PLAN.scores.items():
-        assert f"{depth} blocks kept: score {score:.4g}\n{PLAN.votes[depth]:.1%} of resamples" in told
-        assert f"{depth} blocks kept: {PLAN.votes[depth]:.1%} of resamples" in told
+        assert f"{depth} blocks kept: score {score:.3f}\n{percent(PLAN.votes[depth])} of resamples" in told
+        assert f"{depth} blocks kept: {percent(PLAN.votes[depth])} of resamples" in told
     for depth in DEPTHS:
-        assert f"{depth} blocks kept: score {0.011 * depth:.4g}" in told
+        assert f"{depth} blocks kept: score {0.011 * depth:.3f}" in told
     head, *rows = page.table()
     assert head == ["blocks kept", "score", "votes", "parameters", "MACs per tile", "CKA to the last block",
                     "R² of linear recovery"]  # fmt: skip
@@ -230,7 +230,7 @@ def test_numbers_of_the_page_are_those_of_the_plan():
         assert row == [
             f"{depth} (chosen)" if depth == 3 else str(depth),
             f"{PLAN.scores[depth]:.3f}" if depth in PLAN.scores else MISSING,
-            f"{PLAN.votes[depth]:.1%}".replace("%", " %") if depth in PLAN.votes else MISSING,
+            percent(PLAN.votes[depth]) if depth in PLAN.votes else MISSING,
             f"{short(cost['parameters'])} ({change(cost['parameters'], 6_000_600)})",
             f"{short(cost['macs'])} ({change(cost['macs'], 777_000_000)})",
             f"{SIMILARITY[depth - 1][-1]:.3f}",
@@ -302,25 +302,25 @@ def test_numbers_of_a_sweep():
     assert len(table) == len(rows)
     for row, shown in zip(rows, table, strict=True):
         cells = dict(zip(head, shown, strict=True))
-        assert cells["parameters"] == f"{row['parameters']:,}"
-        assert cells["MACs"] == f"{row['macs']:,}"
+        assert cells["parameters"] == short(row["parameters"])
+        assert cells["MACs"] == short(row["macs"])
         assert cells["latency, ms"] == (MISSING if row["latency_ms"] is None else f"{row['latency_ms']:.2f}")
         if row["kind"] == "slimmed":
             assert cells["linear probe"] == f"{row['linear']:.3f} ({row['linear_low']:.3f} to {row['linear_high']:.3f})"
             assert cells["k-NN, recovered"] == f"{row['knn_recovered']:.3f}"
         else:
-            assert cells["linear probe"] == cells["similarity"] == MISSING
+            assert cells["linear probe"] == cells["CKA to the last block"] == MISSING
     picked = [item for item in page.all("tr", "picked") if "simpler knee" in item["text"]]
     assert len(picked) == 1  # not the narrow one, nor the one of inner blocks
     told = page.tips()
-    assert "depth 3, blocks 0-2\n3,000,000 parameters\naccuracy of a linear probe: 0.650 (0.620 to 0.690)" in told
+    assert "depth 3, blocks 0-2\n3.0 M parameters\naccuracy of a linear probe: 0.650 (0.620 to 0.690)" in told
     assert "depth 3, width 0.5, blocks 0-2\n0.575 (0.545 to 0.615)" in told
-    assert "control: prithvi_eo_v2_tiny_tl\n2.5 milliseconds\nquality not measured" in told
+    assert "control: prithvi_eo_v2_tiny_tl\n2.50 ms for one tile\nquality not measured" in told
     assert "depth 3, linear: +0.011" in told
     assert "depth 3, k-NN: -0.023" in told
     assert "depth 3, R²: 0.450" in told
     assert len([tip for tip in told if "knee" in tip]) == 0
-    costs = [f"{cost} against accuracy" for cost in ("Parameters", "Operations", "Milliseconds")]
+    costs = [f"{cost} against accuracy" for cost in ("Parameters", "MACs", "Latency")]
     series = ["Accuracy by depth", "Quality by width", "Recovery without training", "What recovery gains"]
     assert [item["text"] for item in page.all("h3")][-7:] == costs + series
 
@@ -352,8 +352,8 @@ def test_sweep_without_probes_is_judged_by_similarity():
     keep = {"kind", "name", "depth", "width", "kept", "parameters", "similarity"}
     rows = [{key: value if key in keep else None for key, value in row.items()} for row in sweep_rows(PLAN)]
     titles = [item["text"] for item in Page(report_page(PLAN, rows)).all("h3")]
-    assert "Parameters against similarity" in titles
-    assert not {"Accuracy by depth", "Milliseconds against similarity", "What recovery gains"} & set(titles)
+    assert "Parameters against CKA" in titles
+    assert not {"Accuracy by depth", "Latency against CKA", "What recovery gains"} & set(titles)
 
 
 @pytest.mark.parametrize("rows", [[], [{}], [{"kind": "slimmed", "kept": "a b", "depth": float("nan"), "linear": 1}]])

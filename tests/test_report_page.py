@@ -114,7 +114,7 @@ def test_values_are_told_when_pointed_at(browser, pages):
     browser.point("svg .cell.tip")
     assert browser.ask(TIP) == f"blocks 0 and 0: {SIMILARITY[0][0]:.3f}"
     browser.point("svg .votes.tip")
-    assert browser.ask(TIP) == "2 blocks kept: 12.5% of resamples"
+    assert browser.ask(TIP) == "2 blocks kept: 12.5 % of resamples"
     inside = (
         "(() => { const r = document.getElementById('tip').getBoundingClientRect(); return [r.width, r.left, r.top]; })()"
     )

@@ -51,7 +51,8 @@ LARGE = replace(
 ROWS = [
     *({**dict.fromkeys(COLUMNS), **row} for row in sweep_rows(PLAN)),
     {**dict.fromkeys(COLUMNS), "kind": "slimmed", "name": "x", "depth": 12, "width": 1.0,
-     "chosen_by": "cka_intervals angular", "kept": " ".join(map(str, range(0, BLOCKS, 2))), "parameters": 303_872_000, "macs": 12_412_637_568},
+     "chosen_by": "cka_intervals angular", "kept": " ".join(map(str, range(0, BLOCKS, 2))),
+     "parameters": 303_872_000, "macs": 12_412_637_568},
 ]  # fmt: skip
 TABLES = {
     "plan": plan_table(KINDS["whole"]),

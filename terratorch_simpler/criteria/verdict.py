@@ -104,8 +104,8 @@ def _flat(scores: Mapping[int, float], resampled: Tensor | None, needs_positive_
         reasons.append(f"All depths score the same, within {TIE:g}.")
     elif best - worst < STANDARD_ERRORS * error:
         reasons.append(
-            f"Scores span {format_score(best - worst)} from the lowest to the highest, less than {STANDARD_ERRORS:g} standard "
-            f"errors of {format_score(error)}."
+            f"Scores span {format_score(best - worst)} from the lowest to the highest, less than {STANDARD_ERRORS:g} "
+            f"standard errors of {format_score(error)}."
         )
     return reasons
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from terratorch_simpler.criteria import Simpler, known_criteria
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.report import charts, summary, tradeoffs
+from terratorch_simpler.report import charts, palette, summary, tradeoffs
 from terratorch_simpler.report.summary import Criterion, Depth
 
 ENOUGH_VOTES = 0.95
@@ -54,6 +54,7 @@ def report_page(
     environment.filters["printable"] = summary.printable
     folder = resources.files("terratorch_simpler.report")
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = f"{palette.page_colours()}{style}"
     criteria, depths = summary.criteria(plan), summary.depths(plan)
     page = environment.get_template("page.html.j2").render(
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
@@ -162,6 +163,7 @@ def _label_sets(plan: SlimmingPlan) -> dict[str, Any]:
     rows = [
         {
             "cells": each.cells(blocks),
+            "depth": each.depth,
             "chosen": each.chosen,
             "svg": Markup(
                 charts.criterion_chart(
@@ -188,12 +190,12 @@ def _agreement(plan: SlimmingPlan, criteria: list[Criterion]) -> str:
     )
 
 
-def _firmness(plan: SlimmingPlan) -> str:
-    """How much the choice depends on which tiles were seen."""
+def _firmness(plan: SlimmingPlan) -> str | None:
+    """How much the choice depends on which tiles were seen, as far as the verdict does not say it."""
     kept = len(plan.kept_blocks)
-    if summary.probed(plan) is not None and plan.verdict is not None:
-        return " ".join(summary.printable(reason) for reason in plan.verdict.reasons)
     if plan.votes is None:
+        if plan.verdict is not None:
+            return None  # its reasons, which head the page, say so
         few = plan.tiles_seen < summary.FEWEST_FOR_VOTES
         why = (
             f"too few tiles were seen to draw them again (there have to be {summary.FEWEST_FOR_VOTES})"
@@ -202,10 +204,16 @@ def _firmness(plan: SlimmingPlan) -> str:
         )
         return f"There are no votes: {why}, so nothing tells how firm this choice is."
     won = plan.votes.get(kept, 0.0)
+    rival = max((depth for depth in plan.votes if depth != kept), key=lambda depth: plan.votes[depth], default=None)  # type: ignore[index]
+    if plan.verdict is not None:
+        return (
+            None
+            if rival is None
+            else f"Of the other depths, {rival} wins most often, in {summary.percent(plan.votes[rival])} of the resamples."
+        )
     again = f"Drawing the tiles again with replacement gives this depth in {summary.percent(won)} of the cases"
     if won >= ENOUGH_VOTES:
         return f"{again}: it depends little on which tiles were seen."
-    rival = max((depth for depth in plan.votes if depth != kept), key=lambda depth: plan.votes[depth], default=None)  # type: ignore[index]
     beside = "" if rival is None else f", and {rival} blocks in {summary.percent(plan.votes[rival])}"
     return f"{again}{beside}. Look at the whole curve; min_depth sets a floor."
 
@@ -216,8 +224,10 @@ def _costs(plan: SlimmingPlan, depths: list[Depth]) -> dict[str, Any]:
         "parameters": (plan.parameters or {}).get("before") or depths[-1].parameters,
         "macs": (plan.macs or {}).get("before") or depths[-1].macs,
     }
+    probe, sets = summary.probed(plan), [each.name for each in summary.label_sets(plan) if each.chosen]
+    score = "score" if probe is None else f"{summary.printable(probe['metric'])} ± standard error"
     columns = {
-        "score": "score",
+        "score": f"{score}, {summary.printable(sets[0])}" if sets else score,
         "votes": "votes",
         "parameters": "parameters",
         "macs": "MACs per tile",
@@ -248,13 +258,29 @@ def _costs(plan: SlimmingPlan, depths: list[Depth]) -> dict[str, Any]:
         )
     rows = [
         {
+            "depth": depth.depth,
             "name": f"{depth.depth} (chosen)" if depth.chosen else str(depth.depth),
             "cells": [cell(depth, key) for key in shown],
             "chosen": depth.chosen,
         }
         for depth in depths
     ]
-    return {"words": words, "head": list(shown.values()), "rows": rows}
+    return {"words": words, "head": list(shown.values()), "rows": rows, "slider": _slider(plan, depths)}
+
+
+def _slider(plan: SlimmingPlan, depths: list[Depth]) -> dict[str, Any]:
+    """Ends of the slider, where it starts, and what the plan keeps; its script reads all else from the page."""
+    kept = len(plan.kept_blocks)
+    own = summary.is_prefix(plan.kept_blocks) and plan.width == 1.0
+    verdict = "" if plan.verdict is None else f" Its verdict: {summary.printable(plan.verdict.level)}."
+    return {
+        "first": depths[0].depth,
+        "last": depths[-1].depth,
+        "start": min(max(kept, depths[0].depth), depths[-1].depth),
+        "own": kept if own else 0,
+        "same": f"The plan keeps this depth.{verdict}",
+        "other": f"The plan keeps another one: {summary.kept_words(plan)}.{verdict}",
+    }
 
 
 def _streamed(plan: SlimmingPlan) -> dict[str, str]:
@@ -291,7 +317,7 @@ def _caveats(plan: SlimmingPlan) -> list[str]:
     )
     if 0 < plan.tiles_seen < FEW_TILES:
         notes.append(f"Only {plan.tiles_seen:,} tiles were seen; with {FEW_TILES} or more the similarity is steadier.")
-    if plan.tiles_seen and plan.votes is None:
+    if plan.tiles_seen and plan.votes is None and summary.probed(plan) is None:
         notes.append("There are no votes: how much the choice depends on which tiles were seen is not known.")
     skipped = (plan.data or {}).get("skipped")
     counts = [n for n in skipped.values() if isinstance(n, int) and n > 0] if isinstance(skipped, dict) else []

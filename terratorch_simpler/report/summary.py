@@ -211,8 +211,8 @@ def reasons(plan: SlimmingPlan) -> list[str]:
     if (distilled := (plan.overview or {}).get("distilled")) is not None:
         parts.append(
             f"after {distilled['steps']} steps of distillation it explains {percent(distilled['explained_after'])} of the "
-            f"output of block {(plan.recovery_target or plan.full_num_blocks) - 1} on {distilled['held_out']} held-out tiles, "
-            f"{percent(distilled['explained_before'])} before"
+            f"output of block {(plan.recovery_target or plan.full_num_blocks) - 1} on {distilled['held_out']} held-out "
+            f"tiles, {percent(distilled['explained_before'])} before"
         )
     if plan.tiles_seen:
         parts.append(f"{plan.tiles_seen:,} tiles, {plan.rows_seen:,} tokens")
