@@ -78,7 +78,7 @@ def drawn(figure: Figure) -> set[str]:
             continue
         for line in axes.lines:
             found |= {line.get_color(), line.get_markerfacecolor(), line.get_markeredgecolor()}
-        patches = [patch for patch in axes.patches if not str(patch.get_gid()).startswith("cell")]
+        patches = [patch for patch in axes.patches if patch.get_fill() and not str(patch.get_gid()).startswith("cell")]
         found |= {patch.get_facecolor() for patch in patches}
         found |= {tuple(colour) for area in axes.collections for colour in area.get_facecolor()}
         found |= {text.get_color() for text in (*axes.texts, *axes.get_yticklabels())}

@@ -154,8 +154,9 @@ def draw_trade_off(
             draw_series(axes, points, "", marker, hollow, color=color)
         front = _pareto_front(entries)
         axes.plot([x for _, x, _ in front], [y for _, _, y in front], "--", color=color, lw=1)
-        fronts += [(entry, color) for entry in front]
-        others += [(entry, color) for entry in entries if entry not in front]
+        if number == 0 or plan is None:  # a small chart has room for one width
+            fronts += [(entry, color) for entry in front]
+            others += [(entry, color) for entry in entries if entry not in front]
     if any(None not in _ends(row, quality) for row, _, _ in slimmed):
         axes.plot([], [], color=SOFT, lw=1, label="95 % interval")
     ringed = [e for e in slimmed if (_is_plan(plan, e[0]) if plan is not None else e[0].get("chosen_by"))]
@@ -164,7 +165,22 @@ def draw_trade_off(
         style["label"] = "the plan" if plan is not None else "chosen by a criterion"
         axes.plot([x for _, x, _ in ringed], [y for _, _, y in ringed], "o", **style)
     for number, row in enumerate(row for row in rows if row.get("kind") == "control" and _value(row, cost) is not None):
-        tip(_draw_control(axes, row, float(row[cost]) / unit, _value(row, quality), number), "control", value(row))
+        x = float(row[cost]) / unit
+        tip(_draw_control(axes, row, x, _value(row, quality), number), "control", value(row))
+        if plan is not None:  # in the page, which has no legend
+            high = (
+                x < 0.2 * max(float(each[cost]) for each in rows if _value(each, cost) is not None) / unit
+            )  # above the rise
+            style = {
+                "rotation": 90,
+                "ha": "left",
+                "va": "top" if high else "bottom",
+                "color": CONTROL,
+                "fontsize": 9,
+                "parse_math": False,
+            }
+            name = summary.printable(row.get("name", ""), 28)
+            axes.annotate(name, (x, 0.98 if high else 0.02), (2, 0), ("data", "axes fraction"), "offset points", **style)
     deepest = max((e for e in slimmed if _is_whole(e[0])), key=lambda e: len(_kept(e[0])), default=None)
     if deepest is not None:
         axes.axhline(deepest[2], color=SOFT, lw=1, ls=":", zorder=1, label=f"{len(_kept(deepest[0]))} blocks")
@@ -176,12 +192,8 @@ def draw_trade_off(
 
 
 def _draw_control(axes: Axes, row: Row, x: float, y: float | None, number: int) -> Line2D:
-    """Another official encoder, with its name."""
-    name = summary.printable(row.get("name", ""), 28)
-    axes.annotate(
-        name, (x, 0.02), (-2, 0), ("data", "axes fraction"), "offset points", rotation=90, ha="right", va="bottom",
-        color=CONTROL, fontsize=9, parse_math=False,
-    )  # fmt: skip
+    """Another official encoder, with its name for a legend."""
+    name = summary.printable(row.get("name", ""), 40)
     label = name.replace("$", r"\$").lstrip("_")
     if y is None:
         return axes.axvline(x, color=CONTROL, lw=1.5, ls=("--", ":", "-.")[number % 3], label=label)
