@@ -395,6 +395,22 @@ class SlimmingPlan:
             raise _wrong_key(key, first["input"], first["msg"].removeprefix("Value error, "), source) from err
 
 
+def format_score(value: float) -> str:
+    """A score with three decimals, as everywhere that one is shown; with one digit if it is smaller, or as 1e+300.
+
+    Args:
+        value: A score or its standard error.
+
+    Example:
+        >>> format_score(0.85), format_score(0.0), format_score(0.0004), format_score(-3e7)
+        ('0.850', '0.000', '0.0004', '-3e+07')
+    """
+    size = abs(value)
+    if size == 0 or 0.0005 <= size < 1e4:
+        return f"{value:.3f}"
+    return f"{value:.1g}" if size < 1 else f"{value:.3g}"
+
+
 _SCHEMA = TypeAdapter(SlimmingPlan)
 _ADDED_LATER = {"overview": None, "verdict": None, "recovery_target": None}
 

@@ -4,10 +4,12 @@ import base64
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import signal
 import time
+import zlib
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -147,6 +149,18 @@ class Chromium:
         os.close(self._in)
         os.killpg(self._process, signal.SIGKILL)
         os.waitpid(self._process, 0)
+
+
+def pdf_texts(pdf: bytes) -> list[int]:
+    """Number of pieces of text on every page of a PDF that Chromium has written."""
+    objects = {int(found[1]): found[2] for found in re.finditer(rb"(?ms)^(\d+) 0 obj\s(.*?)\sendobj", pdf)}
+    pages = [each for each in objects.values() if re.search(rb"/Type /Page\b(?!s)", each)]
+    found = []
+    for page in pages:
+        content = objects[int(re.search(rb"/Contents (\d+) 0 R", page)[1])]
+        stream = re.search(rb"(?s)stream\r?\n(.*)\r?\nendstream", content)[1]
+        found.append(len(re.findall(rb"T[jJ]\b", zlib.decompress(stream))))
+    return found
 
 
 def _pipe() -> tuple[int, int]:

@@ -182,7 +182,7 @@ def test_report_goes_to_loggers_in_the_form_they_take(trainer, task, datamodule,
     )
     plan = plan_of(tmp_path / "out")
     (table, columns, rows), picture = wandb.given
-    assert (table, columns) == ("simpler/plan", ["encoder", "before", "after", "kept"])
+    assert (table, columns) == ("simpler/plan", ["encoder", "before", "after", "change"])
     assert rows[0] == ["verdict", "", str(plan.verdict), ""]
     assert rows[1][:3] == ["blocks", "12", str(len(plan.kept_blocks))]
     assert [row[0] for row in rows[1:]] == ["blocks", "parameters", "MACs per tile"]

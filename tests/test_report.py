@@ -22,7 +22,7 @@ from terratorch_simpler.report import (
     save_page,
     summary,
 )
-from terratorch_simpler.report.summary import MISSING, block_ranges, short
+from terratorch_simpler.report.summary import MISSING, block_ranges, change, percent, short
 from terratorch_simpler.report.tradeoffs import cards, draw_trade_off
 
 BLOCKS = 6
@@ -218,30 +218,30 @@ def test_numbers_of_the_page_are_those_of_the_plan():
         for j in range(BLOCKS):
             assert f"blocks {i} and {j}: {SIMILARITY[i][j]:.3f}" in told
     for depth, score in PLAN.scores.items():
-        assert f"{depth} blocks kept: score {score:.4g}\n{PLAN.votes[depth]:.1%} of resamples" in told
-        assert f"{depth} blocks kept: {PLAN.votes[depth]:.1%} of resamples" in told
+        assert f"{depth} blocks kept: score {score:.3f}\n{percent(PLAN.votes[depth])} of resamples" in told
+        assert f"{depth} blocks kept: {percent(PLAN.votes[depth])} of resamples" in told
     for depth in DEPTHS:
-        assert f"{depth} blocks kept: score {0.011 * depth:.4g}" in told
+        assert f"{depth} blocks kept: score {0.011 * depth:.3f}" in told
     head, *rows = page.table()
-    assert head == ["blocks kept", "score", "votes", "parameters", "MACs per tile", "similarity to the last block",
+    assert head == ["blocks kept", "score", "votes", "parameters", "MACs per tile", "CKA to the last block",
                     "R² of linear recovery"]  # fmt: skip
     for depth, row in zip(DEPTHS, rows, strict=True):
         cost = PLAN.overview["depths"][depth]
         assert row == [
             f"{depth} (chosen)" if depth == 3 else str(depth),
-            f"{PLAN.scores[depth]:.3g}" if depth in PLAN.scores else MISSING,
-            f"{PLAN.votes[depth]:.1%}" if depth in PLAN.votes else MISSING,
-            f"{cost['parameters']:,} ({cost['parameters'] / 6_000_600:.1%})",
-            f"{cost['macs']:,} ({cost['macs'] / 777_000_000:.1%})",
+            f"{PLAN.scores[depth]:.3f}" if depth in PLAN.scores else MISSING,
+            percent(PLAN.votes[depth]) if depth in PLAN.votes else MISSING,
+            f"{short(cost['parameters'])} ({change(cost['parameters'], 6_000_600)})",
+            f"{short(cost['macs'])} ({change(cost['macs'], 777_000_000)})",
             f"{SIMILARITY[depth - 1][-1]:.3f}",
             MISSING if depth == BLOCKS else f"{0.151 * depth:.3f}",
         ]  # fmt: skip
     facts = {item["text"] for item in page.all("dd")}
     assert {
-        "3 of 650.0% of the depth",
-        "50.0%3 M of 6 M",
-        "50.2%390 M of 777 M",
-        "75%of resamples choose this depth",
+        "3 of 6-50.0 % of the depth",
+        "-50.0 %3.0 M of 6.0 M",
+        "-49.8 %390.0 M of 777.0 M",
+        "75.0 %of resamples choose this depth",
     } <= facts
     assert {
         "384",
@@ -256,7 +256,7 @@ def test_numbers_of_the_page_are_those_of_the_plan():
     } <= facts
     text = page.all("main")[0]["text"]
     assert "3 blocks (3-5) of the encoder's 6 transformer blocks are deleted before fine-tuning." in text
-    assert "gives this depth in 75% of the cases, and 2 blocks in 12%. Look at the whole curve" in text
+    assert "gives this depth in 75.0 % of the cases, and 2 blocks in 12.5 %. Look at the whole curve" in text
     assert "Of 2 other criteria, asked on the same tiles, none would keep exactly the same blocks" in text
     assert "from 3 to 4" in text
     assert "Keeps 3 blocks: 0, 2, 5." in text
@@ -292,7 +292,7 @@ def test_sentences_fit_the_plan():
     assert "arXiv 2601.22841" not in text["whole"]
     assert all("arXiv 2603.19873" in told and "more than 10 %" in told for told in text.values())
     firm = Page(report_page(replace(PLAN, votes={3: 0.96, 2: 0.04}))).all("main")[0]["text"]
-    assert "in 96% of the cases: it depends little on which tiles were seen" in firm
+    assert "in 96.0 % of the cases: it depends little on which tiles were seen" in firm
 
 
 def test_numbers_of_a_sweep():
@@ -302,25 +302,25 @@ def test_numbers_of_a_sweep():
     assert len(table) == len(rows)
     for row, shown in zip(rows, table, strict=True):
         cells = dict(zip(head, shown, strict=True))
-        assert cells["parameters"] == f"{row['parameters']:,}"
-        assert cells["MACs"] == f"{row['macs']:,}"
+        assert cells["parameters"] == short(row["parameters"])
+        assert cells["MACs"] == short(row["macs"])
         assert cells["latency, ms"] == (MISSING if row["latency_ms"] is None else f"{row['latency_ms']:.2f}")
         if row["kind"] == "slimmed":
             assert cells["linear probe"] == f"{row['linear']:.3f} ({row['linear_low']:.3f} to {row['linear_high']:.3f})"
             assert cells["k-NN, recovered"] == f"{row['knn_recovered']:.3f}"
         else:
-            assert cells["linear probe"] == cells["similarity"] == MISSING
+            assert cells["linear probe"] == cells["CKA to the last block"] == MISSING
     picked = [item for item in page.all("tr", "picked") if "simpler knee" in item["text"]]
     assert len(picked) == 1  # not the narrow one, nor the one of inner blocks
     told = page.tips()
-    assert "depth 3, blocks 0-2\n3,000,000 parameters\naccuracy of a linear probe: 0.650 (0.620 to 0.690)" in told
+    assert "depth 3, blocks 0-2\n3.0 M parameters\naccuracy of a linear probe: 0.650 (0.620 to 0.690)" in told
     assert "depth 3, width 0.5, blocks 0-2\n0.575 (0.545 to 0.615)" in told
-    assert "control: prithvi_eo_v2_tiny_tl\n2.5 milliseconds\nquality not measured" in told
+    assert "control: prithvi_eo_v2_tiny_tl\n2.50 ms for one tile\nquality not measured" in told
     assert "depth 3, linear: +0.011" in told
     assert "depth 3, k-NN: -0.023" in told
     assert "depth 3, R²: 0.450" in told
     assert len([tip for tip in told if "knee" in tip]) == 0
-    costs = [f"{cost} against accuracy" for cost in ("Parameters", "Operations", "Milliseconds")]
+    costs = [f"{cost} against accuracy" for cost in ("Parameters", "MACs", "Latency")]
     series = ["Accuracy by depth", "Quality by width", "Recovery without training", "What recovery gains"]
     assert [item["text"] for item in page.all("h3")][-7:] == costs + series
 
@@ -352,8 +352,8 @@ def test_sweep_without_probes_is_judged_by_similarity():
     keep = {"kind", "name", "depth", "width", "kept", "parameters", "similarity"}
     rows = [{key: value if key in keep else None for key, value in row.items()} for row in sweep_rows(PLAN)]
     titles = [item["text"] for item in Page(report_page(PLAN, rows)).all("h3")]
-    assert "Parameters against similarity" in titles
-    assert not {"Accuracy by depth", "Milliseconds against similarity", "What recovery gains"} & set(titles)
+    assert "Parameters against CKA" in titles
+    assert not {"Accuracy by depth", "Latency against CKA", "What recovery gains"} & set(titles)
 
 
 @pytest.mark.parametrize("rows", [[], [{}], [{"kind": "slimmed", "kept": "a b", "depth": float("nan"), "linear": 1}]])
@@ -385,7 +385,7 @@ def test_encoder_of_very_many_blocks_has_no_million_cells():
 def test_terminal_tells_every_depth_and_every_rule():
     text = printed(full_table(PLAN))
     (line,) = [line for line in text.splitlines() if "chosen" in line]
-    assert line.split() == ["3", "0.234", "75.0%", "3", "M", "████░░░░", "388", "M", "0.949", "0.453", "chosen"]
+    assert line.split() == ["3", "0.234", "75.0", "%", "3.0", "M", "████░░░░", "388.5", "M", "0.949", "0.453", "chosen"]
     assert "knee                  4  0-3" in text
     assert "block_influence       3  0, 2, 5" in text
     assert "  3  67 78 98 ** 98 97" in text
@@ -432,7 +432,7 @@ def test_show_prints_it_all(tmp_path, capsys):
 def test_small_words():
     assert block_ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert [short(n) for n in (None, 0, 999, 1000, 64_558_080, 322_637_568, 5.9e10)] == [
-        *(MISSING, "0", "999", "1 k", "64.6 M", "323 M", "59 G")
+        *(MISSING, "0", "999", "1.0 k", "64.6 M", "322.6 M", "59.0 G")
     ]  # fmt: skip
     assert json.loads(json.dumps(sweep_rows(PLAN)))  # plain values, as read from a CSV
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from terratorch_simpler.report import report_page, save_page
-from tests.browser import Chromium, find_chromium
+from tests.browser import Chromium, find_chromium, pdf_texts
 from tests.test_report import BLOCKS, HOSTILE, KINDS, PLAN, SIMILARITY, sweep_rows
+from tests.test_tables import LARGE, NAMES
 
 LIGHT, DARK = "rgb(255, 255, 255)", "rgb(18, 23, 28)"
 BACKGROUND = "getComputedStyle(document.body).backgroundColor"
@@ -57,11 +58,11 @@ def test_key_numbers_are_shown(browser, pages):
     text = browser.ask("document.body.innerText")
     numbers = [
         "3 of 6",
-        "50.0%",
-        "50.2%",
-        "75%",
-        "3,000,600 (50.0%)",
-        "388,500,000 (50.0%)",
+        "-50.0 %",
+        "-49.8 %",
+        "75.0 %",
+        "3.0 M (-50.0 %)",
+        "388.5 M (-50.0 %)",
         "0.949",
         "0.453",
         "384",
@@ -92,7 +93,9 @@ def test_light_dark_and_print(browser, pages, tmp_path):
     assert found["dark"].get((255, 255, 255), 0) < found["dark"][(18, 23, 28)] / 20
     pdf = browser.pdf(tmp_path / "page.pdf").read_bytes()
     assert pdf.startswith(b"%PDF-")
-    assert 2 <= pdf.count(b"/Type /Page\n") <= 12
+    texts = pdf_texts(pdf)
+    assert 2 <= len(texts) <= 12
+    assert min(texts) > 3  # no page is empty, the last one neither
     browser.call("Emulation.setDeviceMetricsOverride", width=720, height=1000, deviceScaleFactor=1, mobile=False)
     assert browser.ask("document.documentElement.scrollWidth") == 720  # paper does not scroll: no column is cut off
     assert browser.ask("getComputedStyle(document.getElementById('tip')).display") == "none"
@@ -114,7 +117,7 @@ def test_values_are_told_when_pointed_at(browser, pages):
     browser.point("svg .cell.tip")
     assert browser.ask(TIP) == f"blocks 0 and 0: {SIMILARITY[0][0]:.3f}"
     browser.point("svg .votes.tip")
-    assert browser.ask(TIP) == "2 blocks kept: 12.5% of resamples"
+    assert browser.ask(TIP) == "2 blocks kept: 12.5 % of resamples"
     inside = (
         "(() => { const r = document.getElementById('tip').getBoundingClientRect(); return [r.width, r.left, r.top]; })()"
     )
@@ -139,6 +142,58 @@ def test_values_are_told_with_the_arrow_keys(browser, pages):
     browser.press("Escape")
     assert browser.ask(TIP) == ""
     assert browser.ask("document.querySelectorAll('svg.chart:not([aria-label])').length") == 0
+
+
+def slider(browser) -> tuple[str, dict[str, str]]:
+    """Words and facts that the slider shows."""
+    told = "c => c.innerText.replace('\\n', ' ')"
+    facts = browser.ask(f"[...document.querySelectorAll('#depth-facts > div')].map(d => [...d.children].map({told}))")
+    return browser.ask("document.getElementById('depth-words').textContent"), dict(facts)
+
+
+def test_slider_tells_what_every_depth_costs_and_gives(browser, pages):
+    browser.open(pages["whole, sweep"])
+    words, facts = slider(browser)
+    assert words == "The plan keeps this depth."
+    assert (facts["parameters"], facts["votes"]) == ("3.0 M (-50.0 %)", "75.0 %")
+    browser.ask("document.getElementById('depth').focus()")
+    for depth in (4, 5, 6, 6):  # at the end it stays
+        browser.press("ArrowRight")
+        words, facts = slider(browser)
+        assert browser.ask("document.getElementById('depth-shown').value") == str(depth)
+        assert words == "The plan keeps another one: first 3 of 6 blocks kept."
+        assert facts["parameters"].startswith(f"{depth}.0 M (")
+        assert facts["CKA to the last block"] == f"{SIMILARITY[depth - 1][-1]:.3f}"
+        accuracy = 0.5 + 0.05 * depth
+        assert facts["linear probe"] == f"{accuracy:.3f} ({accuracy - 0.03:.3f} to {accuracy + 0.04:.3f})"
+    assert browser.said == []
+    assert browser.requested == [pages["whole, sweep"].resolve().as_uri()]
+
+
+def test_slider_tells_which_label_sets_a_depth_is_enough_for(browser, tmp_path):
+    browser.open(save_page(report_page(LARGE), tmp_path / "sets.html"))
+    words, facts = slider(browser)
+    assert words.startswith("The plan keeps this depth. Its verdict: weak. Deep enough for land cover (20), surface")
+    assert {f"{name}: mean IoU": facts.get(f"{name}: mean IoU") for name in NAMES} == {
+        f"{name}: mean IoU": "0.600 ± 0.031" for name in NAMES
+    }
+    browser.ask("const s = document.getElementById('depth'); s.value = 18; s.dispatchEvent(new Event('input'))")
+    words, facts = slider(browser)
+    assert words.endswith(
+        f"Its verdict: weak. Deep enough for cloud and shadow (18). Not for land cover (20), {NAMES[1]} (19)."
+    )
+    assert facts["land cover: mean IoU"] == "0.580 ± 0.031"
+    assert facts["MACs per tile"] == "9.3 G (-25.0 %)"
+
+
+def test_without_scripts_there_is_no_slider(browser, pages):
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(pages["whole"])
+        assert browser.ask("getComputedStyle(document.getElementById('slider')).display") == "none"
+        assert browser.ask("document.querySelectorAll('svg title').length") > 0
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
 
 
 def test_script_from_elsewhere_does_not_run_even_if_it_gets_in(browser, tmp_path):

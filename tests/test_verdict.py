@@ -168,7 +168,9 @@ def test_tile_means_against_raw_tokens():
 
 def test_noise_and_negative_scores():
     scores = {2: -0.2, 3: -0.1, 4: -0.3}
-    assert judge(scores, 3, 6, needs_positive_score=True).reasons == ("No depth scores above 0: the highest score is -0.1.",)
+    assert judge(scores, 3, 6, needs_positive_score=True).reasons == (
+        "No depth scores above 0: the highest score is -0.100.",
+    )
     assert judge(scores, 3, 6).level == "clear"
     noisy = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * 0.1
     assert "standard errors" in judge(scores, 3, 6, resampled=noisy).reasons[0]

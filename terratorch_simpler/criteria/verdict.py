@@ -11,7 +11,7 @@ from torch import Tensor
 from terratorch_simpler.criteria.base import TIE, Bounds, Choice, Criterion, first_best, kept_alike
 from terratorch_simpler.criteria.statistics import Evidence
 from terratorch_simpler.errors import DegenerateFeaturesError, NoAnswerError
-from terratorch_simpler.plan import Verdict
+from terratorch_simpler.plan import Verdict, format_score
 
 CLEAR, WEAK, UNSETTLED = "clear", "weak", "unsettled"
 ENOUGH_SHARE = 0.8
@@ -59,7 +59,7 @@ def judge(
         >>> judge({2: 0.1, 3: 0.3, 4: 0.2}, 3, 6, share=0.9, conventions={"raw": 3, "LayerNorm": 4}).level
         'clear'
         >>> judge({2: 0.1, 3: 0.3, 4: 0.2}, 3, 6, share=0.6).reasons
-        ('Only 60% of the resamples choose it, expected at least 80%.',)
+        ('Only 60 % of the resamples choose it, expected at least 80 %.',)
     """
     conventions, others = conventions or {}, others or {}
     unsettled = [
@@ -71,13 +71,13 @@ def judge(
         return Verdict(UNSETTLED, tuple(unsettled))
     weak = [no_vote] if no_vote else []
     if share is not None and share < ENOUGH_SHARE:
-        weak.append(f"Only {share:.0%} of the resamples choose it, expected at least {ENOUGH_SHARE:.0%}.")
+        weak.append(f"Only {100 * share:.0f} % of the resamples choose it, expected at least {100 * ENOUGH_SHARE:.0f} %.")
     weak += doubts
     for name, other in others.items():
         weak += _apart("Other criteria disagree: they", {"this one": depth, name: other}, num_blocks)
     if weak:
         return Verdict(WEAK, tuple(weak))
-    support = [] if share is None else [f"{share:.0%} of the resamples choose it."]
+    support = [] if share is None else [f"{100 * share:.0f} % of the resamples choose it."]
     if conventions:
         chosen = ", ".join(f"{name} {other}" for name, other in conventions.items())
         support.append(f"The conventions of comparing tokens choose alike: {chosen}.")
@@ -92,7 +92,7 @@ def _flat(scores: Mapping[int, float], resampled: Tensor | None, needs_positive_
     best, worst = float(values.max()), float(values.min())
     reasons = []
     if needs_positive_score and best <= 0:
-        reasons.append(f"No depth scores above 0: the highest score is {best:.3g}.")
+        reasons.append(f"No depth scores above 0: the highest score is {format_score(best)}.")
     if len(scores) < 2:
         return reasons
     error = 0.0
@@ -103,8 +103,8 @@ def _flat(scores: Mapping[int, float], resampled: Tensor | None, needs_positive_
         reasons.append(f"All depths score the same, within {TIE:g}.")
     elif best - worst < STANDARD_ERRORS * error:
         reasons.append(
-            f"Scores span {best - worst:.3g} from the lowest to the highest, less than {STANDARD_ERRORS:g} standard errors "
-            f"of {error:.3g}."
+            f"Scores span {format_score(best - worst)} from the lowest to the highest, less than {STANDARD_ERRORS:g} "
+            f"standard errors of {format_score(error)}."
         )
     return reasons
 

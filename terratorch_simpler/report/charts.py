@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -17,27 +17,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import summary
+from terratorch_simpler.report.palette import CARD, CHOSEN, CONTROL, CURVE, INK, RULE, SERIES, SOFT, VARIABLES, VOTES
 
-CURVE, CHOSEN, VOTES, SECOND, CONTROL = "#1b4965", "#c2371f", "#bfd7ea", "#0b7a75", "#8a6d00"
-INK, SOFT, GRID, CARD = "#1f2933", "#5b6875", "#d6dde4", "#f6f8fa"
-VARIABLES = {
-    CURVE: "--curve", CHOSEN: "--chosen", VOTES: "--votes", SECOND: "--second", CONTROL: "--other",
-    INK: "--ink", SOFT: "--soft", GRID: "--rule", CARD: "--card",
-}  # fmt: skip
-"""Variables of page.css that stand for these colours, so that the charts of the page follow light, dark and print."""
-OTHERS = (SECOND, "#b8860b", "#7b5ea7", SOFT, "#a8324a", "#2f6db3")
-"""Lines of other criteria and widths; markers differ as well, for readers who do not see the colours."""
 MARKERS = "s^Dvo*"
+"""Of the lines of several criteria, which so differ in more than their colour."""
 MOST_CELLS = 48
 """Blocks up to which every pair has a cell of its own with its value; more would be megabytes."""
 STYLE: dict[Any, Any] = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT,
-    "grid.color": GRID, "axes.axisbelow": True, "axes.spines.top": False, "font.size": 10, "svg.fonttype": "none",
+    "grid.color": RULE, "axes.axisbelow": True, "axes.spines.top": False, "font.size": 10, "svg.fonttype": "none",
 }  # fmt: skip
 SMALL = (5.0, 3.4)
 """Inches of a chart in the page."""
@@ -193,7 +186,7 @@ def draw_similarity(axes: Axes, plan: SlimmingPlan) -> None:
         style: dict[str, Any] = {"color": CHOSEN, "lw": 4, "clip_on": False, "solid_capstyle": "butt"}
         axes.plot(ends, (at, at), transform=axes.get_xaxis_transform(), **style)
         axes.plot((1 - at, 1 - at), ends, transform=axes.get_yaxis_transform(), **style)
-    axes.set(xlabel="block", ylabel="block", xlim=edges, ylim=edges[::-1])
+    axes.set(xlabel="block, numbered from 0", ylabel="block", xlim=edges, ylim=edges[::-1])
     axes.tick_params(axis="y", pad=8)  # beside the bars
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=3))
@@ -224,29 +217,30 @@ def draw_criterion(axes: Axes, blocks: int, criterion: summary.Criterion, votes:
     """
     scores, depth, votes = criterion.scores or {}, len(criterion.kept), votes or {}
     _set_depth_axis(axes, blocks)
-    axes.set_xlabel("blocks kept")
+    axes.set_xlabel("depth: first blocks kept")
     axes.spines["right"].set_visible(bool(votes))
     if votes:
         share = axes.twinx()
         for bar, (of, won) in zip(
             share.bar(list(votes), list(votes.values()), width=0.7, color=VOTES), votes.items(), strict=True
         ):
-            tip(bar, "votes", f"{of} blocks kept: {won:.1%} of resamples")
-        share.set(ylim=(0, 1), ylabel="share of resamples")
+            tip(bar, "votes", f"{of} blocks kept: {summary.percent(won)} of resamples")
+        share.set(ylim=(0, 1), ylabel="share of resamples, %")
+        share.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
         axes.set_zorder(share.get_zorder() + 1)  # the curve in front of the bars
         axes.patch.set_visible(False)
     if scores:
         axes.plot(list(scores), list(scores.values()), color=CURVE, lw=1.6)
         for of, value in scores.items():
-            share_won = f"\n{votes[of]:.1%} of resamples" if of in votes else ""
+            share_won = f"\n{summary.percent(votes[of])} of resamples" if of in votes else ""
             (dot,) = axes.plot([of], [value], "o", color=CURVE, ms=4)
-            tip(dot, "dot", f"{of} blocks kept: score {value:.4g}{share_won}")
+            tip(dot, "dot", f"{of} blocks kept: score {summary.score(value)}{share_won}")
         if depth in scores:
-            axes.plot([depth], [scores[depth]], "o", mfc="none", mec=CHOSEN, mew=1.8, ms=10)
+            axes.plot([depth], [scores[depth]], "o", mfc="none", color=CHOSEN, mew=1.8, ms=10)
             axes.axvline(depth, color=CHOSEN, lw=1, ls="--", zorder=1)
-        axes.set_ylabel("score")
+        axes.set_ylabel("score, no unit")
         if criterion.probe is not None:
-            _draw_probe(axes, scores, criterion.probe)
+            _draw_probe(axes, blocks, scores, criterion.probe)
         axes.grid(axis="y")
         axes.margins(y=0.12)
     if not scores:
@@ -254,7 +248,7 @@ def draw_criterion(axes: Axes, blocks: int, criterion: summary.Criterion, votes:
     if not (scores or votes):
         step = -(-blocks // 8)
         axes.set_xticks(range(1, blocks + 1, step), [str(block) for block in range(0, blocks, step)])
-        axes.set_xlabel("block")
+        axes.set_xlabel("block, numbered from 0")
         axes.set_ylim(0, 1)
         axes.spines[["left", "bottom"]].set_visible(False)
         low, height, transform = 0.0, 1.0, axes.transData
@@ -271,25 +265,39 @@ def draw_criterion(axes: Axes, blocks: int, criterion: summary.Criterion, votes:
         tip(axes.add_patch(strip), "kept", f"kept: blocks {summary.block_ranges(range(first, last + 1))}")
 
 
-def _draw_probe(axes: Axes, scores: Mapping[int, float], probe: Mapping[str, Any]) -> None:
-    """Standard errors of the scores, and the score of a constant prediction."""
+def _draw_probe(axes: Axes, blocks: int, scores: Mapping[int, float], probe: Mapping[str, Any]) -> None:
+    """Standard errors of the scores, and the scores of the intact encoder and of a constant prediction."""
     for of, error in probe["errors"].items():
         if of in scores:
             (bar,) = axes.plot([of, of], [scores[of] - error, scores[of] + error], color=CURVE, lw=1)
-            tip(bar, "error", f"{of} blocks kept: {scores[of]:.3f} ± {error:.3f}")
-    line = axes.axhline(probe["baseline"], color=CONTROL, lw=1.2, ls=":")
-    tip(line, "baseline", f"constant prediction: {probe['baseline']:.3f}")
-    axes.set_ylabel(summary.printable(probe["metric"], 24), parse_math=False)
+            tip(bar, "error", f"{of} blocks kept: {summary.score(scores[of], error)}")
+    for name, value, color in (
+        ("constant prediction", probe["baseline"], CONTROL),
+        (f"all {blocks}", probe["intact"], SOFT),
+    ):
+        line = axes.axhline(value, color=color, lw=1.2, ls=":", zorder=1)
+        tip(line, "baseline", f"{name}: {summary.score(value)}")
+        axes.annotate(
+            name,
+            (0, value),
+            (4, 2),
+            axes.get_yaxis_transform(),
+            "offset points",
+            color=color,
+            fontsize=9,
+            annotation_clip=True,
+        )
+    axes.set_ylabel(f"{summary.printable(probe['metric'], 24)} ± standard error", parse_math=False)
 
 
 def _draw_others(axes: Axes, plan: SlimmingPlan, others: Sequence[summary.Criterion]) -> None:
     """Curves of the criteria that score depths, each on its own scale; below them the blocks that each would keep."""
     _set_depth_axis(axes, plan.full_num_blocks)
     axes.set_title("What other criteria would keep")
-    axes.set_xlabel("blocks kept (curves: scores, each from least to best)")
+    axes.set_xlabel("depth: first blocks kept; bars: the blocks themselves")
     room = 0.13
     for number, criterion in enumerate(others):
-        style: dict[str, Any] = {"color": OTHERS[number % len(OTHERS)], "marker": MARKERS[number % len(MARKERS)]}
+        style: dict[str, Any] = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
         known = criterion.scores or {}
         low, high = (min(known.values()), max(known.values())) if known else (0.0, 0.0)
         scores = {depth: (value - low) / (high - low) if high > low else 0.5 for depth, value in known.items()}
@@ -302,11 +310,15 @@ def _draw_others(axes: Axes, plan: SlimmingPlan, others: Sequence[summary.Criter
     names = [f"{summary.printable(criterion.name, 24)}: {len(criterion.kept)}" for criterion in others]
     axes.set_yticks([-room * (number + 1) for number in range(len(others))], names, fontsize=9)
     for number, label in enumerate(axes.get_yticklabels()):
-        label.set(color=OTHERS[number % len(OTHERS)], parse_math=False)
-    axes.axhline(-0.4 * room, color="#999999", lw=0.8)
+        label.set(color=SERIES[number % len(SERIES)], parse_math=False)
+    axes.axhline(-0.4 * room, color=SOFT, lw=0.8)
     bottom, top = -room * (len(others) + 0.7), 1.08
     axes.axvline(len(plan.kept_blocks), ymin=(-0.4 * room - bottom) / (top - bottom), color=CHOSEN, lw=1, ls="--", zorder=1)
     axes.set_ylim(bottom, top)
+    axes.text(
+        -0.015, (0.5 - bottom) / (top - bottom), "score, each scaled 0 to 1", rotation=90, ha="right", va="center",
+        transform=axes.transAxes, fontsize=9,
+    )  # fmt: skip
 
 
 def _set_depth_axis(axes: Axes, blocks: int) -> None:
@@ -317,27 +329,43 @@ def _set_depth_axis(axes: Axes, blocks: int) -> None:
 # --- lines and points with values
 
 
+class Point(NamedTuple):
+    """A point of a chart.
+
+    Attributes:
+        x: Where it is.
+        y: Its value.
+        text: What the page shows when it is pointed at.
+        low: Lower end of its interval; None without one.
+        high: Upper end.
+    """
+
+    x: float
+    y: float
+    text: str
+    low: float | None = None
+    high: float | None = None
+
+
 def draw_series(
-    axes: Axes,
-    points: Iterable[tuple[float, float, str]],
-    line: str = "-",
-    marker: str = "o",
-    hollow: bool = False,
-    **style: Any,
+    axes: Axes, points: Iterable[Point], line: str = "-", marker: str = "o", hollow: bool = False, **style: Any
 ) -> None:
-    """A line through points that show their values.
+    """A line through points that show their values, with intervals where they are known.
 
     Args:
         axes: Where to draw.
-        points: x, y and the value to show of each point.
+        points: The points, in order.
         line: Line style of matplotlib; "" for none.
         marker: Marker of matplotlib.
         hollow: Whether the markers are not filled.
         **style: Further arguments of ``Axes.plot``.
     """
     points, style = list(points), {"color": CURVE, "lw": 1.5, **style}
+    for point in points:
+        if point.low is not None and point.high is not None:
+            axes.plot([point.x, point.x], [point.low, point.high], color=style["color"], lw=1.2, alpha=0.5)
     if line:
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], line, **style)
-    for x, y, text in points:
-        (dot,) = axes.plot([x], [y], marker, ms=5, mfc=CARD if hollow else style["color"], **style)
-        tip(dot, "dot", text)
+        axes.plot([point.x for point in points], [point.y for point in points], line, **style)
+    for point in points:
+        (dot,) = axes.plot([point.x], [point.y], marker, ms=5, mfc=CARD if hollow else style["color"], **style)
+        tip(dot, "dot", point.text)

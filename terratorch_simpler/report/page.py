@@ -17,7 +17,7 @@ from markupsafe import Markup
 from terratorch_simpler.criteria import Simpler, known_criteria
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.report import charts, summary, tradeoffs
+from terratorch_simpler.report import charts, palette, summary, tradeoffs
 from terratorch_simpler.report.summary import Criterion, Depth
 
 ENOUGH_VOTES = 0.95
@@ -54,6 +54,7 @@ def report_page(
     environment.filters["printable"] = summary.printable
     folder = resources.files("terratorch_simpler.report")
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = f"{palette.page_colours()}{style}"
     criteria, depths = summary.criteria(plan), summary.depths(plan)
     page = environment.get_template("page.html.j2").render(
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
@@ -101,24 +102,25 @@ def _hash(text: str) -> str:
 
 def _facts(plan: SlimmingPlan) -> Iterator[tuple[str, str, str]]:
     total, kept = plan.full_num_blocks, len(plan.kept_blocks)
-    yield "blocks", f"{kept} of {total}", f"{summary.share(kept, total)} of the depth"
+    yield "blocks", f"{kept} of {total}", f"{summary.change(kept, total)} of the depth"
     for name, pair in (("parameters", plan.parameters), ("MACs per tile", plan.macs)):
         if pair is not None:
             numbers = f"{summary.short(pair['after'])} of {summary.short(pair['before'])}"
-            yield name, summary.share(pair["after"], pair["before"]), numbers
+            yield name, summary.change(pair["after"], pair["before"]), numbers
     if plan.width != 1.0:
-        yield "width", f"{plan.width:.0%}", "of attention and MLP in each block"
+        yield "width", summary.percent(plan.width), "of attention and MLP in each block"
     if plan.recovery != "none":
         how = {"linear": "a map to", "distill": "trained without labels as"}[plan.recovery]
         words = f"{how} the output of block {(plan.recovery_target or total) - 1}"
         if (found := (plan.overview or {}).get("distilled")) is not None:
-            words += f", explains {found['explained_after']:.0%} of it, {found['explained_before']:.0%} before"
+            after, before = (summary.percent(found[f"explained_{when}"]) for when in ("after", "before"))
+            words += f", explains {after} of it, {before} before"
         yield "recovery", plan.recovery, words
     chosen = next((depth for depth in summary.depths(plan) if depth.chosen), None)
     if chosen is not None and chosen.similarity is not None and summary.is_prefix(plan.kept_blocks):
-        yield "similarity kept", f"{chosen.similarity:.3f}", "CKA of the last kept with the last block"
+        yield "CKA to the last block", summary.score(chosen.similarity), "of the last kept one; not accuracy"
     if plan.votes is not None:
-        yield "votes", f"{plan.votes.get(kept, 0.0):.0%}", "of resamples choose this depth"
+        yield "votes", summary.percent(plan.votes.get(kept, 0.0)), "of resamples choose this depth"
 
 
 def _meaning(plan: SlimmingPlan) -> str:
@@ -129,12 +131,12 @@ def _meaning(plan: SlimmingPlan) -> str:
     dropped = f"{_count(len(gone), 'block')} ({summary.block_ranges(gone)})" if gone else "No block"
     are = "are" if len(gone) > 1 else "is"
     first = f"{dropped} of the encoder's {total} transformer blocks {are} deleted before fine-tuning."
-    shares = [
-        f"{summary.share(pair['after'], pair['before'])} of {what}"
-        for what, pair in (("its parameters", plan.parameters), ("the multiply-accumulate operations (MACs)", plan.macs))
-        if pair is not None
+    fewer = [
+        f"{summary.change(pair['after'], pair['before']).lstrip('-')} fewer {what}"
+        for what, pair in (("parameters", plan.parameters), ("multiply-accumulate operations (MACs)", plan.macs))
+        if pair is not None and pair["after"] < pair["before"]
     ]
-    left = f" What is left has {' and '.join(shares)}." if shares else ""
+    left = f" What is left has {' and '.join(fewer)}." if fewer else ""
     return f"{first}{left} Training and inference get cheaper; what that costs in accuracy, only fine-tuning tells."
 
 
@@ -161,6 +163,7 @@ def _label_sets(plan: SlimmingPlan) -> dict[str, Any]:
     rows = [
         {
             "cells": each.cells(blocks),
+            "depth": each.depth,
             "chosen": each.chosen,
             "svg": Markup(
                 charts.criterion_chart(
@@ -187,12 +190,12 @@ def _agreement(plan: SlimmingPlan, criteria: list[Criterion]) -> str:
     )
 
 
-def _firmness(plan: SlimmingPlan) -> str:
-    """How much the choice depends on which tiles were seen."""
+def _firmness(plan: SlimmingPlan) -> str | None:
+    """How much the choice depends on which tiles were seen, as far as the verdict does not say it."""
     kept = len(plan.kept_blocks)
-    if summary.probed(plan) is not None and plan.verdict is not None:
-        return " ".join(summary.printable(reason) for reason in plan.verdict.reasons)
     if plan.votes is None:
+        if plan.verdict is not None:
+            return None  # its reasons, which head the page, say so
         few = plan.tiles_seen < summary.FEWEST_FOR_VOTES
         why = (
             f"too few tiles were seen to draw them again (there have to be {summary.FEWEST_FOR_VOTES})"
@@ -201,11 +204,17 @@ def _firmness(plan: SlimmingPlan) -> str:
         )
         return f"There are no votes: {why}, so nothing tells how firm this choice is."
     won = plan.votes.get(kept, 0.0)
-    again = f"Drawing the tiles again with replacement gives this depth in {won:.0%} of the cases"
+    rival = max((depth for depth in plan.votes if depth != kept), key=lambda depth: plan.votes[depth], default=None)  # type: ignore[index]
+    if plan.verdict is not None:
+        return (
+            None
+            if rival is None
+            else f"Of the other depths, {rival} wins most often, in {summary.percent(plan.votes[rival])} of the resamples."
+        )
+    again = f"Drawing the tiles again with replacement gives this depth in {summary.percent(won)} of the cases"
     if won >= ENOUGH_VOTES:
         return f"{again}: it depends little on which tiles were seen."
-    rival = max((depth for depth in plan.votes if depth != kept), key=lambda depth: plan.votes[depth], default=None)  # type: ignore[index]
-    beside = "" if rival is None else f", and {rival} blocks in {plan.votes[rival]:.0%}"
+    beside = "" if rival is None else f", and {rival} blocks in {summary.percent(plan.votes[rival])}"
     return f"{again}{beside}. Look at the whole curve; min_depth sets a floor."
 
 
@@ -215,12 +224,14 @@ def _costs(plan: SlimmingPlan, depths: list[Depth]) -> dict[str, Any]:
         "parameters": (plan.parameters or {}).get("before") or depths[-1].parameters,
         "macs": (plan.macs or {}).get("before") or depths[-1].macs,
     }
+    probe, sets = summary.probed(plan), [each.name for each in summary.label_sets(plan) if each.chosen]
+    score = "score" if probe is None else f"{summary.printable(probe['metric'])} ± standard error"
     columns = {
-        "score": "score",
+        "score": f"{score}, {summary.printable(sets[0])}" if sets else score,
         "votes": "votes",
         "parameters": "parameters",
         "macs": "MACs per tile",
-        "similarity": "similarity to the last block",
+        "similarity": "CKA to the last block",
         "recovery_r2": "R² of linear recovery",
     }
     shown = {key: name for key, name in columns.items() if any(getattr(depth, key) is not None for depth in depths)}
@@ -231,12 +242,14 @@ def _costs(plan: SlimmingPlan, depths: list[Depth]) -> dict[str, Any]:
             return summary.MISSING, None
         if key in whole:
             share = min(value / whole[key], 1.0) * 100 if whole[key] else 0.0
-            return f"{value:,} ({summary.share(value, whole[key])})", share
-        return {"score": summary.score(value), "votes": f"{value:.1%}"}.get(key, f"{value:.3f}"), None
+            return f"{summary.short(value)} ({summary.change(value, whole[key])})", share
+        if key == "votes":
+            return summary.percent(value), None
+        return summary.score(value, depth.error if key == "score" else None), None
 
     words = "One row for every number of first blocks."
     if "similarity" in shown:
-        words += " Similarity compares the last kept block with the end of the intact encoder (CKA, 1 is the same)."
+        words += " CKA compares the last kept block with the last of the intact encoder: 1 is the same. It is not accuracy."
     if "recovery_r2" in shown:
         words += " R² says how much of the last block's output a linear map of the kept one restores without training."
     if not summary.is_prefix(plan.kept_blocks) or plan.width != 1.0:
@@ -245,13 +258,29 @@ def _costs(plan: SlimmingPlan, depths: list[Depth]) -> dict[str, Any]:
         )
     rows = [
         {
+            "depth": depth.depth,
             "name": f"{depth.depth} (chosen)" if depth.chosen else str(depth.depth),
             "cells": [cell(depth, key) for key in shown],
             "chosen": depth.chosen,
         }
         for depth in depths
     ]
-    return {"words": words, "head": list(shown.values()), "rows": rows}
+    return {"words": words, "head": list(shown.values()), "rows": rows, "slider": _slider(plan, depths)}
+
+
+def _slider(plan: SlimmingPlan, depths: list[Depth]) -> dict[str, Any]:
+    """Ends of the slider, where it starts, and what the plan keeps; its script reads all else from the page."""
+    kept = len(plan.kept_blocks)
+    own = summary.is_prefix(plan.kept_blocks) and plan.width == 1.0
+    verdict = "" if plan.verdict is None else f" Its verdict: {summary.printable(plan.verdict.level)}."
+    return {
+        "first": depths[0].depth,
+        "last": depths[-1].depth,
+        "start": min(max(kept, depths[0].depth), depths[-1].depth),
+        "own": kept if own else 0,
+        "same": f"The plan keeps this depth.{verdict}",
+        "other": f"The plan keeps another one: {summary.kept_words(plan)}.{verdict}",
+    }
 
 
 def _streamed(plan: SlimmingPlan) -> dict[str, str]:
@@ -288,7 +317,7 @@ def _caveats(plan: SlimmingPlan) -> list[str]:
     )
     if 0 < plan.tiles_seen < FEW_TILES:
         notes.append(f"Only {plan.tiles_seen:,} tiles were seen; with {FEW_TILES} or more the similarity is steadier.")
-    if plan.tiles_seen and plan.votes is None:
+    if plan.tiles_seen and plan.votes is None and summary.probed(plan) is None:
         notes.append("There are no votes: how much the choice depends on which tiles were seen is not known.")
     skipped = (plan.data or {}).get("skipped")
     counts = [n for n in skipped.values() if isinstance(n, int) and n > 0] if isinstance(skipped, dict) else []

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from terratorch_simpler.plan import MIN_BOOTSTRAP_GROUPS, MIN_GROUP_TILES, SlimmingPlan
+from terratorch_simpler.plan import MIN_BOOTSTRAP_GROUPS, MIN_GROUP_TILES, SlimmingPlan, format_score
 
 LONGEST = 200
 """Characters that are shown of a text from a plan or a table, which may come from anywhere."""
@@ -40,6 +40,7 @@ class Depth(NamedTuple):
     Attributes:
         depth: Number of first blocks kept.
         score: Score by the criterion of the plan.
+        error: Its standard error, where it is of a probe.
         votes: Share of resamples that choose it.
         parameters: Parameters of the encoder.
         macs: Multiply-accumulate operations for one tile.
@@ -50,6 +51,7 @@ class Depth(NamedTuple):
 
     depth: int
     score: float | None
+    error: float | None
     votes: float | None
     parameters: int | None
     macs: int | None
@@ -76,10 +78,10 @@ class LabelSet(NamedTuple):
     def cells(self, num_blocks: int) -> list[str]:
         """A row of a table, as :data:`LABEL_SET_HEAD` names it."""
         probed = self.probed
-        score = f"{probed['scores'][self.depth]:.3f} ± {probed['errors'][self.depth]:.3f}"
         return [
-            printable(self.name), f"{self.depth} of {num_blocks}", printable(probed["metric"]), score,
-            f"{probed['intact']:.3f}", f"{probed['baseline']:.3f}", probed["level"],
+            printable(self.name), f"{self.depth} of {num_blocks}", printable(probed["metric"]),
+            score(probed["scores"][self.depth], probed["errors"][self.depth]),
+            score(probed["intact"]), score(probed["baseline"]), probed["level"],
         ]  # fmt: skip
 
 
@@ -119,6 +121,7 @@ def depths(plan: SlimmingPlan) -> list[Depth]:
     scores, votes = plan.scores or {}, plan.votes or {}
     costs = (plan.overview or {"depths": {}})["depths"]
     measured = range(1, plan.full_num_blocks + 1) if plan.similarity is not None else ()
+    errors = (probed(plan) or {"errors": {}})["errors"]
     found = []
     for depth in sorted({*scores, *votes, *costs, *measured}):
         cost = costs.get(depth, {})
@@ -127,6 +130,7 @@ def depths(plan: SlimmingPlan) -> list[Depth]:
             Depth(
                 depth,
                 scores.get(depth),
+                errors.get(depth),
                 votes.get(depth),
                 cost.get("parameters"),
                 cost.get("macs"),
@@ -184,47 +188,69 @@ def verdict_words(plan: SlimmingPlan) -> str | None:
 
 def reasons(plan: SlimmingPlan) -> list[str]:
     """What the choice rests on, a few words each."""
-    depth = len(plan.kept_blocks)
+    depth, probe, sets = len(plan.kept_blocks), probed(plan), label_sets(plan)
     parts = [f"criterion {plan.criterion['name']}"]
     if plan.scores is not None and depth in plan.scores:
-        runner_up = max((s for d, s in plan.scores.items() if d != depth), default=None)
-        beside = "" if runner_up is None else f", next best {score(runner_up)}"
-        parts.append(f"score {score(plan.scores[depth])}{beside}")
-    probe, sets = probed(plan), label_sets(plan)
+        other = max((s for d, s in plan.scores.items() if d != depth), default=None)
+        beside = "" if other is None else f", {'next best' if other <= plan.scores[depth] else 'best'} {score(other)}"
+        error = None if probe is None else probe["errors"].get(depth)
+        parts.append(f"score {score(plan.scores[depth], error)}{beside}")
     if sets:
         parts.append(f"{len(sets)} label sets, scores of '{next(each.name for each in sets if each.chosen)}'")
     if probe is not None:
         parts.append(f"{probe['metric']} by {probe['judged_on']} over {probe['groups']} groups")
     elif plan.votes is not None:
-        parts.append(f"{plan.votes.get(depth, 0.0):.0%} of resamples choose it")
+        parts.append(f"{percent(plan.votes.get(depth, 0.0))} of resamples choose it")
     elif plan.tiles_seen:
         parts.append("too few tiles for votes" if plan.tiles_seen < FEWEST_FOR_VOTES else "no votes")
     for before, after, explained in (plan.overview or {}).get("repaired", []):
-        parts.append(f"the map for blocks {before}-{after - 1} explains {explained:.0%} of the variance on held-out tiles")
+        parts.append(
+            f"the map for blocks {before}-{after - 1} explains {percent(explained)} of the variance on held-out tiles"
+        )
     if (distilled := (plan.overview or {}).get("distilled")) is not None:
         parts.append(
-            f"after {distilled['steps']} steps of distillation it explains {distilled['explained_after']:.0%} of the output "
-            f"of block {(plan.recovery_target or plan.full_num_blocks) - 1} on {distilled['held_out']} held-out tiles, "
-            f"{distilled['explained_before']:.0%} before"
+            f"after {distilled['steps']} steps of distillation it explains {percent(distilled['explained_after'])} of the "
+            f"output of block {(plan.recovery_target or plan.full_num_blocks) - 1} on {distilled['held_out']} held-out "
+            f"tiles, {percent(distilled['explained_before'])} before"
         )
     if plan.tiles_seen:
         parts.append(f"{plan.tiles_seen:,} tiles, {plan.rows_seen:,} tokens")
     return parts
 
 
-def score(value: float | None) -> str:
-    """A score with three digits that count: those of one criterion differ by 0.001, of another by 1."""
-    return MISSING if value is None else f"{value:.3g}"
-
-
-def share(part: float | None, whole: float | None) -> str:
-    """Per cent of the whole.
+def score(value: float | None, error: float | None = None) -> str:
+    """A score, and its standard error if it has one.
 
     Example:
-        >>> share(4_744_322, 5_634_050)
-        '84.2%'
+        >>> score(0.85), score(0.85, 0.0312), score(-2e-5), score(1e300)
+        ('0.850', '0.850 ± 0.031', '-2e-05', '1e+300')
     """
-    return MISSING if part is None or not whole else f"{part / whole:.1%}"
+    if value is None:
+        return MISSING
+    return format_score(value) if error is None else f"{format_score(value)} ± {format_score(error)}"
+
+
+def percent(part: float | None) -> str:
+    """A share in per cent.
+
+    Example:
+        >>> percent(0.125)
+        '12.5 %'
+    """
+    return MISSING if part is None else f"{100 * part:.1f} %"
+
+
+def change(after: float | None, before: float | None) -> str:
+    """What has become less, or more, in per cent of what was before.
+
+    Example:
+        >>> change(4_744_322, 5_634_050), change(7, 7)
+        ('-15.8 %', '0.0 %')
+    """
+    if after is None or before is None or not before:
+        return MISSING
+    rounded = round(100 * (after / before - 1), 1)
+    return f"{rounded:+.1f} %" if rounded else "0.0 %"
 
 
 def lowest_shown(values: Iterable[float]) -> float:
@@ -238,18 +264,17 @@ def lowest_shown(values: Iterable[float]) -> float:
 
 
 def short(number: float | None) -> str:
-    """A large number with three digits and its unit.
+    """A count, from a thousand on with one decimal and its unit.
 
     Example:
-        >>> short(64_558_080), short(322_637_568), short(950)
-        ('64.6 M', '323 M', '950')
+        >>> short(303_872_000), short(12_412_637_568), short(950)
+        ('303.9 M', '12.4 G', '950')
     """
     if number is None:
         return MISSING
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            value = number / size
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+        if number >= size * 0.99995:  # 999,950 is 1.0 M, not 1000.0 k
+            return f"{number / size:.1f} {unit}"
     return f"{number:.3g}"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +18,69 @@ from terratorch_simpler.report import summary
 CELL = 3
 """Columns of a cell of the heat map: a per cent number and a space."""
 BAR = 8
+GAP = 2
+"""Columns between two columns of a table."""
+FOLDED = 24
+"""Columns that words need at the most: longer ones may be folded."""
+
+
+class Column(NamedTuple):
+    """A column of a :class:`FittedTable`.
+
+    Attributes:
+        heading: Its name.
+        cells: Text of every row.
+        rank: Where the terminal is too narrow for all columns, those of the highest rank are left out first; 0 stays.
+        words: Whether cells are words, which are aligned left and folded where nothing else helps, rather than numbers.
+    """
+
+    heading: str
+    cells: Sequence[str]
+    rank: int = 0
+    words: bool = False
+
+
+class FittedTable:
+    """A table with as many of its columns as fit the terminal: no cell is cut.
+
+    Args:
+        columns: What there is to show.
+        title: A line above the table.
+        bold: Numbers of the rows that stand out.
+        sections: Numbers of the rows above which there is a line.
+    """
+
+    def __init__(
+        self, columns: Sequence[Column], title: str = "", bold: Collection[int] = (), sections: Collection[int] = ()
+    ) -> None:
+        self.columns = columns
+        self.title = title
+        self.bold = bold
+        self.sections = sections
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = list(self.columns)
+        while sum(map(_width, columns)) + GAP * (len(columns) - 1) > options.max_width and any(c.rank for c in columns):
+            columns.remove(max(columns, key=lambda column: column.rank))
+        if self.title:
+            yield Text(self.title, style="italic")
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        for column in columns:
+            table.add_column(
+                column.heading, justify="left" if column.words else "right", no_wrap=not column.words, overflow="fold"
+            )
+        for number, cells in enumerate(zip(*(column.cells for column in columns), strict=True)):
+            if number in self.sections:
+                table.add_section()
+            table.add_row(*map(Text, cells), style="bold" if number in self.bold else None)
+        yield table
+        yield Text()
+
+
+def _width(column: Column) -> int:
+    """Columns of the terminal that a column needs: words may be folded."""
+    width = max(map(cell_len, (column.heading, *column.cells)))
+    return min(width, FOLDED) if column.words else width
 
 
 def plan_table(plan: SlimmingPlan) -> Group:
@@ -29,27 +93,22 @@ def plan_table(plan: SlimmingPlan) -> Group:
         What a rich console prints: the verdict, a heading, a table and a line below it.
     """
     head, *rows = plan_rows(plan)
-    table = Table()
-    for number, column in enumerate(head):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
+    columns = [Column(name, cells, 0, not number) for number, (name, *cells) in enumerate(zip(head, *rows, strict=True))]
     why = Text(summary.printable("; ".join(summary.reasons(plan))))
     sets = [_label_set_table(plan)] if summary.label_sets(plan) else []
-    return Group(*_verdict(plan), Text(_heading(plan), style="bold"), table, *sets, why)
+    return Group(*_verdict(plan), Text(_heading(plan), style="bold"), FittedTable(columns), *sets, why)
 
 
-def _label_set_table(plan: SlimmingPlan) -> Table:
+def _label_set_table(plan: SlimmingPlan) -> FittedTable:
     """A row for every label set."""
-    table = Table(
-        box=box.SIMPLE_HEAD, title="What each label set asks for", title_justify="left", pad_edge=False,
-        collapse_padding=True,
-    )  # fmt: skip
-    for number, column in enumerate(summary.LABEL_SET_HEAD):
-        table.add_column(column, justify="right" if 0 < number < len(summary.LABEL_SET_HEAD) - 1 else "left")
-    for each in summary.label_sets(plan):
-        table.add_row(*map(Text, each.cells(plan.full_num_blocks)), style="bold" if each.chosen else None)
-    return table
+    sets = summary.label_sets(plan)
+    cells = zip(*(each.cells(plan.full_num_blocks) for each in sets), strict=True)
+    ranks = {"label set": 0, "depth": 0, "score": 0, "verdict": 1, "all blocks": 2, "metric": 3, "constant": 4}
+    columns = [
+        Column(name, column, ranks[name], name in ("label set", "metric", "verdict"))
+        for name, column in zip(summary.LABEL_SET_HEAD, cells, strict=True)
+    ]
+    return FittedTable(columns, "What each label set asks for", [n for n, each in enumerate(sets) if each.chosen])
 
 
 def full_table(plan: SlimmingPlan) -> Group:
@@ -96,46 +155,37 @@ def _heading(plan: SlimmingPlan) -> str:
 
 def plan_rows(plan: SlimmingPlan) -> list[list[str]]:
     """What was there before and is there after, with its names as the first row."""
-    rows = [["encoder", "before", "after", "kept"]]
+    rows = [["encoder", "before", "after", "change"]]
     blocks = {"before": plan.full_num_blocks, "after": len(plan.kept_blocks)}
     for name, pair in (("blocks", blocks), ("parameters", plan.parameters), ("MACs per tile", plan.macs)):
         if pair is not None:
             before, after = pair["before"], pair["after"]
-            rows.append([name, f"{before:,}", f"{after:,}", summary.share(after, before)])
+            rows.append([name, summary.short(before), summary.short(after), summary.change(after, before)])
     if plan.width != 1:
-        rows.insert(2, ["width", "1", f"{plan.width:g}", f"{plan.width:.1%}"])
+        rows.insert(2, ["width", "1", f"{plan.width:g}", summary.change(plan.width, 1)])
     return rows
 
 
-def _depth_table(plan: SlimmingPlan) -> Table:
+def _depth_table(plan: SlimmingPlan) -> FittedTable:
     """A row for every depth; columns of which nothing is known are left out."""
     found = summary.depths(plan)
     whole = (plan.parameters or {}).get("before") or found[-1].parameters
-    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "score": ("score", lambda depth: summary.score(depth.score)),
-        "votes": ("votes", lambda depth: summary.MISSING if depth.votes is None else f"{depth.votes:.1%}"),
-        "parameters": ("parameters", lambda depth: f"{summary.short(depth.parameters)} {_bar(depth.parameters, whole)}"),
-        "macs": ("MACs", lambda depth: summary.short(depth.macs)),
-        "similarity": ("similarity", lambda depth: _three_digits(depth.similarity)),
-        "recovery_r2": ("R²", lambda depth: _three_digits(depth.recovery_r2)),
-    }
-    shown = {key: column for key, column in columns.items() if any(getattr(depth, key) is not None for depth in found)}
-    table = Table(
-        box=box.SIMPLE_HEAD, title="First blocks kept", title_justify="left", pad_edge=False, collapse_padding=True
-    )
-    table.add_column("keep", justify="right")
-    for name, _ in shown.values():
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
-    for depth in found:
-        cells = [cell(depth) for _, cell in shown.values()]
-        style = "bold" if depth.chosen else None
-        table.add_row(str(depth.depth), *cells, "chosen" if depth.chosen else "", style=style)
-    return table
-
-
-def _three_digits(value: float | None) -> str:
-    return summary.MISSING if value is None else f"{value:.3f}"
+    known: list[tuple[str, int, str, Callable[[summary.Depth], str]]] = [
+        ("score", 1, "score", lambda depth: summary.score(depth.score, depth.error)),
+        ("votes", 2, "votes", lambda depth: summary.percent(depth.votes)),
+        ("parameters", 3, "parameters", lambda depth: f"{summary.short(depth.parameters)} {_bar(depth.parameters, whole)}"),
+        ("macs", 4, "MACs", lambda depth: summary.short(depth.macs)),
+        ("similarity", 3, "CKA to last", lambda depth: summary.score(depth.similarity)),
+        ("recovery_r2", 5, "R²", lambda depth: summary.score(depth.recovery_r2)),
+    ]
+    columns = [Column("keep", [str(depth.depth) for depth in found])]
+    columns += [
+        Column(name, [cell(depth) for depth in found], rank)
+        for key, rank, name, cell in known
+        if any(getattr(depth, key) is not None for depth in found)
+    ]
+    columns.append(Column("", ["chosen" if depth.chosen else "" for depth in found], words=True))
+    return FittedTable(columns, "First blocks kept", [number for number, depth in enumerate(found) if depth.chosen])
 
 
 def _bar(part: int | None, whole: int | None) -> str:
@@ -143,29 +193,17 @@ def _bar(part: int | None, whole: int | None) -> str:
     return "█" * filled + "░" * (BAR - filled)
 
 
-def _criterion_table(plan: SlimmingPlan) -> Table:
+def _criterion_table(plan: SlimmingPlan) -> FittedTable:
     """What each criterion would keep of the same encoder, on the same tiles."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="What each criterion would keep",
-        title_justify="left",
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    table.add_column("criterion")
-    table.add_column("blocks", justify="right")
-    table.add_column("which", overflow="fold")
-    for criterion in summary.criteria(plan):
-        which = summary.block_ranges(criterion.kept)
-        table.add_row(
-            Text(summary.printable(criterion.name)),
-            str(len(criterion.kept)),
-            which,
-            style="bold" if criterion.chosen else None,
-        )
-    for name in (plan.overview or {}).get("no_answer", {}):
-        table.add_row(Text(summary.printable(name)), summary.MISSING, "no answer")
-    return table
+    rows = [
+        (summary.printable(each.name), str(len(each.kept)), summary.block_ranges(each.kept))
+        for each in summary.criteria(plan)
+    ]
+    silent = (plan.overview or {}).get("no_answer", {})
+    rows += [(summary.printable(name), summary.MISSING, "no answer") for name in silent]
+    names, blocks, which = zip(*rows, strict=True)
+    columns = [Column("criterion", names, words=True), Column("blocks", blocks), Column("which", which, words=True)]
+    return FittedTable(columns, "What each criterion would keep", bold=[0])
 
 
 class _HeatMap:

@@ -8,59 +8,55 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from terratorch_simpler.plan import SlimmingPlan
 from terratorch_simpler.report import summary
-from terratorch_simpler.report.charts import (
-    CHOSEN,
-    CONTROL,
-    CURVE,
-    INK,
-    OTHERS,
-    SECOND,
-    SOFT,
-    STYLE,
-    draw_series,
-    new_figure,
-    tip,
-    to_svg,
-)
+from terratorch_simpler.report.charts import STYLE, Point, draw_series, new_figure, tip, to_svg
+from terratorch_simpler.report.palette import CHOSEN, CONTROL, CURVE, INK, SECOND, SERIES, SOFT
 
 Row = Mapping[str, Any]
 
 COSTS = {
     "parameters": ("Parameters", "parameters in millions", 1e6),
-    "macs": ("Operations", "MACs per tile in billions", 1e9),
-    "latency_ms": ("Milliseconds", "milliseconds for one tile", 1.0),
+    "macs": ("MACs", "MACs per tile in billions", 1e9),
+    "latency_ms": ("Latency", "milliseconds for one tile", 1.0),
 }
 """Column: what it is, the label of its axis, and the unit of that."""
 QUALITY = {
     "linear": "accuracy of a linear probe",
     "knn": "accuracy of nearest neighbours",
-    "similarity": "similarity to the last block",
+    "similarity": "CKA to the last block",
 }
 """Quality of a slimmed encoder, the most informative measure first."""
-SPREAD = 10
-"""Ratio of the largest to the smallest cost above which the axis is logarithmic."""
+MEANING = {
+    "linear": "accuracy of a linear probe on frozen features, before fine-tuning",
+    "knn": "accuracy of nearest neighbours among frozen features, before fine-tuning",
+    "similarity": "how alike the features are to those of the last block (CKA), not how accurate the encoder is",
+}
+"""What a point of a trade-off says, for each measure."""
+SPREAD = 4
+"""Ratio of the largest cost to that of the dearest slimmed encoder above which the axis is logarithmic."""
 MOST_LINES = 5
-LABEL_GAP = 0.05
-"""Least distance of two labels as a share of the axis."""
+SIDES = np.array([(-1, 1), (1, -1), (1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)])
+"""Where the depth of a point may stand, in order: at its corners, which intervals leave free, beside it, above and below."""
 WIDTH_MARKERS = {"o": "dots", "s": "squares", "^": "triangles", "v": "turned triangles", "P": "crosses", "*": "stars"}
 PROBES = {"linear": ("linear", CURVE, "-"), "knn": ("k-NN", SECOND, "--")}
 TABLE_COLUMNS = {
     "depth": ("depth", "d"),
     "width": ("width", "g"),
     "chosen_by": ("chosen by", "words"),
-    "parameters": ("parameters", ",d"),
-    "macs": ("MACs", ",d"),
+    "parameters": ("parameters", "short"),
+    "macs": ("MACs", "short"),
     "latency_ms": ("latency, ms", ".2f"),
     "throughput": ("tiles per s", ".1f"),
     "batch_size": ("at batch size", "d"),
     "peak_memory_mib": ("peak memory, MiB", ".0f"),
-    "similarity": ("similarity", ".3f"),
+    "similarity": ("CKA to the last block", ".3f"),
     "recovery_r2": ("recovery R²", ".3f"),
     "linear": ("linear probe", ".3f"),
     "knn": ("k-NN", ".3f"),
@@ -89,6 +85,15 @@ class Card(NamedTuple):
     svg: str
 
 
+def trade_off_words(quality: str) -> str:
+    """The sentence that says what a trade-off shows.
+
+    Args:
+        quality: A column of :data:`QUALITY`.
+    """
+    return f"Each point is an encoder with its depth, upper left is better; it shows {MEANING[quality]}."
+
+
 def sweep_figure(rows: Sequence[Row]) -> Figure:
     """Quality over latency and over MACs, with a curve of the best encoders of every width.
 
@@ -97,19 +102,20 @@ def sweep_figure(rows: Sequence[Row]) -> Figure:
     """
     quality = _quality(rows) or "similarity"
     with mpl.rc_context(STYLE):
-        figure = new_figure((11, 4.8))
+        figure = new_figure((12, 5.6))
         axes = figure.subplots(1, 2, sharey=True)
         for ax, cost in zip(axes, ("latency_ms", "macs"), strict=True):
-            draw_trade_off(ax, rows, cost, quality)
-        axes[1].set_ylabel("")
+            draw_trade_off(ax, rows, cost, quality, label_size=8)
     name = summary.printable(rows[0]["name"])
-    figure.suptitle(f"{name}: what every pruned encoder costs and keeps", fontsize=12, parse_math=False)
+    figure.suptitle(f"{name}: {QUALITY[quality]} over cost\n{trade_off_words(quality)}", fontsize=11, parse_math=False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
 
 
-def draw_trade_off(axes: Axes, rows: Sequence[Row], cost: str, quality: str, plan: SlimmingPlan | None = None) -> None:
+def draw_trade_off(
+    axes: Axes, rows: Sequence[Row], cost: str, quality: str, plan: SlimmingPlan | None = None, label_size: float = 9
+) -> None:
     """Quality over cost, one marker per width, with the Pareto front; encoders of unknown quality are upright lines.
 
     Args:
@@ -118,8 +124,9 @@ def draw_trade_off(axes: Axes, rows: Sequence[Row], cost: str, quality: str, pla
         cost: A column of :data:`COSTS`.
         quality: A column of :data:`QUALITY`.
         plan: The plan whose encoder gets a ring; without it those that a criterion has chosen get one.
+        label_size: Size of the depths at the points, in points.
     """
-    title, label, unit = COSTS[cost]
+    _, label, unit = COSTS[cost]
     known = [
         (row, x / unit, y)
         for row in rows
@@ -128,58 +135,103 @@ def draw_trade_off(axes: Axes, rows: Sequence[Row], cost: str, quality: str, pla
     slimmed = [entry for entry in known if entry[0].get("kind") != "control"]
 
     def value(row: Row) -> str:
-        amount = f"{_name(row)}\n{_cost(float(row[cost]))} {title.lower()}"
+        amount = f"{_name(row)}\n{_cost(row, cost)}"
         if (y := _value(row, quality)) is None:
             return f"{amount}\nquality not measured"
-        return f"{amount}\n{QUALITY[quality]}: {y:.3f}{_interval(row, quality)}"
+        return f"{amount}\n{QUALITY[quality]}: {summary.score(y)}{_interval(row, quality)}"
 
-    labelled: list[tuple[Row, float, float]] = []
+    fronts, others = [], []
     for number, width in enumerate(_all_widths(rows)):
         entries = sorted((e for e in slimmed if (_value(e[0], "width") or 1.0) == width), key=lambda e: (e[1], -e[2]))
-        color, marker = (CURVE, *OTHERS)[number % (len(OTHERS) + 1)], list(WIDTH_MARKERS)[number % len(WIDTH_MARKERS)]
+        color, marker = SERIES[number % len(SERIES)], list(WIDTH_MARKERS)[number % len(WIDTH_MARKERS)]
         axes.plot([], [], marker, color=color, ms=5, label=f"width {width:g}")
-        whole = [(x, y, value(row)) for row, x, y in entries if summary.is_prefix(_kept(row))]
-        inner = [(x, y, value(row)) for row, x, y in entries if not summary.is_prefix(_kept(row))]
-        for points, hollow in ((whole, False), (inner, True)):
+        for hollow in (False, True):
+            points = [
+                Point(x, y, value(row), *_ends(row, quality))
+                for row, x, y in entries
+                if summary.is_prefix(_kept(row)) != hollow
+            ]
             draw_series(axes, points, "", marker, hollow, color=color)
         front = _pareto_front(entries)
         axes.plot([x for _, x, _ in front], [y for _, _, y in front], "--", color=color, lw=1)
-        labelled = labelled or front
-        ends = [(x, _value(row, f"{quality}_low"), _value(row, f"{quality}_high")) for row, x, _ in entries]
-        if number == 0 and ends and all(low is not None and high is not None for _, low, high in ends):
-            xs, lows, highs = zip(*ends, strict=True)
-            axes.fill_between(xs, lows, highs, color=color, alpha=0.12, lw=0, label="95 % interval")
+        if number == 0 or plan is None:  # a small chart has room for one width
+            fronts += [(entry, color) for entry in front]
+            others += [(entry, color) for entry in entries if entry not in front]
+    if any(None not in _ends(row, quality) for row, _, _ in slimmed):
+        axes.plot([], [], color=SOFT, lw=1, label="95 % interval")
     ringed = [e for e in slimmed if (_is_plan(plan, e[0]) if plan is not None else e[0].get("chosen_by"))]
     if ringed:
-        ring = "the plan" if plan is not None else "chosen by a criterion"
-        axes.plot(
-            [x for _, x, _ in ringed], [y for _, _, y in ringed], "o", mfc="none", mec=CHOSEN, mew=1.8, ms=11, label=ring
-        )
-    controls = [row for row in rows if row.get("kind") == "control" and _value(row, cost) is not None]
-    for number, row in enumerate(controls):
-        x, y = float(row[cost]) / unit, _value(row, quality)
-        name = summary.printable(row.get("name", ""), 40).replace("$", r"\$").lstrip("_")
-        if y is None:
-            line = axes.axvline(x, color=CONTROL, lw=1.5, ls=("--", ":")[number % 2], label=name)
-        else:
-            (line,) = axes.plot([x], [y], "D", color=CONTROL, ms=6, label=name)
-        tip(line, "control", value(row))
-    amounts = [x for row in rows if (x := _value(row, cost)) is not None]
-    if amounts and min(amounts) > 0 and max(amounts) > SPREAD * min(amounts):
-        axes.set_xscale("log")  # a control may be a hundred times as large, and would push all others together
+        style: dict[str, Any] = {"ls": "", "mfc": "none", "color": CHOSEN, "mew": 1.8, "ms": 11}
+        style["label"] = "the plan" if plan is not None else "chosen by a criterion"
+        axes.plot([x for _, x, _ in ringed], [y for _, _, y in ringed], "o", **style)
+    for number, row in enumerate(row for row in rows if row.get("kind") == "control" and _value(row, cost) is not None):
+        x = float(row[cost]) / unit
+        tip(_draw_control(axes, row, x, _value(row, quality), number), "control", value(row))
+        if plan is not None:  # in the page, which has no legend
+            high = (
+                x < 0.2 * max(float(each[cost]) for each in rows if _value(each, cost) is not None) / unit
+            )  # above the rise
+            style = {
+                "rotation": 90,
+                "ha": "left",
+                "va": "top" if high else "bottom",
+                "color": CONTROL,
+                "fontsize": 9,
+                "parse_math": False,
+            }
+            name = summary.printable(row.get("name", ""), 28)
+            axes.annotate(name, (x, 0.98 if high else 0.02), (2, 0), ("data", "axes fraction"), "offset points", **style)
+    deepest = max((e for e in slimmed if _is_whole(e[0])), key=lambda e: len(_kept(e[0])), default=None)
+    if deepest is not None:
+        axes.axhline(deepest[2], color=SOFT, lw=1, ls=":", zorder=1, label=f"{len(_kept(deepest[0]))} blocks")
+    _scale_cost(axes, [x / unit for row in rows if (x := _value(row, cost)) is not None], [x for _, x, _ in slimmed])
+    axes.set(xlabel=label, ylabel=QUALITY[quality])
+    axes.margins(y=0.12)
+    axes.grid(axis="y")
+    _label_depths(axes, sorted([*fronts, *others], key=lambda entry: entry[0] not in ringed), label_size)
+
+
+def _draw_control(axes: Axes, row: Row, x: float, y: float | None, number: int) -> Line2D:
+    """Another official encoder, with its name for a legend."""
+    name = summary.printable(row.get("name", ""), 40)
+    label = name.replace("$", r"\$").lstrip("_")
+    if y is None:
+        return axes.axvline(x, color=CONTROL, lw=1.5, ls=("--", ":", "-.")[number % 3], label=label)
+    return axes.plot([x], [y], "D", color=CONTROL, ms=6, label=label)[0]
+
+
+def _scale_cost(axes: Axes, amounts: Sequence[float], slimmed: Sequence[float]) -> None:
+    """From 0, or logarithmic: a control may be a hundred times as large, and would push all others together."""
+    if slimmed and min(amounts) > 0 and max(amounts) > SPREAD * max(slimmed):
+        axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.set_xlim(left=0)
-    axes.set(xlabel=label, ylabel=QUALITY[quality])
-    axes.margins(y=0.12)
-    axes.grid(axis="y")
-    last, scale = -math.inf, axes.transScale + axes.transLimits
-    for row, x, y in labelled:
-        if (place := scale.transform((x, y))[0]) - last > LABEL_GAP:
-            text, last = summary.printable(row.get("depth", ""), 20), place
-            axes.annotate(text, (x, y), (0, 6), textcoords="offset points", fontsize=9, ha="center", parse_math=False)
+
+
+def _label_depths(axes: Axes, entries: Sequence[tuple[tuple[Row, float, float], str]], size: float) -> None:
+    """Depth of every encoder beside its point, in its colour; of those too close to others it is told by the tip alone."""
+    if not entries:
+        return
+    axes.autoscale_view()
+    frame = axes.get_window_extent()
+    points_per_pixel = 72 / axes.get_figure(root=True).dpi  # type: ignore[union-attr]
+    to_frame = axes.transScale + axes.transLimits
+    places = to_frame.transform([entry[1:] for entry, _ in entries]) * (frame.width, frame.height) * points_per_pixel
+    taken = np.empty((0, 2))
+    for ((row, x, y), color), place in zip(entries, places, strict=True):
+        text = summary.printable(row.get("depth", ""), 20)
+        half = np.array([0.32 * size * len(text), 0.45 * size])
+        for side in SIDES:
+            centre = place + side * (half + (2 if side.all() else 4))
+            covered = [*(np.abs(taken - centre) < 2 * half), *(np.abs(places - centre) < half + 1.5)]
+            if not np.all(covered, axis=1).any():
+                taken = np.vstack([taken, centre])
+                style: dict[str, Any] = {"fontsize": size, "ha": "center", "va": "center", "color": color}
+                axes.annotate(text, (x, y), tuple(centre - place), textcoords="offset points", parse_math=False, **style)
+                break
 
 
 def _all_widths(rows: Sequence[Row]) -> list[float]:
@@ -209,9 +261,10 @@ def table(plan: SlimmingPlan, rows: Sequence[Row]) -> dict[str, Any]:
         "head": [(name, kind == "words") for name, kind in shown.values()],
         "rows": [
             {
-                "name": "slimmed"
+                "name": _blocks(row)
                 if row.get("name") == plan.backbone and row.get("kind") != "control"
                 else summary.printable(row.get("name", "")),
+                "depth": len(_kept(row)) if row.get("kind") != "control" and _is_whole(row) else None,
                 "cells": [(_cell(row, key, kind), kind == "words") for key, (_, kind) in shown.items()],
                 "picked": _is_plan(plan, row),
             }
@@ -245,7 +298,7 @@ def _trade_offs(plan: SlimmingPlan, rows: Sequence[Row]) -> list[Card]:
     quality = _quality(rows)
     if quality is None:
         return []
-    words = [("curve", "slimmed, with its depth.")]
+    words = [("", trade_off_words(quality))]
     slimmed = [row for row in rows if row.get("kind") != "control"]
     if not all(summary.is_prefix(_kept(row)) for row in slimmed):
         words.append(("", "Hollow: blocks dropped from inside."))
@@ -254,9 +307,8 @@ def _trade_offs(plan: SlimmingPlan, rows: Sequence[Row]) -> list[Card]:
         words.append(("", f"Width: {', '.join(f'{shape} {width:g}' for shape, width in shapes)}."))
     if any(row.get("kind") == "control" for row in rows):
         words.append(("control", "other official encoders; an upright line where only the cost is known."))
-    better = "Upper left is better. No encoder of its width is better in both than those on a dashed line"
-    words.append(("", f"{better}; the ring is the plan."))
-    goal = "similarity" if quality == "similarity" else "accuracy"
+    words.append(("", "Dashed: no encoder of that width is better in both. Dotted: the most blocks. The ring is the plan."))
+    goal = "CKA" if quality == "similarity" else "accuracy"
     return [
         _card(
             f"{title} against {goal}", words, f"{QUALITY[quality]} over {label}",
@@ -267,8 +319,11 @@ def _trade_offs(plan: SlimmingPlan, rows: Sequence[Row]) -> list[Card]:
     ]  # fmt: skip
 
 
-def _cost(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+def _cost(row: Row, cost: str) -> str:
+    value = float(row[cost])
+    if cost == "latency_ms":
+        return f"{value:.2f} ms for one tile"
+    return f"{summary.short(value)} {'parameters' if cost == 'parameters' else 'MACs'}"
 
 
 def _pareto_front(entries: Sequence[tuple[Row, float, float]]) -> list[tuple[Row, float, float]]:
@@ -288,17 +343,13 @@ def _probes(rows: Sequence[Row]) -> Card | None:
 
     def draw(axes: Axes) -> None:
         for key, (name, color, line) in PROBES.items():
-            for row in prefixes:
-                depth, low, high = (_value(row, column) for column in ("depth", f"{key}_low", f"{key}_high"))
-                if depth is not None and low is not None and high is not None:
-                    axes.plot([depth, depth], [low, high], color=color, lw=1.2, alpha=0.55)
             draw_series(axes, _points(prefixes, key, f"{name} probe"), line, color=color)
             draw_series(
                 axes, _points(prefixes, f"{key}_recovered", f"{name} probe with recovery"), "", hollow=True, color=color
             )
-        _by_depth(axes, "accuracy")
+        _by_depth(axes, "accuracy of a probe")
 
-    words = [("curve", "linear;"), ("second", "k-NN, dashed."), ("", "Upright lines are intervals.")]
+    words = [("curve", "linear;"), ("second", "k-NN, dashed."), ("", "Upright lines are 95 % intervals over images.")]
     if recovered:
         words.append(("", "Hollow dots: with linear recovery, no training."))
     return _card("Accuracy by depth", words, "Accuracy of probes by depth", draw)
@@ -308,13 +359,13 @@ def _widths(plan: SlimmingPlan, rows: Sequence[Row]) -> Card | None:
     quality = next(
         (key for key in QUALITY if any(_value(r, key) is not None and _value(r, "width") != 1.0 for r in rows)), None
     )
-    lines: dict[str, list[tuple[float, float, str]]] = {}
+    lines: dict[str, list[Point]] = {}
     for row in rows:
         width, y = _value(row, "width"), None if quality is None else _value(row, quality)
         if width is not None and y is not None and row.get("kind") != "control":
-            text = f"{_name(row)}\n{y:.3f}{_interval(row, str(quality))}"
-            lines.setdefault(str(row.get("kept")), []).append((width, y, text))
-    lines = {kept: sorted(points) for kept, points in lines.items() if len({x for x, _, _ in points}) > 1}
+            text = f"{_name(row)}\n{summary.score(y)}{_interval(row, str(quality))}"
+            lines.setdefault(str(row.get("kept")), []).append(Point(width, y, text, *_ends(row, str(quality))))
+    lines = {kept: sorted(points) for kept, points in lines.items() if len({point.x for point in points}) > 1}
     if quality is None or not lines:
         return None
     step, own = -(-len(lines) // MOST_LINES), " ".join(map(str, plan.kept_blocks))
@@ -323,14 +374,19 @@ def _widths(plan: SlimmingPlan, rows: Sequence[Row]) -> Card | None:
     def draw(axes: Axes) -> None:
         for kept, points in shown.items():
             draw_series(axes, points, color=CHOSEN if kept == own else CURVE)
-            x, y, _ = points[0]
             axes.annotate(
-                str(len(kept.split())), (x, y), (-8, 0), textcoords="offset points", ha="right", va="center", color=INK
+                str(len(kept.split())),
+                points[0][:2],
+                (-8, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                color=INK,
             )
-        axes.set(xlabel="width kept", ylabel=QUALITY[quality], xlim=(0, 1.04))
+        axes.set(xlabel="width kept, as a share", ylabel=QUALITY[quality], xlim=(0, 1.04))
         axes.grid(axis="y")
 
-    words = "Share of attention and MLP kept in every block; numbers are the blocks kept, the other colour is the plan."
+    words = "Share of attention and MLP kept in every block; numbers are depths, the other colour is the plan's."
     return _card("Quality by width", [("", words)], "Quality by width", draw)
 
 
@@ -342,7 +398,7 @@ def _recovery(rows: Sequence[Row]) -> Card | None:
     def draw(axes: Axes) -> None:
         draw_series(axes, points)
         axes.axhline(1.0, color=SOFT, lw=0.8)
-        _by_depth(axes, "R²")
+        _by_depth(axes, "R², share of variance")
 
     words = "Share of the last block's output that a linear map restores; 1 is all."
     return _card("Recovery without training", [("", words)], "R² of linear recovery by depth", draw)
@@ -365,12 +421,17 @@ def _gains(rows: Sequence[Row]) -> Card | None:
         axes.axhline(0.0, color=SOFT, lw=0.8)
         _by_depth(axes, "accuracy gained")
 
-    words = [("curve", "linear;"), ("second", "k-NN."), ("", "Accuracy with recovery less that without.")]
+    words = [
+        ("curve", "linear;"),
+        ("second", "k-NN."),
+        ("", "Accuracy with recovery less that without; gains within the intervals above are noise."),
+    ]
     return _card("What recovery gains", words, "Accuracy gained by recovery, by depth", draw)
 
 
 def _by_depth(axes: Axes, label: str) -> None:
-    axes.set(xlabel="blocks kept", ylabel=label)
+    axes.set(xlabel="depth: first blocks kept", ylabel=label)
+    axes.set_xlim(left=0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=2))
     axes.grid(axis="y")
 
@@ -379,14 +440,19 @@ def _cell(row: Row, key: str, how: str) -> str:
     if how == "words":
         return summary.printable(row.get(key) or "")
     value = _value(row, key)
-    if value is None:
-        return summary.MISSING
+    if value is None or how == "short":
+        return summary.short(value)
     return f"{format(int(value) if how.endswith('d') else value, how)}{_interval(row, key)}"
 
 
 def _interval(row: Row, key: str) -> str:
-    low, high = _value(row, f"{key}_low"), _value(row, f"{key}_high")
-    return "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
+    low, high = _ends(row, key)
+    return "" if low is None or high is None else f" ({summary.score(low)} to {summary.score(high)})"
+
+
+def _ends(row: Row, key: str) -> tuple[float | None, float | None]:
+    """Ends of the interval of a measure."""
+    return _value(row, f"{key}_low"), _value(row, f"{key}_high")
 
 
 def _name(row: Row) -> str:
@@ -395,6 +461,11 @@ def _name(row: Row) -> str:
     width = _value(row, "width")
     narrow = "" if width in (None, 1.0) else f", width {width:g}"
     return f"depth {summary.printable(row.get('depth', ''), 20)}{narrow}, blocks {summary.block_ranges(_kept(row))}"
+
+
+def _blocks(row: Row) -> str:
+    kept = _kept(row)
+    return f"first {len(kept)}" if summary.is_prefix(kept) else f"blocks {summary.block_ranges(kept)}"
 
 
 def _kept(row: Row) -> tuple[int, ...]:
@@ -416,9 +487,9 @@ def _first_blocks(rows: Sequence[Row]) -> list[Row]:
     return sorted(prefixes, key=lambda row: len(_kept(row)))
 
 
-def _points(rows: Sequence[Row], key: str, name: str) -> list[tuple[float, float, str]]:
+def _points(rows: Sequence[Row], key: str, name: str) -> list[Point]:
     return [
-        (depth, value, f"depth {depth:g}, {name}: {value:.3f}{_interval(row, key)}")
+        Point(depth, value, f"depth {depth:g}, {name}: {summary.score(value)}{_interval(row, key)}", *_ends(row, key))
         for row in rows
         if (depth := _value(row, "depth")) is not None and (value := _value(row, key)) is not None
     ]

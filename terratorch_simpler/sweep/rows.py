@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.console import Group
 
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.report.summary import block_ranges, is_prefix
+from terratorch_simpler.report import summary
+from terratorch_simpler.report.summary import block_ranges, is_prefix, printable
+from terratorch_simpler.report.table import Column, FittedTable
 from terratorch_simpler.sweep.cost import Cost
 from terratorch_simpler.sweep.variants import Variant
 
@@ -31,19 +32,20 @@ COLUMNS = (
 SCORE = "score_"
 """What comes before the name of a criterion in the columns of scores, one for each that scores depths."""
 
-TERMINAL_COLUMNS = {
-    "width": ("width", 1, "{:g}"),
-    "parameters": ("M par.", 1e6, "{:.2f}"),
-    "macs": ("GMACs", 1e9, "{:.3f}"),
-    "latency_ms": ("ms", 1, "{:.2f}"),
-    "throughput": ("tiles/s", 1, "{:.0f}"),
-    "peak_memory_mib": ("MiB", 1, "{:.0f}"),
-    "similarity": ("CKA", 1, "{:.3f}"),
-    "recovery_r2": ("R2", 1, "{:.3f}"),
-    "knn": ("k-NN", 1, "{:.3f}"),
-    "linear": ("linear", 1, "{:.3f}"),
+TERMINAL_COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {
+    "parameters": ("parameters", 1, summary.short),
+    "macs": ("MACs", 2, summary.short),
+    "latency_ms": ("ms per tile", 4, "{:.2f}".format),
+    "throughput": ("tiles/s", 6, "{:.0f}".format),
+    "peak_memory_mib": ("MiB", 7, "{:.0f}".format),
+    "similarity": ("CKA to last", 5, summary.score),
+    "recovery_r2": ("R²", 9, summary.score),
+    "knn": ("k-NN", 8, summary.score),
+    "linear": ("linear probe", 3, summary.score),
 }
-"""Heading, unit and format of the columns in the terminal."""
+"""Heading, rank (the highest is left out first in a narrow terminal) and notation of the columns in the terminal."""
+INTERVALS = 100
+"""Added to the rank of a probe for its interval."""
 
 
 def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -109,31 +111,42 @@ def write_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: s
     return Path(path)
 
 
-def sweep_table(rows: Sequence[Row]) -> Table:
-    """One line for every way of slimming, and for the small official models below; only columns that say something.
+def sweep_table(rows: Sequence[Row]) -> Group:
+    """One line for every way of slimming, and for the small official models below; then what each criterion has chosen.
 
     Args:
         rows: Lines of a sweep.
+
+    Returns:
+        What a rich console prints: two tables with only the columns that say something and fit.
     """
-    shown = [key for key in TERMINAL_COLUMNS if any(row[key] not in (None, 1.0 if key == "width" else None) for row in rows)]
-    table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=True)
-    table.add_column("encoder", no_wrap=True)
-    for key in shown:
-        table.add_column(TERMINAL_COLUMNS[key][0], justify="right", no_wrap=True)
-    table.add_column("chosen by")
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and (before["kind"], before["width"]) != (row["kind"], row["width"]):
-            table.add_section()
-        table.add_row(_name(row), *(_cell(row[key], *TERMINAL_COLUMNS[key][1:]) for key in shown), row["chosen_by"])
-    return table
+    columns = [Column("encoder", [_name(row) for row in rows], words=True)]
+    for key, (heading, rank, shown) in TERMINAL_COLUMNS.items():
+        if any(row[key] is not None for row in rows):
+            columns.append(Column(heading, ["" if row[key] is None else shown(row[key]) for row in rows], rank))
+        if any(row.get(f"{key}_low") is not None for row in rows):
+            columns.append(Column(f"{heading}, 95 %", [_interval(row, key) for row in rows], rank + INTERVALS))
+    groups = [(row["kind"], row["width"]) for row in rows]
+    table = FittedTable(
+        columns,
+        bold=[number for number, row in enumerate(rows) if row["chosen_by"]],
+        sections=[number for number in range(1, len(rows)) if groups[number] != groups[number - 1]],
+    )
+    chosen = sorted((name, _name(row)) for row in rows for name in row["chosen_by"].split())
+    if not chosen:
+        return Group(table)
+    names, kept = zip(*chosen, strict=True)
+    return Group(table, FittedTable([Column("criterion", names, words=True), Column("keeps", kept, words=True)]))
 
 
-def _cell(value: float | None, unit: float, shape: str) -> str:
-    return "" if value is None else shape.format(value / unit)
+def _interval(row: Row, key: str) -> str:
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return "" if low is None or high is None else f"{summary.score(low)} to {summary.score(high)}"
 
 
 def _name(row: Row) -> str:
     if row["kind"] == "control":
-        return str(row["name"])
+        return printable(row["name"])
     kept = [int(block) for block in row["kept"].split()]
-    return f"first {len(kept)}" if is_prefix(kept) else f"blocks {block_ranges(kept)}"
+    width = "" if row["width"] == 1.0 else f", width {row['width']:g}"
+    return (f"first {len(kept)}" if is_prefix(kept) else f"blocks {block_ranges(kept)}") + width

@@ -34,8 +34,6 @@ CSV_FILE = "sweep.csv"
 BLOCKS_FILE = "blocks.csv"
 FIGURE_FILE = "sweep.png"
 SEED = 0
-NARROWEST = 110
-"""Columns of the terminal that the table needs; in a narrower one its lines are folded, but whole."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class Sweep:
         assert plan is not None  # a plan was made, or this would not run
         rows = self._rows(trainer, task, plan)
         blocks = [] if self._statistics is None else diagnose_blocks(self._statistics.patch, plan.full_num_blocks)
-        Console(width=max(Console().width, NARROWEST)).print(sweep_table(rows))
+        Console().print(sweep_table(rows))
         if (folder / CSV_FILE).exists():
             log.info(f"Replaces the comparison of an earlier sweep in {folder}.")
         write_csv(rows, columns_of(rows), folder / CSV_FILE)
