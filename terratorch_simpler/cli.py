@@ -17,7 +17,7 @@ from rich.console import Console
 from terratorch_simpler.errors import ConfigurationError, PlanError, SettingsError, SimplerError
 from terratorch_simpler.files import below, written_to
 from terratorch_simpler.lightning.internals import TunerExitException
-from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.plan import PLAN_FILE, SlimmingPlan
 from terratorch_simpler.report import full_table
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
     """
     from terratorch_simpler.models.backbone import find_backbone
     from terratorch_simpler.models.checkpoint import load_at_full_depth
-    from terratorch_simpler.plan import PLAN_FILE
     from terratorch_simpler.terratorch.command_line import build_run
 
     cli = build_run(settings, debug=arguments.debug)

@@ -121,7 +121,7 @@ def describe(
             return {name: value[name] for name in inputs if name in value}
         # One image: of the only modality of the encoder, or of all bands together.
         names = [modality] if modality in value else getattr(datamodule, "image_modalities", [])
-        parts = [value.get(name) for name in names]
+        parts: list[Any] = [value.get(name) for name in names]
         if parts and all(isinstance(part, list | tuple) for part in parts):
             return [one for part in parts for one in part]
         return parts[0] if parts and all(part == parts[0] for part in parts) else None
