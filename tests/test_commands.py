@@ -18,6 +18,7 @@ import terratorch_simpler.demo as demo
 from terratorch_simpler import SlimmingPlan
 from terratorch_simpler.cli import main
 from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.report import summary
 from tests.checkpoints import kept_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning")
@@ -224,7 +225,7 @@ def test_show_prints_table_and_curve(fitted, plan, capsys):
     assert main(["show", str(fitted / "simpler" / "plan.json")]) == 0
     out = capsys.readouterr().out
     assert f"first {len(plan.kept_blocks)} of 12 blocks kept" in out
-    assert all(f"{score:.3g}" in out for score in plan.scores.values())
+    assert all(summary.score(score) in out for score in plan.scores.values())
     assert out.count("chosen") == 1
 
 
