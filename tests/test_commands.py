@@ -20,6 +20,7 @@ import terratorch_simpler.demo as demo
 from terratorch_simpler import SlimmingPlan, __version__
 from terratorch_simpler.cli import ABOUT, build_commands, main
 from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.report import summary
 from tests.checkpoints import kept_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning")
@@ -226,7 +227,7 @@ def test_show_prints_table_and_curve(fitted, plan, capsys):
     assert main(["show", str(fitted / "simpler" / "plan.json")]) == 0
     out = capsys.readouterr().out
     assert f"first {len(plan.kept_blocks)} of 12 blocks kept" in out
-    assert all(f"{score:.3g}" in out for score in plan.scores.values())
+    assert all(summary.score(score) in out for score in plan.scores.values())
     assert out.count("chosen") == 1
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from terratorch_simpler import criteria
 from terratorch_simpler.cli import main
-from terratorch_simpler.plan import SlimmingPlan
+from terratorch_simpler.plan import SlimmingPlan, Verdict
 from terratorch_simpler.report import (
     full_table,
     plan_figure,
@@ -23,7 +23,7 @@ from terratorch_simpler.report import (
     summary,
 )
 from terratorch_simpler.report.summary import MISSING, block_ranges, change, percent, short
-from terratorch_simpler.report.tradeoffs import cards, draw_trade_off
+from terratorch_simpler.report.tradeoffs import cards, draw_trade_off, sweep_figure
 
 BLOCKS = 6
 DEPTHS = range(1, BLOCKS + 1)
@@ -405,6 +405,50 @@ def test_every_plan_has_tables_and_a_figure(kind, tmp_path):
     assert max(map(len, printed(full_table(plan), width=80).splitlines())) <= 80
     if plan.similarity is not None:
         assert save_figure(plan_figure(plan), tmp_path / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("kind", ["whole", "inner cut", "older", "huge"])
+def test_every_panel_names_its_axes(kind):
+    for axes in plan_figure(KINDS[kind]).axes:
+        texts = " ".join([axes.get_ylabel(), *(text.get_text() for text in axes.texts)])
+        assert axes.get_xlabel() or axes.yaxis.label.get_text()  # a scale of colours, or of votes, has one axis
+        assert axes.get_xlabel() == "" or texts.strip()
+    for axes in sweep_figure(sweep_rows(PLAN)).axes:
+        assert axes.get_xlabel() in ("milliseconds for one tile", "MACs per tile in billions")
+    assert sweep_figure(sweep_rows(PLAN)).axes[0].get_ylabel() == "accuracy of a linear probe"
+
+
+def test_trade_offs_say_what_they_show_and_every_point_its_depth():
+    rows = sweep_rows(PLAN)
+    sentence = "Each point is an encoder with its depth, upper left is better; it shows accuracy of a linear probe on frozen"
+    figure = sweep_figure(rows)
+    assert sentence in figure.get_suptitle()
+    assert {text.get_text() for text in figure.axes[0].texts} == {str(depth) for depth in DEPTHS}
+    over_cost = [card for card in cards(PLAN, rows) if " against " in card.title]
+    assert len(over_cost) == 3
+    for card in over_cost:
+        assert sentence in card.words[0][1]
+        points = [tip for tip in Page(card.svg).tips() if "accuracy of a linear probe: " in tip]
+        assert len(points) == len(rows) - 2  # without the controls
+        assert all(tip.startswith("depth ") and " to 0." in tip for tip in points)
+
+
+def test_intervals_and_baselines_are_drawn():
+    axes = Figure().subplots()
+    draw_trade_off(axes, sweep_rows(PLAN), "parameters", "linear", PLAN)
+    upright = [line for line in axes.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2]
+    ends = {tuple(line.get_ydata()) for line in upright}
+    assert {(row["linear_low"], row["linear_high"]) for row in sweep_rows(PLAN)[:-2]} <= ends
+    assert 0.8 in {line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"}  # that of all blocks
+
+
+def test_the_page_gives_the_reasons_of_a_verdict_once():
+    reason = "75 % of the resamples choose it."
+    plan = replace(PLAN, verdict=Verdict("clear", (reason,)))
+    text = Page(report_page(plan)).all("main")[0]["text"]
+    assert text.count(reason) == 1
+    assert "in 75.0 % of the cases" not in text
+    assert "Of the other depths, 2 wins most often, in 12.5 % of the resamples." in text
 
 
 def test_figure_marks_what_is_kept_and_shows_other_rules():

@@ -271,22 +271,13 @@ def _draw_probe(axes: Axes, blocks: int, scores: Mapping[int, float], probe: Map
         if of in scores:
             (bar,) = axes.plot([of, of], [scores[of] - error, scores[of] + error], color=CURVE, lw=1)
             tip(bar, "error", f"{of} blocks kept: {summary.score(scores[of], error)}")
-    for name, value, color in (
-        ("constant prediction", probe["baseline"], CONTROL),
-        (f"all {blocks}", probe["intact"], SOFT),
-    ):
+    marks = [("constant", probe["baseline"], CONTROL), (f"all {blocks}", probe["intact"], SOFT)]
+    for (name, value, color), side in zip(sorted(marks, key=lambda mark: mark[1]), ("top", "bottom"), strict=True):
         line = axes.axhline(value, color=color, lw=1.2, ls=":", zorder=1)
-        tip(line, "baseline", f"{name}: {summary.score(value)}")
-        axes.annotate(
-            name,
-            (0, value),
-            (4, 2),
-            axes.get_yaxis_transform(),
-            "offset points",
-            color=color,
-            fontsize=9,
-            annotation_clip=True,
-        )
+        told = "constant prediction" if name == "constant" else f"{name} blocks"
+        tip(line, "baseline", f"{told}: {summary.score(value)}")
+        style: dict[str, Any] = {"color": color, "fontsize": 9, "va": side}  # beside the axes, and never on each other
+        axes.annotate(name, (1, value), (3, 0), axes.get_yaxis_transform(), "offset points", **style)
     axes.set_ylabel(f"{summary.printable(probe['metric'], 24)} ± standard error", parse_math=False)
 
 
