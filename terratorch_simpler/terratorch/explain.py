@@ -188,9 +188,10 @@ def _index_error(err: BaseException) -> str | None:
     """Indices of a neck that the encoder has no output for."""
     for frame in _frames(err):
         neck, channels = frame.f_locals.get("self"), frame.f_locals.get("channel_list")
-        if isinstance(channels, list) and hasattr(neck, "indices"):
+        indices = getattr(neck, "indices", None)
+        if isinstance(channels, list) and indices is not None:
             return (
-                f"The neck {type(neck).__name__} takes the outputs {neck.indices}, expected indices from 0 to "
+                f"The neck {type(neck).__name__} takes the outputs {indices}, expected indices from 0 to "
                 f"{len(channels) - 1}, since the encoder gives {len(channels)}, one for each block: change indices."
             )
     return None

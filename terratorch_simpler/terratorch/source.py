@@ -37,7 +37,7 @@ parse_yaml: Callable[[str], Any] = get_loader("yaml")
 """Parses text as TerraTorch's parser does."""
 
 
-class UnknownBackboneError(ConfigurationError, InvalidModelError):
+class UnknownBackboneError(ConfigurationError, InvalidModelError):  # type: ignore[misc]
     """No other source knows the name; TerraTorch's registry expects an InvalidModelError."""
 
 
