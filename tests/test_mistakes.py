@@ -9,7 +9,7 @@ from terratorch.registry import BACKBONE_REGISTRY
 
 from terratorch_simpler import DownloadError
 from terratorch_simpler.cli import main
-from terratorch_simpler.errors import ConfigurationError
+from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.terratorch import hub
 from tests.cli_runner import config as run_config
 
@@ -140,6 +140,32 @@ def test_weights_that_cannot_be_fetched(settings, capsys, monkeypatch, tmp_path,
     with pytest.raises(DownloadError):
         BACKBONE_REGISTRY.build("simpler_prithvi_eo_v2_tiny_tl", pretrained=True)
     assert huggingface_hub.constants.HF_HUB_OFFLINE is answers
+
+
+@pytest.mark.parametrize(
+    ("bands", "expected"),
+    [
+        (["BLUE", "GREN"], "knows no band 'GREN' (did you mean 'GREEN'?)"),
+        (None, "needs backbone_model_bands"),
+    ],
+)
+def test_bands_that_an_encoder_does_not_know(settings, capsys, bands, expected):
+    model = settings["model"]["init_args"]["model_args"]
+    for key in ("backbone_embed_dim", "backbone_num_heads"):
+        del model[key]
+    model["backbone"] = "simpler_dofa_small_patch16_224"
+    if bands:
+        model["backbone_model_bands"] = bands
+    assert main(["plan", "-c", written(settings)]) == 2
+    assert expected in said(capsys)
+
+
+def test_bands_that_prithvi_has_no_weights_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.warns(SimplerWarning, match="weights for NIR, VV are random"), pytest.raises(DownloadError):
+        BACKBONE_REGISTRY.build(
+            "simpler_prithvi_eo_v2_tiny_tl", pretrained=True, bands=["BLUE", "NIR", "HLSBands.RED", "VV"]
+        )
 
 
 def test_a_typo_in_plain_terratorch_is_said_as_well():

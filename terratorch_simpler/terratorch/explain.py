@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from terratorch.registry import BACKBONE_REGISTRY, DECODER_REGISTRY, MODEL_FACTORY_REGISTRY, NECK_REGISTRY
+from torch.utils._pytree import tree_leaves
 
 from terratorch_simpler.errors import SettingsError, SimplerError, did_you_mean
 
@@ -27,6 +28,7 @@ END = re.compile(r" - (?:Not a valid subclass|Expected a)| Given value(?: type)?
 UNION = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - ")
 TYPES = {"<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false"}
 UNEXPECTED = re.compile(r"(?P<owner>\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(?P<name>\w+)'")
+MISSING = re.compile(r"(?P<owner>\w+)(?:\.__init__)?\(\) missing \d+ required .*?arguments?: (?P<names>.*)")
 UNKNOWN_MODEL = re.compile(r"[Mm]odel (?P<name>\S+) (?:not found in any|could not be instantiated|isn't in the register)")
 SIZES = re.compile(r"size of tensor a \((?P<bands>\d+)\) must match the size of tensor b \((?P<other>\d+)\)")
 UNUSED = re.compile(r"arguments (?P<names>\{.*\}) were passed but not used")
@@ -163,6 +165,12 @@ def _model_error(err: BaseException, settings: Mapping[str, Any]) -> str | None:
     text = str(err)
     if isinstance(err, IndexError):
         return _index_error(err)
+    if isinstance(err, KeyError) and err.args:
+        return _unknown_band(err, model_args)
+    if isinstance(err, TypeError) and (missing := MISSING.search(text)) is not None:
+        part = next((f"{key}_" for key in ("backbone", "decoder") if missing["owner"] in str(model_args.get(key))), "")
+        names = " and ".join(part + name for name in re.findall(r"'(\w+)'", missing["names"]))
+        return f"{missing['owner']} needs {names}: add it to model_args."
     if isinstance(err, TypeError) and (unexpected := UNEXPECTED.search(text)) is not None:
         return _unexpected_argument(unexpected["owner"], unexpected["name"], model_args)
     if (unknown := UNKNOWN_MODEL.search(text)) is not None:
@@ -180,11 +188,28 @@ def _index_error(err: BaseException) -> str | None:
     """Indices of a neck that the encoder has no output for."""
     for frame in _frames(err):
         neck, channels = frame.f_locals.get("self"), frame.f_locals.get("channel_list")
-        if isinstance(channels, list) and neck is not None and hasattr(neck, "indices"):
+        indices = getattr(neck, "indices", None)
+        if isinstance(channels, list) and indices is not None:
             return (
-                f"The neck {type(neck).__name__} takes the outputs {neck.indices}, expected indices from 0 to "
+                f"The neck {type(neck).__name__} takes the outputs {indices}, expected indices from 0 to "
                 f"{len(channels) - 1}, since the encoder gives {len(channels)}, one for each block: change indices."
             )
+    return None
+
+
+def _unknown_band(err: KeyError, model_args: Mapping[str, Any]) -> str | None:
+    """A name in ``backbone_bands`` that the table of an encoder does not hold."""
+    band = err.args[0]
+    given = [name for key, bands in model_args.items() if "bands" in key for name in tree_leaves(bands)]
+    if band not in given:
+        return None
+    for frame in _frames(err):
+        for table in (*frame.f_locals.values(), *frame.f_globals.values()):
+            # The table that was looked up knows at least one of the others.
+            if isinstance(table, Mapping) and band not in table and any(name in table for name in given):
+                meant = did_you_mean(str(band), map(str, table))
+                known = ", ".join(map(str, table))
+                return f"The encoder knows no band '{band}'{meant}, expected some of {known}: change the bands."
     return None
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # exported lazily
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # not in its stub
 
 from terratorch_simpler.errors import DownloadError
 from terratorch_simpler.logger import log

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 import timm
 from jsonargparse import get_loader
+from terratorch.models.backbones.prithvi_vit import PRETRAINED_BANDS
 from terratorch.registry import BACKBONE_REGISTRY, MultiSourceRegistry
 from terratorch.utils import InvalidModelError
 from torch import nn
 
 from terratorch_simpler.encoders import refuse_by_name
-from terratorch_simpler.errors import ConfigurationError, UnsupportedEncoderError, did_you_mean
+from terratorch_simpler.errors import ConfigurationError, SimplerWarning, UnsupportedEncoderError, did_you_mean
 from terratorch_simpler.indices import resolve_width
 from terratorch_simpler.lightning.internals import asked_with_prefix
 from terratorch_simpler.models.backbone import SimplerBackbone
@@ -113,6 +115,8 @@ class SimplerSource:
             raise UnknownBackboneError(msg)
         refuse_by_name(name)
         _refuse_typos(kwargs)
+        if kwargs.get("pretrained") and "prithvi" in name:
+            _warn_of_bands(name, kwargs.get("bands") or kwargs.get("model_bands") or ())
         keep_import()
         keep, out_indices = _parsed(keep), _parsed(out_indices)
         width = 1.0 if width is None else resolve_width(_parsed(width))  # before weights are fetched
@@ -153,6 +157,19 @@ def _refuse_typos(arguments: Iterable[str]) -> None:
             meant = f"(did you mean 'backbone_{close[0]}'?)"
             msg = f"The encoder takes no argument 'backbone_{name}' {meant}: change it in model_args."
             raise ConfigurationError(msg)
+
+
+def _warn_of_bands(name: str, bands: Iterable[Any]) -> None:
+    """TerraTorch gives bands that Prithvi does not know random weights, and says nothing of it."""
+    known = [band.name for band in PRETRAINED_BANDS]
+    unknown = [str(band) for band in bands if isinstance(band, str) and band.rpartition(".")[2] not in known]
+    if unknown:
+        warnings.warn(
+            f"'{name}' was pretrained on the bands {', '.join(known)}, so that its weights for {', '.join(unknown)} are "
+            "random: if they are some of these bands, write these names in backbone_bands.",
+            SimplerWarning,
+            stacklevel=3,
+        )
 
 
 def _parsed(value: Any) -> Any:
