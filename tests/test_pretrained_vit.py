@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from benchmarks.pretrained_vit import finetune, frozen, recovery, statistics
+from benchmarks.pretrained_vit import finetune, frozen, probe_settings, recovery, statistics
 from benchmarks.pretrained_vit.__main__ import main
 from benchmarks.pretrained_vit.data import Task
 from benchmarks.pretrained_vit.encoder import digest, read_weights
@@ -182,6 +182,22 @@ def test_fine_tuning_saves_every_run(data, weights, tmp_path):
     assert found["rows"][3]["trained_parameters_M"] < found["rows"][0]["trained_parameters_M"]
     assert found["command"].startswith("python -m benchmarks.pretrained_vit.finetune DATA/")
     assert sentences("pretrained_vit_finetune-cpu", found)
+
+
+def test_settings_of_probe_are_compared_on_cases_that_count(found, data, weights, tmp_path):
+    tests = [row | {"counts": "no" if row["task"] == "water" else "yes", "p": 0.01} for row in found["tests"]]
+    (tmp_path / "pretrained_vit-cpu.json").write_text(json.dumps(found | {"tests": tests}))
+    small = f"{data} --weights {weights} --model {MODEL} --size 32 --seeds 2 --results {tmp_path} -o {tmp_path}"
+    probe_settings.main([*small.split(), "--device", "cpu"])
+    again = json.loads((tmp_path / "pretrained_vit_probe-cpu.json").read_text())
+    assert {row["task"] for row in again["rows"]} == {"cover", "scenes"}
+    first = next(row for row in again["rows"] if row["task"] == "cover")
+    assert (first["groups"], first["rule"]) == ("place", "one_standard_error")
+    assert first["kept"] == next(row["kept"] for row in found["rows"] if row["criterion"] == "probe")
+    assert {row["criterion"] for row in again["regrets"]} == {
+        f"{rule}, groups by {groups}" for rule in ("one_standard_error", "best") for groups in ("place", "file")
+    }
+    assert sentences("pretrained_vit_probe-cpu", again).startswith("- Mean regret over tasks")
 
 
 def test_recoveries_are_compared_with_none(data, weights, tmp_path):

@@ -32,7 +32,7 @@ from terratorch_simpler.criteria import (
     Statistics,
 )
 from terratorch_simpler.criteria.base import Choice
-from terratorch_simpler.criteria.probe import STRENGTHS
+from terratorch_simpler.criteria.probe import STRENGTHS, Rule
 from terratorch_simpler.errors import DepthError
 from terratorch_simpler.extraction import rows_per_image
 from terratorch_simpler.functional.hsic import layer_normed
@@ -172,13 +172,21 @@ def level(verdict: Verdict | None) -> str:
     return "-" if verdict is None else verdict.level
 
 
-def probe_choice(task: Task, features: Features, blocks: int, labels: int, seed: int) -> Choice:
-    """What the criterion ``probe`` keeps, with the labelled training images and the validation split."""
+def probe_choice(
+    task: Task,
+    features: Features,
+    blocks: int,
+    labels: int,
+    seed: int,
+    groups: str | None = r"(.+)\|",
+    rule: Rule = "one_standard_error",
+) -> Choice:
+    """What the criterion ``probe`` keeps, with the labelled training images and the validation split; groups are places."""
     train = _labelled(task, features, blocks, "train", draw(task, labels, seed), seed)
     every = np.arange(len(task.places["val"]))
     both = dataclasses.replace(train, validation=_labelled(task, features, blocks, "val", every, seed))
     unseen = torch.eye(blocks + 1)  # probe looks at labels, not at the similarity of blocks
-    return Probe(groups=r"(.+)\|").choose(Statistics(unseen, unseen, unseen, both), blocks, Bounds())
+    return Probe(groups, rule).choose(Statistics(unseen, unseen, unseen, both), blocks, Bounds())
 
 
 def _labelled(task: Task, features: Features, blocks: int, split: str, chosen: NDArray[np.int64], seed: int) -> Labelled:
