@@ -200,9 +200,10 @@ def test_code_of_the_card_normalizes_as_terratorch_does():
     [
         (SMALL, "ibm-nasa-geospatial/Prithvi-EO-2.0-tiny-TL"),
         (TIMM, "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
-        ({**SMALL, "backbone_ckpt_path": "own.pt"}, None),
+        ({**SMALL, "backbone_ckpt_path": "gone.pt"}, None),
+        ({**TIMM, "backbone_ckpt_path": "gone.pt"}, None),
     ],
-    ids=["Prithvi", "timm", "own file"],
+    ids=["Prithvi", "timm", "own file", "own file of timm"],
 )
 def test_base_model_is_that_of_the_hub(trained, tmp_path, stack, repository):
     own = stack.pop("backbone_ckpt_path", None)

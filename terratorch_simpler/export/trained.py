@@ -260,6 +260,7 @@ def _without_downloads(model_args: dict[str, Any] | None) -> None:
         for key in (f"{prefix}pretrained", "pretrained"):
             if key in settings:
                 settings[key] = False
+        settings.pop(f"{prefix}ckpt_path", None)  # which may be gone by now
         settings.pop(f"{prefix}plan", None)  # the checkpoint knows its shape
 
 
