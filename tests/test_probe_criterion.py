@@ -230,7 +230,7 @@ def test_pairs_of_images_and_labels_of_every_kind(kind, metric, tmp_path):
     assert SlimmingPlan.load(plan.save(tmp_path / "plan.json")).overview["probe"] == plan.overview["probe"]
     assert any(f"{metric} by validation over 16 groups" in reason for reason in reasons(plan))
     assert plan.verdict.level in ("clear", "unsettled")
-    assert f"{metric}" in [axes.get_ylabel() for axes in plan_figure(plan).axes]
+    assert f"{metric} ± standard error" in [axes.get_ylabel() for axes in plan_figure(plan).axes]
     assert "constant prediction" in report_page(plan)
 
 
@@ -315,7 +315,7 @@ def test_a_few_labelled_images_are_enough(tmp_path, capsys):
     page = report_page(plan)
     assert "The blocks were not compared, for want of tiles" in page
     assert "How alike the blocks are" not in page
-    assert [axes.get_ylabel() for axes in plan_figure(plan).axes] == ["mean IoU"]
+    assert [axes.get_ylabel() for axes in plan_figure(plan).axes] == ["mean IoU ± standard error"]
 
 
 @pytest.mark.parametrize(("criterion", "options"), [("simpler", {}), ("sls", {})])
