@@ -6,6 +6,7 @@ Nothing heavy is imported before it is needed: ``--help``, ``--version`` and ``s
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace, _SubParsersAction
@@ -28,7 +29,6 @@ from terratorch_simpler.errors import (
     UnsupportedEncoderError,
     did_you_mean,
 )
-from terratorch_simpler.files import check_folder
 
 FAILED, BAD_CONFIG = 1, 2
 WRONG_SETTINGS = (
@@ -335,7 +335,11 @@ def _check_paths(options: Namespace) -> None:
         msg = f"The checkpoint {checkpoint} does not exist: give the path of one that terratorch fit has written."
         raise SettingsError(msg)
     if options.command in ("export", "demo"):  # the others check it where the callback's own folder is known
-        check_folder("--output_dir", options.output_dir, local=True)
+        folder = Path(options.output_dir)
+        nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            msg = f"Found --output_dir {folder}, expected a folder to write to, which {nearest} is not: change --output_dir."
+            raise SettingsError(msg)
 
 
 def _check_yaml(path: str) -> None:

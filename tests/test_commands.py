@@ -255,7 +255,8 @@ def test_plan_on_a_cut_backbone_says_so(config, capsys):
         (None, "The config bad.yaml does not exist: give the path"),
         ("trainer: [", "The config bad.yaml is no valid YAML at line 1, column 11 ("),
         ("hello", "The config bad.yaml holds 'hello', expected settings of terratorch fit"),
-        ("modell: {}", "has a setting 'modell' (did you mean 'model'?)"),
+        ("modell: {}", "The config lacks the setting model: add it."),
+        ("modell: {class_path: a}", "has a setting 'modell' (did you mean 'model'?)"),
         ("trainer: {max_epoch: 3}", "has a setting 'trainer.max_epoch' (did you mean 'trainer.max_epochs'?)"),
     ],
 )

@@ -11,6 +11,7 @@ from terratorch_simpler import DownloadError
 from terratorch_simpler.cli import main
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
 from terratorch_simpler.terratorch import hub
+from terratorch_simpler.terratorch.command_line import build_run
 from tests.cli_runner import config as run_config
 
 MODEL = "model.init_args.model_args"
@@ -43,7 +44,6 @@ MISTAKES = {
     f"{MODEL}.backbone ": ("prithvi_eo_v2_tinytl", "'prithvi_eo_v2_tinytl' (did you mean 'prithvi_eo_v2_tiny_tl'?)"),
     f"{MODEL}.backbone_kep": (4, "takes no argument 'backbone_kep' (did you mean 'backbone_keep'?)"),
     f"{MODEL}.backbone_keep": (24, "Found keep 24, expected 1 to 12"),
-    f"{MODEL}.backbone_ckpt_path": ("gone.pt", "The file gone.pt of backbone_ckpt_path does not exist"),
     f"{MODEL}.pretraned": (True, "No part of the model takes pretraned of model_args"),
     f"{MODEL}.decoder": ("UnetDecoder", "knows no decoder 'UnetDecoder' (did you mean 'UNetDecoder'?)"),
     f"{MODEL}.decoder_chanels": ([16, 8, 8, 4], "takes no argument 'chanels' (did you mean 'decoder_channels'?)"),
@@ -140,6 +140,22 @@ def test_weights_that_cannot_be_fetched(settings, capsys, monkeypatch, tmp_path,
     with pytest.raises(DownloadError):
         BACKBONE_REGISTRY.build("simpler_prithvi_eo_v2_tiny_tl", pretrained=True)
     assert huggingface_hub.constants.HF_HUB_OFFLINE is answers
+
+
+def test_weights_that_do_not_exist(settings, capsys):
+    settings["model"]["init_args"]["model_args"] |= {"backbone_pretrained": True, "backbone_ckpt_path": "gone.pt"}
+    assert main(["plan", "-c", written(settings)]) == 2
+    assert "Found no file gone.pt, expected one with weights: change backbone_ckpt_path" in said(capsys)
+
+
+def test_a_checkpoint_of_another_task_is_not_exported(settings, capsys):
+    run = build_run(["-c", written(settings)])
+    run.trainer.strategy.connect(run.model)
+    run.trainer.save_checkpoint("fit.ckpt")
+    other = written(settings, "model.class_path", "terratorch.tasks.PixelwiseRegressionTask")
+    assert main(["export", "-c", other, "--ckpt_path", "fit.ckpt", "-o", "plain"]) == 2
+    line = said(capsys)
+    assert "checkpoint fit.ckpt is of a SemanticSegmentationTask, but the config describes a PixelwiseRegressionTask" in line
 
 
 @pytest.mark.parametrize(

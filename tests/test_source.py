@@ -194,3 +194,16 @@ def test_walks_that_end_in_any_order_leave_terratorchs_class_alone(build):
     left = backbone.named_modules()  # left where it is, as in a traceback that somebody keeps
     assert next(name for name, part in left if part is backbone.blocks)
     assert peft_utils.QKVSep is host
+
+
+def test_names_are_known_whatever_is_imported_first():
+    """One of our modules that imports TerraTorch comes first, after somebody has only looked whether TerraTorch is there."""
+    code = (
+        "import terratorch_simpler, importlib.util, sys\n"
+        "assert importlib.util.find_spec('terratorch') is not None and 'terratorch' not in sys.modules\n"
+        "from terratorch_simpler.models.backbone import SimplerBackbone\n"
+        "from terratorch.registry import BACKBONE_REGISTRY\n"
+        "assert 'simpler_prithvi_eo_v2_tiny_tl' in BACKBONE_REGISTRY and 'prithvi_eo_v2_tiny_tl' in BACKBONE_REGISTRY\n"
+        "assert isinstance(BACKBONE_REGISTRY.build('simpler_prithvi_eo_v2_tiny_tl', pretrained=False), SimplerBackbone)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -138,6 +138,15 @@ def load_trained(
     check_contents(content, checkpoint, {*known, _datamodule(config)})
     task_class = _task_class(config)
     saved = content["hyper_parameters"]
+    trained_as = str(saved.get("_class_path", task_class.__name__)).rpartition(".")[
+        2
+    ]  # only fits of the command line say it
+    if trained_as != task_class.__name__:
+        msg = (
+            f"The checkpoint {checkpoint} is of a {trained_as}, but the config describes a {task_class.__name__}: give the "
+            "config of the fit that wrote it."
+        )
+        raise CheckpointError(msg)
     hparams = arguments_of(task_class, saved, checkpoint)
     arguments = copy.deepcopy(hparams)
     _without_downloads(arguments.get("model_args"))

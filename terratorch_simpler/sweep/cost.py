@@ -195,7 +195,9 @@ def timed_run(run: Callable[[], object], device: torch.device) -> float:
     return float(first.elapsed_time(last)) / 1000
 
 
-def _throughput(passes: Sequence[_Pass], random: np.random.Generator, step: Callable[[], None]) -> list[tuple[float, int]]:
+def _throughput(
+    passes: Sequence[_Pass], random: np.random.Generator, step: Callable[[], None] = lambda: None
+) -> list[tuple[float, int]]:
     """Tiles per second and batch size: powers of two, until a larger batch gains nothing or memory runs out."""
     best = [(0.0, 1)] * len(passes)
     growing, batch = list(range(len(passes))), 1

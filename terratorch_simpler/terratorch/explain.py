@@ -22,6 +22,7 @@ LONGEST = 400
 CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)': (?P<cause>.*)")
 UNKNOWN_CLASS = re.compile(r"module '(?P<module>[^']+)' has no attribute '(?P<name>[^']+)'")
 UNKNOWN_OPTION = re.compile(r"(?:does not accept option '(?P<key>[^']+)'|unrecognized arguments: --(?P<flag>[^\s=]+))")
+REQUIRED = re.compile(r"the following arguments are required: (?P<names>.*)")
 REFUSED_ARGUMENT = re.compile(r"Option '(?P<name>[^']+)' is not accepted")
 WRONG_VALUE = re.compile(r"Parser key \"(?P<key>[^\"]+)\": Expected an? (?P<type>.+?)\. Got value: (?P<value>.*)")
 END = re.compile(r" - (?:Not a valid subclass|Expected a)| Given value(?: type)?:|$")
@@ -59,6 +60,8 @@ def parser_error(message: str, options: Iterable[str]) -> str:
         classes.append(inner)
     if classes:
         return _refused_class(classes[-1]["path"], _first(classes[-1]["cause"]))
+    if (required := REQUIRED.search(text)) is not None:
+        return f"The config lacks the setting {required['names'].replace('fit.', '')}: add it."
     if (value := WRONG_VALUE.search(text)) is not None:
         return f"The config sets {value['key']} to {_shown(value['value'])}, expected {_expected(value['type'])}: change it."
     return f"TerraTorch's parser refuses the settings: {_first(UNION.sub('', text))[:LONGEST]}"

@@ -38,20 +38,30 @@ def read_files(arguments: Mapping[str, Any]) -> Files:
     """Read the local files of weights among the arguments of an encoder, once; tensors stay on the disk until they are used.
 
     A file that cannot be read is left out: the encoder reports it.
-
-    Raises:
-        CheckpointError: If a file does not exist.
     """
     files: dict[str, tuple[Path, object]] = {}
     for argument in FILE_ARGUMENTS:
         value = arguments.get(argument)
-        if isinstance(value, str) and ":" not in value and Path(value).suffix in SUFFIXES and not Path(value).exists():
-            msg = f"The file {value} of backbone_{argument} does not exist, expected weights of the encoder: check the path."
-            raise CheckpointError(msg)
         if isinstance(value, str | Path) and (path := Path(value)).is_file():
             with suppress(Exception):  # a damaged file raises anything
                 files[argument] = path, load_state_dict(str(path)) if path.suffix == ".safetensors" else load_mapped(path)
     return files
+
+
+def check_files(arguments: Mapping[str, Any]) -> None:
+    """Refuse a file of weights that does not exist; what may be a name of TerraTorch's or timm's own is left to them.
+
+    Args:
+        arguments: Arguments of an encoder that reads it.
+
+    Raises:
+        CheckpointError: If there is one.
+    """
+    for argument in FILE_ARGUMENTS:
+        value = arguments.get(argument)
+        if isinstance(value, str) and ":" not in value and Path(value).suffix in SUFFIXES and not Path(value).exists():
+            msg = f"Found no file {value}, expected one with weights: change backbone_{argument}."
+            raise CheckpointError(msg)
 
 
 def pop_pruned_weights(name: str, arguments: dict[str, Any], files: Files) -> Weights | None:

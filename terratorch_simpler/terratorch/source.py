@@ -24,7 +24,7 @@ from terratorch_simpler.lightning.internals import asked_with_prefix
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.terratorch.deployment import keep_import
 from terratorch_simpler.terratorch.hub import weights_at_hand
-from terratorch_simpler.terratorch.pretrained import check_loaded, load_pruned, pop_pruned_weights, read_files
+from terratorch_simpler.terratorch.pretrained import check_files, check_loaded, load_pruned, pop_pruned_weights, read_files
 from terratorch_simpler.terratorch.registration import SOURCE
 from terratorch_simpler.terratorch.timm_weights import MODULES, is_timm, load_file, pop_file
 
@@ -122,6 +122,8 @@ class SimplerSource:
         width = 1.0 if width is None else resolve_width(_parsed(width))  # before weights are fetched
         if "pretrained" in kwargs:
             kwargs["pretrained"] = _parsed(kwargs["pretrained"])  # 'false' would be taken for true
+        if not is_timm(*source) and kwargs.get("pretrained", True):
+            check_files(kwargs)
         files = read_files(kwargs)
         weights = pop_pruned_weights(name, kwargs, files)
         file = pop_file(source[1], kwargs) if weights is None and is_timm(*source) else None
