@@ -197,6 +197,7 @@ def test_settings_of_probe_are_compared_on_cases_that_count(found, data, weights
     assert {row["criterion"] for row in again["regrets"]} == {
         f"{rule}, groups by {groups}" for rule in ("one_standard_error", "best") for groups in ("place", "file")
     }
+    assert again["command"].startswith("python -m benchmarks.pretrained_vit.probe_settings DATA/")
     assert sentences("pretrained_vit_probe-cpu", again).startswith("- Mean regret over tasks")
 
 
@@ -214,6 +215,7 @@ def test_recoveries_are_compared_with_none(data, weights, tmp_path):
         assert row["gain"][0] == pytest.approx(row["score"][0] - none["score"][0])
         assert row["gain"][1] <= row["gain"][0] <= row["gain"][2]
     assert " to " in recovered[1]["explained"]
+    assert found["command"].startswith("python -m benchmarks.pretrained_vit.recovery DATA/")
     assert sentences("pretrained_vit_recovery-cpu", found).count("without recovery") == 2
 
 

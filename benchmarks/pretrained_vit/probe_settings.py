@@ -94,7 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     means = mean_regrets(tasks)
     record.show("Settings", rows)
     record.show("Regret", means)
-    record.save("pretrained_vit_probe", args, rows, arguments, regrets=means, weights=digest(state))
+    record.save(
+        "pretrained_vit_probe",
+        args,
+        rows,
+        arguments,
+        module="pretrained_vit.probe_settings",
+        regrets=means,
+        weights=digest(state),
+    )
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += run(args, task, state, args.labels or LABELLED[name])
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     record.show("Recovery", rows)
-    record.save("pretrained_vit_recovery", args, rows, arguments, weights=digest(state))
+    record.save("pretrained_vit_recovery", args, rows, arguments, module="pretrained_vit.recovery", weights=digest(state))
 
 
 if __name__ == "__main__":

@@ -199,6 +199,14 @@ def recovered(found: Results) -> list[str]:
             f"{words} gains on {rows[0]['kept']} blocks without recovery: {_list(parts)}. The interval is above 0 in "
             f"{len(above)} of {len(rows)}, and below 0 in {len(below)}."
         )
+    recovered = [row for row in found["rows"] if row["recovery"] != "none"]
+    if not any(row["gain"][1] > 0 for row in recovered):
+        lines.append("So no recovery is shown to help here.")
+    harmed = _unique(
+        f"{row['recovery']} to the last block" for row in recovered if row["gain"][2] < 0 and "last" in row["target"]
+    )
+    if harmed and all("last" in row["target"] for row in recovered if row["gain"][2] < 0):
+        lines.append(f"What harms is {_list(harmed)}; no other recovery is shown to.")
     return lines
 
 

@@ -17,6 +17,7 @@ from terratorch_simpler.distributed import Processes
 from terratorch_simpler.errors import (
     ConfigurationError,
     FewTilesWarning,
+    SimplerWarning,
     SkippedTilesWarning,
     TilesError,
     TooFewTilesError,
@@ -290,6 +291,13 @@ def _distill(
         + f": it explains {result.explained_after:.1%} of its variance on {result.held_out} held-out tiles, "
         f"{result.explained_before:.1%} before."
     )
+    if result.explained_after < 0:
+        msg = (
+            f"After {config.recovery_steps} steps of distillation the pruned encoder explains less of the output of block "
+            f"{target - 1} on held-out tiles than its mean does, and may be worse than without: set more recovery_steps, a "
+            "nearer recovery_target, or recovery: none."
+        )
+        warnings.warn(msg, SimplerWarning, stacklevel=2)
     distilled = {
         "steps": config.recovery_steps,
         "tiles": result.tiles,
