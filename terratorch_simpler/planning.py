@@ -157,6 +157,7 @@ def build_plan(
             min_tiles=config.min_tiles,
             seed=config.seed,
             untrained=is_untrained(encoder),
+            implausible=measurement.implausible,
             others=depths_without_budget(overview, criterion.name),
         )
         if criterion.probes_labels and (simpler := overview["criteria"].get(Simpler.name)) is not None:
@@ -224,6 +225,7 @@ def _verdict_of_simpler(
         min_tiles=config.min_tiles,
         seed=config.seed,
         untrained=is_untrained(encoder),
+        implausible=measurement.implausible,
         others=depths_without_budget({"criteria": unlabeled}, simpler.name),
     )
 

@@ -88,6 +88,18 @@ def test_planted(kind, level, said):
     verdict, _ = judged(kind)
     assert verdict.level == level
     assert any(said in reason for reason in verdict.reasons)
+    if said.startswith("All depths"):  # the curve is rounding, wherever it rises to
+        assert not any("still rises" in reason for reason in verdict.reasons)
+
+
+def test_an_unsettled_choice_tells_its_causes_as_well():
+    verdict, _ = judged("drifting", untrained=True, implausible="The values of band 1 are implausible.")
+    assert verdict.level == "unsettled"
+    assert "still rises" in verdict.reasons[0]
+    assert verdict.reasons[1:] == (
+        "The encoder holds random weights, on which no depth means anything.",
+        "The values of band 1 are implausible.",
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,6 +108,7 @@ def test_planted(kind, level, said):
         ({"groups": 2}, "Not enough tiles for a vote: 4 groups"),
         ({"min_tiles": 600}, "Only 512 tiles were seen, fewer than the 600"),
         ({"untrained": True}, "random weights"),
+        ({"implausible": "The values of band 1 are implausible."}, "The values of band 1 are implausible"),
         ({"others": {"knee": 12}}, "more than a quarter of the 12 blocks apart: 4 (this one), 12 (knee)"),
         ({"files": [171, 171, 170]}, "Not enough places for a vote: 3 files weigh as much as 3.0 equal ones"),
     ],

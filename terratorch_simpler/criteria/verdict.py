@@ -49,7 +49,7 @@ def judge(
         no_vote: Why there are no resamples, if there should be some.
         conventions: Depth chosen by name of the convention.
         others: Depth chosen by name of another criterion without a budget.
-        doubts: Further reasons why the choice is weak, each a sentence.
+        doubts: Further reasons why the choice is weak, each a sentence; told where it is unsettled as well.
         needs_positive_score: Whether a score of 0 or less means that nothing speaks for a depth.
 
     Returns:
@@ -68,7 +68,7 @@ def judge(
         *_apart("The conventions of comparing tokens", conventions, num_blocks),
     ]
     if unsettled:
-        return Verdict(UNSETTLED, tuple(unsettled))
+        return Verdict(UNSETTLED, (*unsettled, *doubts))
     weak = [no_vote] if no_vote else []
     if share is not None and share < ENOUGH_SHARE:
         weak.append(f"Only {100 * share:.0f} % of the resamples choose it, expected at least {100 * ENOUGH_SHARE:.0f} %.")
@@ -100,7 +100,7 @@ def _flat(scores: Mapping[int, float], resampled: Tensor | None, needs_positive_
         difference = resampled[:, int(values.argmax())] - resampled[:, int(values.argmin())]
         error = float(difference.std()) if len(difference) > 1 else float("inf")
     if best - worst < TIE:
-        reasons.append(f"All depths score the same, within {TIE:g}.")
+        reasons.append(f"All depths score the same, within {TIE:g}: their curve is rounding.")
     elif best - worst < STANDARD_ERRORS * error:
         reasons.append(
             f"Scores span {format_score(best - worst)} from the lowest to the highest, less than {STANDARD_ERRORS:g} "
@@ -117,7 +117,7 @@ def _at_an_end(scores: Mapping[int, float], depth: int) -> list[str]:
     last = depth == depths[-1]
     half = -(-len(depths) // 2)
     towards = values[-half:] if last else values[:half].flip(0)
-    if bool((towards.diff() < -TIE).any()):
+    if float(values.max() - values.min()) < TIE or bool((towards.diff() < -TIE).any()):
         return []
     return [
         f"The score still rises towards {'more' if last else 'fewer'} blocks at {depth}, the {'last' if last else 'first'} "
@@ -142,6 +142,7 @@ def verdict_on(
     min_tiles: int,
     seed: int,
     untrained: bool = False,
+    implausible: str | None = None,
     others: Mapping[str, int] | None = None,
 ) -> Verdict | None:
     """The verdict on the choice of a criterion.
@@ -155,6 +156,7 @@ def verdict_on(
         min_tiles: Tiles that are recommended.
         seed: Seed of the resamples.
         untrained: Whether the encoder is known to hold random weights.
+        implausible: What is implausible about the images that reach the encoder, a sentence.
         others: Depth chosen by name of another criterion without a budget.
 
     Returns:
@@ -169,6 +171,8 @@ def verdict_on(
     depth = len(choice.kept_blocks)
     scores = {} if budget or choice.scores is None else {number: choice.scores[number] for number in allowed}
     doubts = ["The encoder holds random weights, on which no depth means anything."] if untrained else []
+    if implausible is not None:
+        doubts.append(implausible)
     if criterion.needs_labels:  # it looks at labels, not at the similarity of many tiles
         return judge(scores, depth, num_blocks, others=others, doubts=doubts)
     tiles = sum(evidence.tiles_of_file)

@@ -48,15 +48,16 @@ class InputStatistics:
             sums = torch.stack([mask.expand_as(pixels).sum(axes), seen.sum(axes), seen.square().sum(axes)])
             self._sums[name] = self._sums.get(name, 0) + sums
 
-    def warn_implausible(self, processes: Processes) -> None:
+    def warn_implausible(self, processes: Processes) -> str | None:
         """Warn, on rank 0, of bands whose mean or standard deviation no normalized image has; all ranks take part.
+
+        Returns:
+            The same in a sentence, on all ranks; None if there are no such bands.
 
         Warns:
             ImplausibleInputWarning: If there are any.
         """
         of_ranks = processes.all_gather(lambda: {name: sums.cpu().double() for name, sums in self._sums.items()})
-        if not processes.first:
-            return
         wrong = []
         for name in dict.fromkeys(name for sums in of_ranks for name in sums):
             pixels, total, squares = torch.stack([sums[name] for sums in of_ranks if name in sums]).sum(dim=0)
@@ -67,15 +68,17 @@ class InputStatistics:
                 f"{self._band(name, band, len(mean))} (mean {float(mean[band]):.3g}, std {float(std[band]):.3g})"
                 for band in bad.nonzero().flatten().tolist()
             ]
-        if wrong:
-            more = f" and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
-            warnings.warn(
-                f"After normalization the values of {', '.join(wrong[:MOST_NAMED])}{more} are implausible, expected a mean "
-                f"within {LARGEST_MEAN:g} of 0 and a standard deviation from {SMALLEST_STD:g} to {LARGEST_STD:g}: check the "
-                "means and stds of the data, its scale and its nodata value.",
-                ImplausibleInputWarning,
-                stacklevel=3,
-            )
+        if not wrong:
+            return None
+        more = f" and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
+        sentence = (
+            f"After normalization the values of {', '.join(wrong[:MOST_NAMED])}{more} are implausible, expected a mean "
+            f"within {LARGEST_MEAN:g} of 0 and a standard deviation from {SMALLEST_STD:g} to {LARGEST_STD:g}: check the "
+            "means and stds of the data, its scale and its nodata value."
+        )
+        if processes.first:
+            warnings.warn(sentence, ImplausibleInputWarning, stacklevel=3)
+        return sentence
 
     def _band(self, modality: str, band: int, bands: int) -> str:
         names = self.names.get(modality, ()) if isinstance(self.names, Mapping) else self.names

@@ -44,6 +44,7 @@ class Measurement:
         batch_limit: Most tiles that fitted into memory at once, if it ran out with more.
         recovery: Normal equations for maps in the place of dropped blocks; None unless asked for.
         peak_bytes: Most memory that tensors took on the device of this rank, the encoder included; None on a CPU.
+        implausible: Which bands have values that no normalized image has, in a sentence; None if there are none.
     """
 
     statistics: Statistics
@@ -59,6 +60,7 @@ class Measurement:
     batch_limit: int | None
     recovery: RecoveryStatistics | None
     peak_bytes: int | None
+    implausible: str | None
 
     @property
     def similarity(self) -> Tensor:
@@ -142,6 +144,7 @@ def measure(
             collector.recovery.all_reduce(collector.width)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # for the times below; a rank that compared no group has not waited yet
+        implausible = input_statistics.warn_implausible(processes)
         count, similarity = collector.accepted, collector.similarity
         with similarity.summed_over_ranks():
             result = Measurement(
@@ -158,8 +161,8 @@ def measure(
                 batch_limit=collector.batch_limit,
                 recovery=collector.recovery,
                 peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+                implausible=implausible,
             )
-    input_statistics.warn_implausible(processes)
     if partial_result is not None and processes.first:
         partial_result.remove()
     return result

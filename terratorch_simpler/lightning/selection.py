@@ -198,8 +198,8 @@ def _stream(
     few = planned < config.min_tiles and not config.labels_suffice  # votes are of the other criteria
     if few and not fast_dev_run(trainer) and processes.first:
         warnings.warn(
-            f"Only {planned} tiles available ({config.min_tiles} recommended, min_tiles); the choice may be unstable: look "
-            "at the votes, or give more unlabeled tiles.",
+            f"Only {planned} tiles available ({config.min_tiles} recommended, min_tiles); the choice may be unstable: "
+            "give more unlabeled tiles.",
             FewTilesWarning,
             stacklevel=2,
         )
