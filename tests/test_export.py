@@ -384,7 +384,7 @@ def test_what_the_plain_model_would_lose_is_refused_by_name(trained, tmp_path, c
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
-    assert not list((tmp_path / "out").iterdir())  # which was tried first
+    assert not (tmp_path / "out").exists()
     with pytest.raises(NotCarriedError):
         load_trained(config, checkpoint)
 
@@ -486,7 +486,7 @@ def test_family_the_host_cannot_express_is_one_clear_sentence(trained, tmp_path,
     assert "Found 'terramind_v1_tiny' pruned to 5 of 12 blocks, expected an encoder whose depth TerraTorch can set" in said
     assert "onnx or pt2" in said
     assert said.count("\n") == 1
-    assert not list((tmp_path / "plain").iterdir())  # which was tried first
+    assert not (tmp_path / "plain").exists()
 
 
 DOFA = {
