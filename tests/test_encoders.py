@@ -366,10 +366,11 @@ def test_out_indices_of_timm_are_those_of_timm(asked):
     assert len(found) == len(set(map(id, expected))) or asked == [11, 2, 2]
 
 
-def test_weights_of_dinov3_come_from_a_path():
+def test_weights_of_dinov3_come_from_a_path(tmp_path):
+    (tmp_path / "weights.pth").touch()
     family = next(family for family in FAMILIES if family.key == "dinov3")
     with family.before():
-        assert BACKBONE_REGISTRY.build("simpler_dinov3_vits16", ckpt_path="weights.pth").pretrained is None
+        assert BACKBONE_REGISTRY.build("simpler_dinov3_vits16", ckpt_path=str(tmp_path / "weights.pth")).pretrained is None
         assert BACKBONE_REGISTRY.build("simpler_dinov3_vits16", ckpt_path=None).pretrained is False
 
 
