@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from terratorch_simpler import export
-from terratorch_simpler.errors import ConfigurationError, SettingsError
+from terratorch_simpler.errors import ConfigurationError, ExportError, SettingsError
 from terratorch_simpler.extraction import progress_bar
 from terratorch_simpler.files import below, written_to
 from terratorch_simpler.lightning.callback import SimplerCallback
@@ -143,8 +143,11 @@ def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
     shown = (config.get("trainer") or {}).get("enable_progress_bar") is not False
     with progress_bar(shown, 1 + len(graphs) + plain, f"Exporting {arguments.ckpt_path}") as progress:
         trained = export.load_trained(config, arguments.ckpt_path, arguments.width)
-        if plain:
-            export.check_expressible(trained.backbone)  # before anything is written
+        if plain:  # before anything is written
+            try:
+                export.check_expressible(trained.backbone)
+            except ExportError as err:  # what --formats asks for
+                raise SettingsError(str(err)) from err
         plan = export.find_plan(trained, config, arguments.ckpt_path)
         description = export.describe(trained, datamodule, plan, arguments.image_size if graphs else None)
         progress(1)
