@@ -98,6 +98,14 @@ def no_encoders_of_other_modules():
         libc.malloc_trim(0)
 
 
+@pytest.fixture(autouse=True)
+def matmul_precision_kept():
+    """A command that a test runs in this process may set another precision, which would change numbers of later tests."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     folder = Path(__file__).parents[2] / "shared" / "data"
