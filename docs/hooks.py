@@ -62,7 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for uri, text in texts.items():
         for match in LINK.finditer(text):
             target = _repository(uri, match[1])
-            if not target.startswith(DOCS) and not target.endswith(".md") and (ROOT / target).is_file():
+            if not target.startswith(DOCS) and not target.endswith((".md", ".ipynb")) and (ROOT / target).is_file():
                 added[f"{target}.md"] = _file_page(target)
     for uri, content in (added | pictures).items():
         files.append(File.generated(config, uri, content=content))

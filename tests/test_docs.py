@@ -191,6 +191,8 @@ def test_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     assert "backbone_keep" in pages["yaml.html"]
     assert 'href="configs/cluster.yaml.html"' in pages["cluster.html"]
     assert "plan_cache" in pages["configs/cluster.yaml.html"]
+    assert "<h1" in pages["notebooks/quick_start.ipynb.html"]
+    assert "cell_type" not in pages["notebooks/quick_start.ipynb.html"]
     assert (site / "pictures" / "settles.svg").is_file()
     assert not list(site.glob("*.py"))
     for name, page in pages.items():
