@@ -86,13 +86,29 @@ def _gdal_options():
 
 
 GDAL_OPTIONS = _gdal_options()
+MOST_MEMORY = 4 * 2**30
+"""Memory from which a test process looks for what it can return."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_encoders_of_other_modules():
-    """What :mod:`tests.families` has built is gigabytes in the end; glibc keeps what was freed until it is told to trim."""
+    """What :mod:`tests.families` has built is gigabytes in the end."""
     yield
     built.clear()
+    _return_memory()
+
+
+@pytest.fixture(autouse=True)
+def memory_is_returned():
+    """Three processes share the memory of one machine with their subprocesses."""
+    yield
+    statm = Path("/proc/self/statm")
+    if statm.is_file() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+        _return_memory()
+
+
+def _return_memory():
+    """Glibc keeps what was freed until it is told to trim."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
