@@ -405,6 +405,7 @@ def config(tmp_path_factory, scenes):
 
 
 def test_the_command_probes_every_depth(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")  # the table has room for all columns
     monkeypatch.setattr("terratorch_simpler.sweep.cost.LARGEST_BATCH", 1)
     monkeypatch.setattr("terratorch_simpler.sweep.run.build_controls", lambda *_: iter(()))
     assert main(["sweep", "-c", str(config), "-o", str(tmp_path), "--probe", "--repeats", "1"]) == 0
