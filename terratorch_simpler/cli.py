@@ -27,6 +27,7 @@ from terratorch_simpler.errors import (
     TilesError,
     TooFewTilesError,
     UnsupportedEncoderError,
+    causes,
     did_you_mean,
 )
 
@@ -359,9 +360,7 @@ def _check_yaml(path: str) -> None:
 
 def _our_error(err: BaseException | None) -> SimplerError | None:
     """The error of ours behind what was raised: the parser wraps what goes wrong while it builds the model."""
-    while err is not None and not isinstance(err, SimplerError):
-        err = err.__cause__ or err.__context__
-    return err
+    return next((cause for cause in causes(err) if isinstance(cause, SimplerError)), None)
 
 
 def _explained(err: Exception) -> SimplerError | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -122,6 +122,13 @@ class FewTilesWarning(SimplerWarning):
 
 class SkippedTilesWarning(SimplerWarning):
     """Some tiles could not be used and were counted instead."""
+
+
+def causes(err: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from, the last one first."""
+    while err is not None:
+        yield err
+        err = err.__cause__ or err.__context__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

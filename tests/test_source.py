@@ -207,3 +207,9 @@ def test_names_are_known_whatever_is_imported_first():
         "assert isinstance(BACKBONE_REGISTRY.build('simpler_prithvi_eo_v2_tiny_tl', pretrained=False), SimplerBackbone)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_argument_of_timm_that_begins_like_one_of_ours_is_no_typo():
+    name = "simpler_timm_vit_tiny_patch16_224"
+    backbone = BACKBONE_REGISTRY.build(name, pretrained=False, pretrained_cfg="augreg_in21k")
+    assert backbone.num_blocks == 12

@@ -49,7 +49,7 @@ def judge(
         no_vote: Why there are no resamples, if there should be some.
         conventions: Depth chosen by name of the convention.
         others: Depth chosen by name of another criterion without a budget.
-        doubts: Further reasons why the choice is weak, each a sentence; told where it is unsettled as well.
+        doubts: Further reasons why the choice is weak, each a sentence; given for an unsettled one as well.
         needs_positive_score: Whether a score of 0 or less means that nothing speaks for a depth.
 
     Returns:

@@ -138,9 +138,8 @@ def load_trained(
     check_contents(content, checkpoint, {*known, _datamodule(config)})
     task_class = _task_class(config)
     saved = content["hyper_parameters"]
-    trained_as = str(saved.get("_class_path", task_class.__name__)).rpartition(".")[
-        2
-    ]  # only fits of the command line say it
+    class_of_fit = str(saved.get("_class_path", task_class.__name__))  # only fits of the command line say it
+    trained_as = class_of_fit.rpartition(".")[2]
     if trained_as != task_class.__name__:
         msg = (
             f"The checkpoint {checkpoint} is of a {trained_as}, but the config describes a {task_class.__name__}: give the "

@@ -274,8 +274,8 @@ def _draw_probe(axes: Axes, blocks: int, scores: Mapping[int, float], probe: Map
     marks = [("constant", probe["baseline"], CONTROL), (f"all {blocks}", probe["intact"], SOFT)]
     for (name, value, color), side in zip(sorted(marks, key=lambda mark: mark[1]), ("top", "bottom"), strict=True):
         line = axes.axhline(value, color=color, lw=1.2, ls=":", zorder=1)
-        told = "constant prediction" if name == "constant" else f"{name} blocks"
-        tip(line, "baseline", f"{told}: {summary.score(value)}")
+        label = "constant prediction" if name == "constant" else f"{name} blocks"
+        tip(line, "baseline", f"{label}: {summary.score(value)}")
         style: dict[str, Any] = {"color": color, "fontsize": 9, "va": side}  # beside the axes, and never on each other
         axes.annotate(name, (1, value), (3, 0), axes.get_yaxis_transform(), "offset points", **style)
     axes.set_ylabel(f"{summary.printable(probe['metric'], 24)} ± standard error", parse_math=False)

@@ -212,7 +212,7 @@ def _scale_cost(axes: Axes, amounts: Sequence[float], slimmed: Sequence[float]) 
 
 
 def _label_depths(axes: Axes, entries: Sequence[tuple[tuple[Row, float, float], str]], size: float) -> None:
-    """Depth of every encoder beside its point, in its colour; of those too close to others it is told by the tip alone."""
+    """Depth of every encoder beside its point, in its colour; of those too close to others only the tip says it."""
     if not entries:
         return
     axes.autoscale_view()

@@ -15,7 +15,7 @@ from typing import Any
 from terratorch.registry import BACKBONE_REGISTRY, DECODER_REGISTRY, MODEL_FACTORY_REGISTRY, NECK_REGISTRY
 from torch.utils._pytree import tree_leaves
 
-from terratorch_simpler.errors import SettingsError, SimplerError, did_you_mean
+from terratorch_simpler.errors import SettingsError, SimplerError, causes, did_you_mean
 
 LONGEST = 400
 """Characters of an error that is not known here."""
@@ -153,13 +153,6 @@ def run_error(err: BaseException) -> SimplerError | None:
                         "mean and a standard deviation for each band: change means and stds, or output_bands."
                     )
     return None
-
-
-def causes(err: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from, the last one first."""
-    while err is not None:
-        yield err
-        err = err.__cause__ or err.__context__
 
 
 def _model_error(err: BaseException, settings: Mapping[str, Any]) -> str | None:

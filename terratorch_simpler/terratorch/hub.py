@@ -10,11 +10,11 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # not in its stub
 
-from terratorch_simpler.errors import DownloadError
+from terratorch_simpler.errors import DownloadError, causes
 from terratorch_simpler.logger import log
 
 SECONDS = 5.0
-"""How long the Hub may take for a first answer; its client alone tries for half a minute, six times."""
+"""How long the Hub may take for a first answer; its client alone tries several times before it gives up."""
 
 
 @contextmanager
@@ -34,10 +34,7 @@ def weights_at_hand(name: str) -> Iterator[None]:
         with mock.patch.object(constants, "HF_HUB_OFFLINE", offline):
             yield
     except Exception as err:
-        cause: BaseException | None = err
-        while cause is not None and not isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        if not any(isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled) for cause in causes(err)):
             raise
         msg = (
             f"The weights of '{name}' are not in the cache of the Hugging Face Hub ({constants.HF_HUB_CACHE}), and the Hub "

@@ -1,6 +1,6 @@
 """Makes ``simpler_<backbone>`` known to TerraTorch as soon as that is imported, and imports it for nobody.
 
-TerraTorch takes ten seconds to import, which commands that only read a plan need not wait for.
+TerraTorch takes seconds to import, which commands that only read a plan need not wait for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from terratorch_simpler.terratorch.source import SimplerSource
 
 SOURCE = "simpler"
-HOST = "terratorch"
+TERRATORCH = "terratorch"
 
 
 class LazySource:
@@ -49,7 +49,7 @@ class _AfterImport(MetaPathFinder):
     """Finds TerraTorch as the other finders do, and adds the source at the end of its import."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != HOST:
+        if name != TERRATORCH:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
@@ -67,7 +67,7 @@ class _AfterImport(MetaPathFinder):
 
 def register_source() -> None:
     """Add the source to TerraTorch's backbones, once: now, or when TerraTorch is imported."""
-    if HOST in sys.modules:
+    if TERRATORCH in sys.modules:
         _add_source()
     elif not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())

@@ -155,6 +155,8 @@ class SimplerSource:
 def _refuse_typos(arguments: Iterable[str]) -> None:
     """TerraTorch's encoders ignore arguments that they do not know."""
     for name in arguments:
+        if name.startswith(tuple(f"{ours}_" for ours in OUR_ARGUMENTS)):  # such as timm's pretrained_cfg
+            continue
         if name not in OUR_ARGUMENTS and (close := difflib.get_close_matches(name, OUR_ARGUMENTS, n=1, cutoff=0.8)):
             meant = f"(did you mean 'backbone_{close[0]}'?)"
             msg = f"The encoder takes no argument 'backbone_{name}' {meant}: change it in model_args."
