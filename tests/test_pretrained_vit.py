@@ -166,22 +166,31 @@ def test_no_case_without_a_gate_has_a_regret(found):
 
 @needs_peft
 def test_fine_tuning_saves_every_run(data, weights, tmp_path):
-    small = f"{data} --weights {weights} --model {MODEL} --size 32 --seeds 2 --labels 7 --epochs 1 --depths 1 2 --lora 1"
-    finetune.main([*small.split(), "--random", "1", "--device", "cpu", "-o", str(tmp_path)])
-    found = json.loads((tmp_path / "pretrained_vit_finetune-cpu.json").read_text())
-    assert [(row["trained"], row["blocks"]) for row in found["rows"]] == [
-        ("whole", 1),
-        ("whole", 2),
-        ("random", 1),
-        ("lora", 1),
-    ]
-    assert len(found["runs"]) == 4 * (3 + 1)
-    assert found["rows"][1]["gain_on_all_blocks"] is None
+    small = f"{data} --weights {weights} --model {MODEL} --size 64 --seeds 2 --labels 7 --epochs 1 --depths 1 2 12 --steps 2"
+    others = "--targets 3 --random 1 --lora 1 --narrow 1 --linear 1 --distill 1"
+    finetune.main([*small.split(), *others.split(), "--device", "cpu", "-o", str(tmp_path)])
+    found = json.loads((tmp_path / "pretrained_vit_finetune_7-cpu.json").read_text())
+    variants = [("whole", 1), ("whole", 2), ("whole", 12)]
+    variants += [(name, 1) for name in ("random", "lora", "narrow", "linear to block 3", "distill to block 3")]
+    assert [(row["trained"], row["blocks"]) for row in found["rows"]] == variants
+    assert len(found["runs"]) == len(variants) * (3 + 1)
+    assert found["rows"][2]["gain_on_all_blocks"] is None
     low, high = found["rows"][0]["gain_on_all_blocks"][1:]
     assert low <= high
-    assert found["rows"][3]["trained_parameters_M"] < found["rows"][0]["trained_parameters_M"]
+    trained = {row["trained"]: row["trained_parameters_M"] for row in found["rows"] if row["blocks"] == 1}
+    assert (
+        trained["lora"]
+        < trained["narrow"]
+        < trained["whole"]
+        == trained["distill to block 3"]
+        < trained["linear to block 3"]
+    )
     assert found["command"].startswith("python -m benchmarks.pretrained_vit.finetune DATA/")
-    assert sentences("pretrained_vit_finetune-cpu", found)
+    choices = {row["criterion"]: row for row in found["choices"]}
+    assert choices["all blocks"]["score"] == pytest.approx(found["rows"][2]["test_accuracy"][0])
+    assert "score" not in choices["half"]  # six blocks were not fine-tuned
+    assert {"probe", "simpler", "a third"} <= set(choices)
+    assert sentences("pretrained_vit_finetune_70-cpu", found)
 
 
 def test_settings_of_probe_are_compared_on_cases_that_count(found, data, weights, tmp_path):
@@ -256,17 +265,28 @@ def test_sentences_rank_nothing_without_an_f_test():
 
 def test_sentences_of_fine_tuning_follow_the_intervals():
     rows = [
-        {"trained": "whole", "blocks": 3, "gain_on_all_blocks": [0.1, 0.05, 0.2]},
-        {"trained": "whole", "blocks": 12, "gain_on_all_blocks": None},
+        {"trained": "whole", "blocks": 3, "test_accuracy": [0.6, 0.01], "gain_on_all_blocks": [0.1, 0.05, 0.2]},
+        {"trained": "whole", "blocks": 12, "test_accuracy": [0.5, 0.01], "gain_on_all_blocks": None},
     ]
+    distilled = {
+        "trained": "distill to block 7",
+        "blocks": 3,
+        "test_accuracy": [0.7, 0.01],
+        "gain_on_all_blocks": [0.2, 0.05, 0.3],
+    }
+    choices = [{"criterion": "probe", "kept": "3", "regret": [0.0, -0.1, 0.1]}, {"criterion": "half", "kept": "6"}]
     runs = [{"trained": "whole", "blocks": 3, "seed": 0, "learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)]
     runs += [{**run, "blocks": 12} for run in runs]
     for row, rate in zip(rows, ("1e-05", "3e-05"), strict=True):
         row["learning_rate"] = rate
-    found = {"tests": [{"F_over_depths": 9.0, "p": 0.01}], "rows": rows, "runs": runs}
-    said = sentences("pretrained_vit_finetune-cpu", found)
+    found = {"tests": [{"F_over_depths": 9.0, "p": 0.01}], "rows": rows, "runs": runs, "choices": choices}
+    found["rows"] = [*rows, distilled]
+    said = sentences("pretrained_vit_finetune_70-cpu", found)
     assert "Above all blocks: 3." in said
+    gain = "gain on all blocks 0.200 (0.050 to 0.300); as they are 0.600 ± 0.010"
+    assert f"- After a distillation to block 7: 3 blocks 0.700 ± 0.010 ({gain})." in said
+    assert "- Regret: probe (keeps 3) 0.000 (-0.100 to 0.100). All" in said
     assert "chose the lowest or highest learning rate at depth 3:" in said
-    said = sentences("pretrained_vit_finetune-cpu", found | {"tests": [{"F_over_depths": 1.0, "p": 0.4}]})
+    said = sentences("pretrained_vit_finetune_70-cpu", found | {"tests": [{"F_over_depths": 1.0, "p": 0.4}]})
     assert "- The depths cannot be told apart (F test, p = 0.4), so they are not ranked.\n" in said
     assert "Above" not in said

@@ -2,14 +2,17 @@
 
     python -m benchmarks.pretrained_vit.finetune DATA --weights dinov2_vits14.pt
 
-The first n blocks, whole or with LoRA, and a linear head on the mean of the LayerNormed patch tokens are trained on a few
-labelled scenes of RSSCN7: AdamW, cosine schedule, flips, float32. The encoder's learning rate is chosen on the validation
-split from three, for every depth on its own, with seed 0; the other seeds use it. What is tested is the last epoch.
+The first n blocks and a linear head on the mean of the LayerNormed patch tokens are trained on a few labelled scenes of
+RSSCN7: AdamW, cosine schedule, flips, float32. The encoder's learning rate is chosen on the validation split from three,
+for every variant on its own, with seed 0; the other seeds use it. What is tested is the last epoch. Beside the first n
+blocks as they are: with LoRA, from random weights, at half the width, and after recovery without labels on all training
+scenes, by a linear map or by distillation, to the output of a block.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics as medians
 import time
 from collections.abc import Sequence
@@ -18,34 +21,50 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from terratorch.registry import BACKBONE_REGISTRY
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+import terratorch_simpler  # noqa: F401  makes simpler_ known
 from benchmarks import record
 from benchmarks.pretrained_vit import statistics
 from benchmarks.pretrained_vit.data import SCENES, Task, draw, read_task
 from benchmarks.pretrained_vit.encoder import add_arguments, digest, load, read_weights
+from benchmarks.pretrained_vit.frozen import choice_figures, choose_without_labels, extract, level, probe_choice
+from benchmarks.pretrained_vit.recovery import recover
 from benchmarks.pretrained_vit.statistics import Bootstrap
 from terratorch_simpler import prune
+from terratorch_simpler.pruning.width import Narrowing
 
 BATCH = 10
-RATES = {"whole": (1e-5, 3e-5, 1e-4), "random": (1e-5, 3e-5, 1e-4), "lora": (3e-4, 1e-3, 3e-3)}
+RATES = {"random": (3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3)}
 """Learning rates of the encoder that are tried."""
+PRETRAINED_RATES = (3e-6, 1e-5, 3e-5)
+"""The same for all weights of a pretrained encoder."""
 HEAD_RATE = 3e-3
 """The head starts at 0 and has few steps: with the encoder's rate it hardly moves."""
 LORA = {"r": 16, "lora_alpha": 16, "target_modules": ["qkv", "fc1", "fc2"]}
 WEIGHT_DECAY = 0.05
+WIDTH = 0.5
 
 
 class Variant(NamedTuple):
     """What is fine-tuned.
 
     Attributes:
-        name: "whole" (all weights are trained), "lora", or "random" (all weights, from a random start).
+        name: "whole" (all weights are trained), "lora", or, all weights as well, "random" (from a random start), "narrow"
+            (half of the width), "linear" or "distill" (after that recovery).
         blocks: How many of the first blocks.
+        target: The block whose output recovery aims at.
     """
 
     name: str
     blocks: int
+    target: int | None = None
+
+    def __str__(self) -> str:
+        """What the tables call it."""
+        return self.name if self.target is None else f"{self.name} to block {self.target}"
 
 
 class Result(NamedTuple):
@@ -80,17 +99,40 @@ class Classifier(nn.Module):
         return logits
 
 
-def finetune(
-    variant: Variant, state: dict[str, Tensor], args: argparse.Namespace, task: Task, seed: int, rate: float
-) -> tuple[Result, nn.Module]:
-    """Train once, and predict the classes of the validation split."""
+def start(variant: Variant, state: dict[str, Tensor], args: argparse.Namespace, task: Task) -> nn.Module:
+    """The encoder that fine-tuning starts from."""
     encoder = load(args.model, None if variant.name == "random" else state, args.size)
     if variant.blocks < len(encoder.blocks):
         prune(encoder, variant.blocks)
+    if variant.name == "narrow":
+        Narrowing(encoder.blocks, WIDTH).apply()
     if variant.name == "lora":
         from peft import LoraConfig, inject_adapter_in_model  # of the extra 'peft'
 
         inject_adapter_in_model(LoraConfig(**LORA), encoder)
+    if variant.name in ("linear", "distill"):
+        _recover(encoder, variant, args, task)
+    return encoder
+
+
+def _recover(encoder: nn.Module, variant: Variant, args: argparse.Namespace, task: Task) -> None:
+    """Give a pruned encoder what recovery without labels has found, its final norm aside."""
+    intact = BACKBONE_REGISTRY.build(f"simpler_{args.model}", img_size=args.size, ckpt_path=str(args.weights)).eval()
+    recovered = recover(intact, task, variant.name, variant.blocks, variant.target, args.steps)
+    explained = " to ".join(f"{value:.2f}" for value in recovered.explained)
+    print(f"{variant}, {variant.blocks} blocks: explained {explained}, {recovered.seconds:.0f} s", flush=True)
+    [vit] = [part for part in recovered.encoder.modules() if isinstance(part, VisionTransformer)]
+    encoder.blocks.load_state_dict(vit.blocks.state_dict())
+    for name in ("patch_embed", "cls_token", "pos_embed"):
+        setattr(encoder, name, getattr(vit, name))
+    for recovery in recovered.encoder.recovery.values():
+        encoder.recovery = recovery
+        encoder.blocks[-1].register_forward_hook(recovery.after)
+
+
+def finetune(encoder: nn.Module, args: argparse.Namespace, task: Task, seed: int, rate: float) -> tuple[Result, nn.Module]:
+    """Train a copy of an encoder once, and predict the classes of the validation split."""
+    encoder = copy.deepcopy(encoder)
     torch.manual_seed(seed)
     model = Classifier(encoder, task.classes)
     chosen = draw(task, args.labels, seed)
@@ -132,12 +174,11 @@ def accuracy(task: Task, result: Result, split: str) -> float:
     return float((result.predicted[split] == task.labels[split][:, 0]).mean())
 
 
-def rows(task: Task, found: dict[Variant, list[Result]]) -> list[dict[str, Any]]:
-    """A line for every variant; what it gains on all blocks is of the same seeds and images."""
-    intact = max((one for one in found if one.name == "whole"), key=lambda one: one.blocks)
-    seeds = len(found[intact])
+def score_on_test(task: Task, found: dict[Variant, list[Result]]) -> tuple[NDArray[np.float64], Bootstrap]:
+    """Accuracy of every seed and variant, (seeds, variants), and its bootstrap over seeds and test scenes."""
     truth = task.labels["test"][:, 0]
     places = np.arange(len(truth))
+    seeds = len(next(iter(found.values())))
     counts = np.array(
         [
             [
@@ -147,12 +188,18 @@ def rows(task: Task, found: dict[Variant, list[Result]]) -> list[dict[str, Any]]
             for seed in range(seeds)
         ]
     )
-    bootstrap = Bootstrap(counts, accuracy=True)
-    scores, errors = statistics.score(counts.sum(2), True), bootstrap.mean(bootstrap.scores).std(0)
+    return statistics.score(counts.sum(2), True), Bootstrap(counts, accuracy=True)
+
+
+def rows(task: Task, found: dict[Variant, list[Result]]) -> list[dict[str, Any]]:
+    """A line for every variant; what it gains on all blocks is of the same seeds and images."""
+    intact = max((one for one in found if one.name == "whole"), key=lambda one: one.blocks)
+    scores, bootstrap = score_on_test(task, found)
+    errors = bootstrap.mean(bootstrap.scores).std(0)
     table = []
     for column, (variant, results) in enumerate(found.items()):
         line = {
-            "trained": variant.name,
+            "trained": str(variant),
             "blocks": variant.blocks,
             "learning_rate": f"{results[0].rate:g}",
             "test_accuracy": [float(scores[:, column].mean()), float(errors[column])],
@@ -185,18 +232,51 @@ def tests(task: Task, found: dict[Variant, list[Result]]) -> list[dict[str, Any]
     return [line | {"F_over_depths": f, "p": p}]
 
 
+def choose(args: argparse.Namespace, state: dict[str, Tensor], task: Task) -> dict[str, tuple[list[int], str]]:
+    """The depth that each criterion chooses for every seed, and its verdicts; those that leave gaps are left out."""
+    encoder = load(args.model, state, args.size)
+    kept, verdicts = choose_without_labels(encoder, task.images["train"])
+    features = extract(encoder, task)
+    probes = [probe_choice(task, features, len(features["train"]), args.labels, seed) for seed in range(args.seeds)]
+    found = {"probe": ([len(one.kept_blocks) for one in probes], ", ".join(level(one.verdict) for one in probes))}
+    for name, one in kept.items():
+        if one == list(range(len(one))):
+            found[name] = ([len(one)] * args.seeds, verdicts.get(name, "-"))
+    return found
+
+
+def judge(
+    task: Task, found: dict[Variant, list[Result]], chosen: dict[str, tuple[list[int], str]], ranked: bool
+) -> list[dict[str, Any]]:
+    """A line for every choice of a depth: its score, and where depths are ranked its regret and its gain."""
+    whole = {variant: results for variant, results in found.items() if variant.name == "whole"}
+    depths = [variant.blocks for variant in whole]
+    scores, bootstrap = score_on_test(task, whole)
+    table = []
+    for name, (kept, verdict) in chosen.items():
+        line: dict[str, Any] = {"criterion": name, "kept": ", ".join(map(str, dict.fromkeys(kept))), "verdict": verdict}
+        if len(set(kept)) > 1:
+            line["kept"] = ", ".join(map(str, kept))
+        if all(depth in depths for depth in kept):
+            columns = np.array([depths.index(depth) for depth in kept])
+            line |= choice_figures(scores, bootstrap, columns, len(depths), ranked)
+        table.append(line)
+    return table
+
+
 def run(
     variant: Variant, args: argparse.Namespace, state: dict[str, Tensor], task: Task
 ) -> tuple[list[Result], list[dict[str, Any]]]:
     """Results of a variant by seed, and a line for every run, those of the tuning among them."""
     results: list[Result] = []
     runs = []
+    encoder = start(variant, state, args, task)
     for seed in range(args.seeds):
         tried = []
-        for rate in [one.rate for one in results[:1]] or RATES[variant.name]:
-            one, model = finetune(variant, state, args, task, seed, rate)
+        for rate in [one.rate for one in results[:1]] or RATES.get(variant.name, PRETRAINED_RATES):
+            one, model = finetune(encoder, args, task, seed, rate)
             tried.append((one, model))
-            line = {"trained": variant.name, "blocks": variant.blocks, "seed": seed, "learning_rate": rate}
+            line = {"trained": str(variant), "blocks": variant.blocks, "seed": seed, "learning_rate": rate}
             line |= {"validation": accuracy(task, one, "val"), "s": one.seconds}
             runs.append(line)
             print(*(f"{value:.3g}" if isinstance(value, float) else value for value in line.values()), flush=True)
@@ -214,16 +294,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--labels", type=int, default=70, help="number of labelled scenes")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--depths", type=int, nargs="+", default=[3, 7, 12])
-    parser.add_argument("--lora", type=int, nargs="*", default=[7, 12], help="depths with LoRA")
-    parser.add_argument("--random", type=int, nargs="*", default=[7], help="depths that are trained from random weights too")
+    parser.add_argument("--depths", type=int, nargs="+", default=[3, 5, 7, 9, 12], help="from few blocks to all")
+    for name, words in {
+        "lora": "with LoRA",
+        "random": "from random weights",
+        "narrow": f"at {WIDTH} of the width",
+        "linear": "after a linear map",
+        "distill": "after a distillation",
+    }.items():
+        parser.add_argument(f"--{name}", type=int, nargs="*", default=[], help=f"depths that are trained {words}, too")
+    parser.add_argument("--targets", type=int, nargs="+", default=[7, 12], help="blocks that recovery aims at")
+    parser.add_argument("--steps", type=int, default=60, help="of a distillation, of 32 images each")
     record.add_arguments(parser)
     args = parser.parse_args(arguments)
     state = read_weights(args.weights)
     patch = load(args.model, None, args.size).patch_embed.patch_size[0]
     task = read_task(args.data, SCENES, args.size, patch)
     variants = [Variant("whole", depth) for depth in args.depths]
-    variants += [Variant("random", depth) for depth in args.random] + [Variant("lora", depth) for depth in args.lora]
+    variants += [Variant(name, depth) for name in ("random", "lora", "narrow") for depth in getattr(args, name)]
+    for name in ("linear", "distill"):
+        variants += [Variant(name, depth, target) for depth in getattr(args, name) for target in args.targets]
+    chosen = choose(args, state, task)
     found: dict[Variant, list[Result]] = {}
     runs: list[dict[str, Any]] = []
     for variant in variants:
@@ -232,9 +323,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len(found) < len(args.depths):
             continue
         table = rows(task, found)  # saved as soon as depths can be compared: the rest takes long
-        more = {"tests": tests(task, found), "runs": runs, "weights": digest(state)}
-        record.save("pretrained_vit_finetune", args, table, arguments, module="pretrained_vit.finetune", **more)
+        [test] = tests(task, found)
+        choices = judge(task, found, chosen, test.get("counts") != "no" and test["p"] <= statistics.LEVEL)
+        more = {"tests": [test], "choices": choices, "runs": runs, "weights": digest(state)}
+        name = f"pretrained_vit_finetune_{args.labels}"
+        record.save(name, args, table, arguments, module="pretrained_vit.finetune", **more)
     record.show("Fine-tuning", table)
+    record.show("Choices", choices)
 
 
 if __name__ == "__main__":

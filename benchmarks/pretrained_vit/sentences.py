@@ -13,6 +13,13 @@ from benchmarks.pretrained_vit.statistics import LEVEL
 
 Results = Mapping[str, Any]
 WORDS = {"cover": "land cover", "water": "water", "scenes": "scenes"}
+VARIANTS = {
+    "lora": "With LoRA",
+    "narrow": "At half the width",
+    "linear": "After a linear map",
+    "distill": "After a distillation",
+}
+"""What is fine-tuned beside the first blocks as they are."""
 
 
 def frozen(found: Results) -> list[str]:
@@ -155,11 +162,30 @@ def finetuned(found: Results) -> list[str]:
     line += f" Above all blocks: {_list(better)}." if better else ""
     line += f" Below all blocks: {_list(worse)}." if worse else ""
     lines.append(line)
-    lora = [row for row in found["rows"] if row["trained"] == "lora"]
-    if lora:
-        parts = [f"{row['blocks']} blocks {_interval(row['gain_on_all_blocks'])}" for row in lora]
-        lines.append(f"LoRA, compared with the whole encoder with all blocks: {_list(parts)}.")
+    for name in _unique(row["trained"] for row in found["rows"] if row["trained"] not in ("whole", "random")):
+        parts = [_compared(row, whole) for row in found["rows"] if row["trained"] == name]
+        kind, _, target = name.partition(" ")
+        lines.append(f"{' '.join([VARIANTS[kind], target]).rstrip()}: {_list(parts)}.")
+    lines += _chosen(found.get("choices", []))
     return lines
+
+
+def _compared(row: Results, whole: Sequence[Results]) -> str:
+    """Accuracy of a variant beside that of the same blocks, trained whole, with the gain on all blocks."""
+    same = [f"; as they are {_error(one['test_accuracy'])}" for one in whole if one["blocks"] == row["blocks"]]
+    gain = _interval(row["gain_on_all_blocks"])
+    return f"{row['blocks']} blocks {_error(row['test_accuracy'])} (gain on all blocks {gain}{''.join(same)})"
+
+
+def _chosen(choices: Sequence[Results]) -> list[str]:
+    """What choices of a depth lose after fine-tuning."""
+    told = [row for row in choices if row.get("regret") and row["criterion"] != "simpler, half where unsettled"]
+    if not told:
+        return []
+    parts = [f"{row['criterion']} (keeps {row['kept']}) {_interval(row['regret'])}" for row in told]
+    line = f"Regret: {_list(parts)}."
+    alike = all(_overlap(one["regret"], other["regret"]) for one in told for other in told)
+    return [line + (" All intervals overlap, so the choices are not ranked." if alike else "")]
 
 
 def _edges(rows: Sequence[Results], runs: Sequence[Results]) -> list[str]:
@@ -224,6 +250,8 @@ def settings(found: Results) -> list[str]:
 PARTS: dict[str, Callable[[Results], list[str]]] = {
     "pretrained_vit-cpu": frozen,
     "pretrained_vit_finetune-cpu": finetuned,
+    "pretrained_vit_finetune_70-cpu": finetuned,
+    "pretrained_vit_finetune_700-cpu": finetuned,
     "pretrained_vit_probe-cpu": settings,
     "pretrained_vit_recovery-cpu": recovered,
     "pretrained_vit_small-cpu": small,

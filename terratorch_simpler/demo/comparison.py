@@ -176,7 +176,7 @@ def fit_and_test(config: Path, seed: int, *settings: str | Path) -> tuple[Any, f
 
     Args:
         config: Its config.
-        seed: Seed of decoder, order and augmentation.
+        seed: Seed of decoder and order.
         *settings: Further settings.
 
     Returns:
