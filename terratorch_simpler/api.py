@@ -196,7 +196,7 @@ def select_depth(
                     raise
                 too_few, shape, skipped = err, err.input_shape, err.skipped
         data = describe_tiles(source.describe(), shape, skipped)
-        plan = _with_sizes_after(encoder, build_plan(encoder, config, measurement, data, labelled))
+        plan = _with_sizes_after(encoder, build_plan(encoder, config, measurement, data, labelled, progress))
     if too_few is not None:
         warn_not_compared(too_few)
     elif measurement is not None and measurement.tiles_seen < min_tiles and not config.labels_suffice:

@@ -22,7 +22,7 @@ from terratorch_simpler.errors import (
     UnsettledError,
     UnsettledWarning,
 )
-from terratorch_simpler.extraction import ExtractionConfig, Measurement, Tokens, count_macs
+from terratorch_simpler.extraction import ExtractionConfig, Measurement, Tokens, count_macs, progress_bar
 from terratorch_simpler.indices import Span, spans_between
 from terratorch_simpler.models.plain import Encoder
 from terratorch_simpler.plan import MIN_GROUP_TILES, SlimmingPlan, Verdict, package_versions
@@ -105,6 +105,7 @@ def build_plan(
     measurement: Measurement | None,
     data: dict[str, Any] | None,
     labelled: Labels | None = None,
+    show_progress: bool = False,
 ) -> SlimmingPlan:
     """Choose the blocks to keep; parameters and MACs are still those of the intact encoder.
 
@@ -114,13 +115,19 @@ def build_plan(
         measurement: Statistics of its blocks; None if the criterion needs none, or has labels and too few tiles.
         data: What the plan says of the tiles.
         labelled: Features with labels, if the criterion needs them.
+        show_progress: Whether a criterion that fits probes shows a progress bar.
     """
     blocks, criterion = encoder.full_num_blocks, config.criterion
     bounds = config.bounds
     statistics = None if measurement is None else replace(measurement.statistics, labelled=labelled)
     if measurement is None and labelled is not None:
         statistics = Statistics.of_labels(labelled)
-    choice = criterion.choose(statistics, blocks, bounds)
+    if statistics is not None and criterion.probes_labels:
+        fits = blocks * (len(labelled) if isinstance(labelled, Mapping) else 1)
+        with progress_bar(show_progress, fits, "Fitting probes to the outputs of blocks") as progress:
+            choice = criterion.choose(replace(statistics, progress=progress), blocks, bounds)
+    else:
+        choice = criterion.choose(statistics, blocks, bounds)
     _check_target_of(config, choice, blocks)
     parameters = encoder.num_parameters()
     shape: InputShape | None = (data or {}).get("input_shape", encoder.input_shape)

@@ -1,5 +1,7 @@
 """Criterion probe: the depth that labels ask for, with whole places held out, by callback, command and Python API."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -9,7 +11,7 @@ from sklearn.linear_model import Ridge as Reference
 from sklearn.metrics import jaccard_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
-from terratorch_simpler import SimplerCallback, SlimmingPlan, select_depth
+from terratorch_simpler import SimplerCallback, SlimmingPlan, planning, select_depth
 from terratorch_simpler.cli import main
 from terratorch_simpler.criteria import Bounds, Labelled, Probe, Statistics, build_criterion
 from terratorch_simpler.criteria.probe import STRENGTHS, group_numbers, probe_blocks
@@ -118,7 +120,7 @@ def test_validation_places_are_judged_and_never_fitted(monkeypatch):
     seen = {}
     original = probe_blocks
 
-    def spy(train, groups, validation=None, validation_groups=None):
+    def spy(train, groups, validation=None, validation_groups=None, one_more=None):
         seen.update(train=groups, validation=validation_groups)
         return original(train, groups, validation, validation_groups)
 
@@ -344,7 +346,9 @@ def test_the_callback_does_without_tiles_too(trainer, task, datamodule, tmp_path
 @pytest.mark.parametrize(("images", "patches"), [(8, 36), (600, 16)])
 def test_few_images_give_more_of_their_patches(monkeypatch, images, patches):
     found = []
-    monkeypatch.setattr(Probe, "_probe", lambda _self, labelled: found.append(labelled) or (_ for _ in ()).throw(KeyError))
+    monkeypatch.setattr(
+        Probe, "_probe", lambda _self, labelled, _: found.append(labelled) or (_ for _ in ()).throw(KeyError)
+    )
     model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=2, embed_dim=12, num_heads=1, num_classes=0)
     generator = torch.Generator().manual_seed(0)
     image, mask = (
@@ -365,6 +369,23 @@ def test_few_images_give_more_of_their_patches(monkeypatch, images, patches):
 def label_sets(**sets):
     states = torch.ones(7, 7, dtype=torch.float64)
     return Probe().choose(Statistics(states, states, states, sets), 6, Bounds())
+
+
+def test_progress_counts_the_blocks_of_all_label_sets():
+    one = planted(0.2, 0.5, 1, 1, 8, 6)
+    for sets, fits in ((one, 6), ({"cover": one, "height": one}, 12)):
+        seen = []
+        Probe().choose(replace(Statistics.of_labels(sets), progress=seen.append), 6, Bounds())
+        assert seen == list(range(1, fits + 1))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_fits_have_a_progress_bar_in_a_terminal(shown, monkeypatch):
+    totals, bar = [], planning.progress_bar
+    monkeypatch.setattr(planning, "progress_bar", lambda *args: totals.append(args[:2]) or bar(*args))
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2)
+    select_depth(model, list(pairs("segmentation", 2)), criterion="probe", progress=shown)
+    assert totals == [(shown, 3)]
 
 
 def test_the_largest_depth_of_the_label_sets_is_kept():

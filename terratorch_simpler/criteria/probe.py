@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal, get_args
 
 import torch
@@ -130,20 +131,27 @@ class Probe(Criterion):
         """
         assert statistics is not None  # needs_labels is set
         allowed = bounds.within(self.depths(num_blocks), num_blocks)
+        done, tell = count(1), statistics.progress or (lambda _: None)
+
+        def one_more() -> None:
+            tell(next(done))
+
         if not isinstance(statistics.labelled, Mapping):
-            return self._choose(statistics.labelled, num_blocks, allowed)
+            return self._choose(statistics.labelled, num_blocks, allowed, one_more)
         choices = {}
         for name, labelled in statistics.labelled.items():
             with naming(name):
-                choices[name] = self._choose(labelled, num_blocks, allowed)
+                choices[name] = self._choose(labelled, num_blocks, allowed, one_more)
         return _good_enough_for_all(choices)
 
-    def _choose(self, labelled: Labelled | None, num_blocks: int, allowed: list[int]) -> Choice:
-        """Choose for one label set."""
+    def _choose(
+        self, labelled: Labelled | None, num_blocks: int, allowed: list[int], one_more: Callable[[], None]
+    ) -> Choice:
+        """Choose for one label set; ``one_more`` is called after every block."""
         if labelled is None:
             msg = "There are no labels for criterion 'probe': choose another criterion, or give the data its labels."
             raise LabelsError(msg)
-        result, judged_on = self._probe(labelled)
+        result, judged_on = self._probe(labelled, one_more)
         metric = METRICS[labelled.kind]
         scores, errors = result.scores, result.errors
         best, worst = max(allowed, key=lambda c: float(scores[c - 1])), min(allowed, key=lambda c: float(scores[c - 1]))
@@ -204,12 +212,12 @@ class Probe(Criterion):
         scores = self._probe(labelled)[0].scores
         return max(bounds.within(self.depths(num_blocks), num_blocks), key=lambda depth: float(scores[depth - 1]))
 
-    def _probe(self, labelled: Labelled) -> tuple[ProbeResult, str]:
+    def _probe(self, labelled: Labelled, one_more: Callable[[], None] | None = None) -> tuple[ProbeResult, str]:
         """The result, and what it is judged on; validation images of one place alone have no standard error."""
         train = group_numbers(labelled, self.groups)
         validation = labelled.validation
         if validation is None:
-            return probe_blocks(labelled, train), "cross-validation"
+            return probe_blocks(labelled, train, one_more=one_more), "cross-validation"
         both = Labelled(
             labelled.features, labelled.labels, torch.cat([labelled.images, validation.images + len(labelled.names)]),
             (*labelled.names, *validation.names), labelled.kind,
@@ -217,10 +225,10 @@ class Probe(Criterion):
         groups = group_numbers(both, self.groups)
         inside, outside = groups[: len(train)], groups[len(train) :]
         if len(outside.unique()) < 2:
-            return probe_blocks(labelled, train), "cross-validation"
+            return probe_blocks(labelled, train, one_more=one_more), "cross-validation"
         apart = ~torch.isin(inside, outside)  # a place is never on both sides
         rows = Labelled(labelled.features[:, apart], labelled.labels[apart], kind=labelled.kind)
-        return probe_blocks(rows, inside[apart], validation, outside), "validation"
+        return probe_blocks(rows, inside[apart], validation, outside, one_more), "validation"
 
 
 def _good_enough_for_all(choices: Mapping[str, Choice]) -> Choice:
@@ -264,7 +272,11 @@ def group_numbers(labelled: Labelled, pattern: str | None) -> Tensor:
 
 
 def probe_blocks(
-    train: Labelled, groups: Tensor, validation: Labelled | None = None, validation_groups: Tensor | None = None
+    train: Labelled,
+    groups: Tensor,
+    validation: Labelled | None = None,
+    validation_groups: Tensor | None = None,
+    one_more: Callable[[], None] | None = None,
 ) -> ProbeResult:
     """Fit a ridge regression to the output of every block and score it on other groups.
 
@@ -273,6 +285,7 @@ def probe_blocks(
         groups: Group of each.
         validation: Rows to score; by default the rows to fit, each by the regression without its group.
         validation_groups: Group of each.
+        one_more: Called after every block.
 
     Raises:
         LabelsError: If there are fewer than two groups, or labels do not vary, or not without one group.
@@ -309,6 +322,8 @@ def probe_blocks(
 
         scores.append(score(torch.ones(len(judged), dtype=torch.bool)))
         left_out.append(jackknife(score, judged_groups))
+        if one_more is not None:
+            one_more()
     constant = targets.mean(dim=0).expand_as(judged)
     return ProbeResult(
         torch.tensor(scores, dtype=torch.float64), torch.stack(left_out, dim=1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,12 +63,14 @@ class Statistics:
         cosine: Mean token cosine, (..., L + 1, L + 1).
         angle: Mean angular distance arccos(cosine) / pi, (..., L + 1, L + 1).
         labelled: Features with labels; None unless the criterion needs them. Several label sets by name only if it probes.
+        progress: Called by a criterion that takes long with the number of blocks it is done with, over all label sets.
     """
 
     hsic: Tensor
     cosine: Tensor
     angle: Tensor
     labelled: Labels | None = None
+    progress: Callable[[int], None] | None = None
 
     @classmethod
     def of_labels(cls, labelled: Labels) -> Statistics:

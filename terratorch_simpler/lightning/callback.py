@@ -70,7 +70,7 @@ class SimplerCallback(Callback):
         plan_cache_every_tile: Identify the data by a hash of every tile, for which all are read, instead of by 64 tiles
             spread over the stream and the sizes and times of the files.
         output_dir: Folder for plan.json, report.html and report.png, or a URL that fsspec knows (``s3://...``); by default
-            ``<trainer.log_dir>/simpler``.
+            the subfolder ``simpler`` of ``trainer.log_dir``, or of ``default_root_dir`` where no logger has a folder.
         seed: Same data and seed give the same plan.
         on_unsettled: What to do where the verdict is unsettled, which means that the data support no depth: "apply" takes
             the choice all the same and warns with the reasons, "half" keeps half of the blocks, "intact" all of them, and

@@ -115,7 +115,8 @@ def select(
         data = describe_tiles(source.describe(), shape, skipped)
 
         def build() -> SlimmingPlan:
-            return build_plan(backbone, config, measurement, data, labelled[0] if labelled else None)
+            found = labelled[0] if labelled else None
+            return build_plan(backbone, config, measurement, data, found, shows_progress(trainer))
 
         # Rounding may differ between machines: all ranks apply the plan of rank 0.
         plan = processes.broadcast_from_zero(build)
