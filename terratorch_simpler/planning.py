@@ -261,12 +261,13 @@ def check_on_unsettled(value: str) -> None:
         raise ConfigurationError(msg)
 
 
-def tell_unsettled(plan: SlimmingPlan, on_unsettled: OnUnsettled) -> None:
+def tell_unsettled(plan: SlimmingPlan, on_unsettled: OnUnsettled, reasons_shown: bool = False) -> None:
     """Warn of an unsettled plan, or end the run; the report should be written before.
 
     Args:
         plan: The plan that is applied.
         on_unsettled: What was done about it.
+        reasons_shown: Whether the user has just seen the reasons, so that a warning need not give them again.
 
     Raises:
         UnsettledError: If that is "error".
@@ -277,14 +278,15 @@ def tell_unsettled(plan: SlimmingPlan, on_unsettled: OnUnsettled) -> None:
     if not is_unsettled(plan):
         return
     assert plan.verdict is not None
-    said = f"The choice of criterion '{plan.criterion['name']}' is {plan.verdict}. {' '.join(plan.verdict.reasons)}"
+    said = f"The choice of criterion '{plan.criterion['name']}' is {plan.verdict}."
+    because = f"{said} {' '.join(plan.verdict.reasons)}"
     probed = not {"probe", "label_sets"}.isdisjoint(plan.overview or {})
     other = "give more labels" if probed else "use a criterion with labels or a budget"
     advice = f"give the depth by hand (backbone_keep), {other}"
     if on_unsettled == "error":
-        raise UnsettledError(f"{said} on_unsettled is 'error': {advice}, or change on_unsettled.")
+        raise UnsettledError(f"{because} on_unsettled is 'error': {advice}, or change on_unsettled.")
     done = {"apply": f" It is applied all the same: {advice}, or set on_unsettled."}.get(on_unsettled, "")
-    warnings.warn(said + done, UnsettledWarning, stacklevel=2)
+    warnings.warn((said if reasons_shown else because) + done, UnsettledWarning, stacklevel=2)
 
 
 def is_untrained(encoder: Encoder) -> bool:

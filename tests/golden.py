@@ -61,6 +61,8 @@ FITS: dict[str, dict[str, Any]] = {  # by name: arguments of SimplerCallback and
 EXPORTED = ("simpler", "timm")
 """Fits whose checkpoint is exported, with a step of training."""
 UNSTEADY = {"latency_ms", "throughput", "batch_size", "peak_memory_mib"}
+NEWER = {f"{probe}_gain{end}" for probe in ("knn", "linear") for end in ("", "_low", "_high")}
+"""Columns of a sweep that came after the record."""
 """Columns of a sweep that depend on the machine."""
 
 
@@ -166,7 +168,7 @@ def swept(scenes: Path, folder: Path) -> list[dict[str, str]]:
     if command_line(["sweep", "-c", str(path), "-o", str(folder), "--widths", "1", "0.5", "--repeats", "1"]):
         raise AssertionError("the sweep failed")
     with (folder / "sweep.csv").open(newline="") as file:
-        return [{key: value for key, value in row.items() if key not in UNSTEADY} for row in csv.DictReader(file)]
+        return [{key: value for key, value in row.items() if key not in UNSTEADY | NEWER} for row in csv.DictReader(file)]
 
 
 def record(name: str, scenes: Path, folder: Path) -> dict[str, Any]:

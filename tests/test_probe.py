@@ -21,7 +21,13 @@ from terratorch_simpler.extraction import check_labels, collect_labelled
 from terratorch_simpler.extraction.labelled import patch_labels, read_targets
 from terratorch_simpler.lightning.labelled import check_split, labelled_rows
 from terratorch_simpler.models.backbone import find_backbone
-from terratorch_simpler.sweep.probing import ProbeSamples, bootstrap_accuracy, fit_predict, probe, probe_variants
+from terratorch_simpler.sweep.probing import (
+    ProbeSamples,
+    bootstrap_accuracy,
+    correct_by_probe,
+    fit_predict,
+    probe_variants,
+)
 from terratorch_simpler.sweep.variants import Variant, replace_encoder
 from tests import layouts
 from tests.families import FAMILIES, wrapped
@@ -293,6 +299,12 @@ def toy(count, seed, classes=4, gap=8.0, per_image=4):
     return ProbeSamples(features, labels, torch.arange(count) // per_image)
 
 
+def probe(train, test):
+    """Accuracy of both probes."""
+    images = test.images.numpy()
+    return {name: bootstrap_accuracy(each, images) for name, each in correct_by_probe(train, test).items()}
+
+
 def test_separable_classes_are_told_apart_and_shuffled_ones_are_not():
     train, test = toy(400, 0), toy(200, 1)
     assert {name: tuple(found) for name, found in probe(train, test).items()} == {
@@ -320,6 +332,8 @@ def test_whole_images_are_drawn():
     assert single.high - single.low == pytest.approx(4 * np.sqrt(0.25 / 1000), rel=0.1)
     assert whole.high - whole.low == pytest.approx(4 * np.sqrt(0.25 / 20), rel=0.15)
     assert bootstrap_accuracy(right, images) == whole
+    worse = right & (images > 3)
+    assert bootstrap_accuracy(worse.astype(int) - right, images).value == -0.1
     unequal = bootstrap_accuracy(np.array([True, True, True, False]), np.array([7, 7, 7, 9]))
     assert (unequal.value, unequal.low, unequal.high) == (0.75, 0.0, 1.0)
 
@@ -347,7 +361,9 @@ def run(trainer, task, monkeypatch):
 def test_every_variant_is_judged_by_the_features_it_would_answer(run, monkeypatch):
     made, model = run
     seen = []
-    monkeypatch.setattr("terratorch_simpler.sweep.probing.probe", lambda *rows: seen.append(rows[:2]) or probe(*rows))
+    monkeypatch.setattr(
+        "terratorch_simpler.sweep.probing.correct_by_probe", lambda *rows: seen.append(rows) or correct_by_probe(*rows)
+    )
     intact = copy.deepcopy(find_backbone(model))
     find_backbone(model).prune_depth(range(3))
     variants = [Variant((0,)), Variant((0, 1)), Variant(tuple(range(12))), Variant((0, 6))]
@@ -384,9 +400,13 @@ def test_recovered_features_are_judged_beside_the_others(run):
     assert set(depths) == {1, 2}
     for columns in found[:2]:
         assert (columns["knn_recovered"], columns["linear_recovered"]) == (columns["knn"], columns["linear"])
+        assert {columns[f"{name}_gain{end}"] for name in ("knn", "linear") for end in ("", "_low", "_high")} == {0}
     assert "knn_recovered" not in found[2]
     lost = probe_variants(made, model, intact, variants, 0, lambda depth, output: torch.randn_like(output))
-    assert all(columns["linear_recovered"] < 0.6 for columns in lost[:2])
+    for columns in lost[:2]:
+        assert columns["linear_recovered"] < 0.6
+        assert columns["linear_gain"] == pytest.approx(columns["linear_recovered"] - columns["linear"])
+        assert columns["linear_gain_low"] < columns["linear_gain"] < columns["linear_gain_high"] < 0
 
 
 # --- the command

@@ -5,8 +5,10 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from rich.console import Console
 
 from terratorch_simpler import criteria
@@ -85,7 +87,8 @@ KINDS = {
 def sweep_rows(plan: SlimmingPlan) -> list[dict]:
     """Rows as a sweep writes them: every depth, two widths of one, an inner cut, two controls."""
     unmeasured = dict.fromkeys(("linear", "linear_low", "linear_high", "knn", "knn_low", "knn_high", "linear_recovered",
-                                "knn_recovered", "similarity", "recovery_r2"))  # fmt: skip
+                                "knn_recovered", "similarity", "recovery_r2", "linear_gain", "linear_gain_low",
+                                "linear_gain_high", "knn_gain", "knn_gain_low", "knn_gain_high"))  # fmt: skip
     costs = {"throughput": 51.5, "batch_size": 8, "peak_memory_mib": 321.0}
     rows = []
     for depth, width, kept in (*((d, 1.0, range(d)) for d in DEPTHS), (3, 0.5, range(3)), (3, 1.0, (0, 2, 5))):
@@ -99,6 +102,8 @@ def sweep_rows(plan: SlimmingPlan) -> list[dict]:
                 "linear": accuracy, "linear_low": accuracy - 0.03, "linear_high": accuracy + 0.04,
                 "linear_recovered": accuracy + 0.011, "knn": accuracy - 0.1, "knn_low": accuracy - 0.13,
                 "knn_high": accuracy - 0.08, "knn_recovered": accuracy - 0.123,
+                "linear_gain": 0.011, "linear_gain_low": -0.002, "linear_gain_high": 0.025,
+                "knn_gain": -0.023, "knn_gain_low": -0.04, "knn_gain_high": -0.01,
             }
         )  # fmt: skip
     rows += [
@@ -316,8 +321,8 @@ def test_numbers_of_a_sweep():
     assert "depth 3, blocks 0-2\n3.0 M parameters\naccuracy of a linear probe: 0.650 (0.620 to 0.690)" in told
     assert "depth 3, width 0.5, blocks 0-2\n0.575 (0.545 to 0.615)" in told
     assert "control: prithvi_eo_v2_tiny_tl\n2.50 ms for one tile\nquality not measured" in told
-    assert "depth 3, linear: +0.011" in told
-    assert "depth 3, k-NN: -0.023" in told
+    assert "depth 3, linear: +0.011 (-0.002 to +0.025)" in told
+    assert "depth 3, k-NN: -0.023 (-0.040 to -0.010)" in told
     assert "depth 3, R²: 0.450" in told
     assert len([tip for tip in told if "knee" in tip]) == 0
     costs = [f"{cost} against accuracy" for cost in ("Parameters", "MACs", "Latency")]
@@ -431,6 +436,23 @@ def test_trade_offs_say_what_they_show_and_every_point_its_depth():
         points = [tip for tip in Page(card.svg).tips() if "accuracy of a linear probe: " in tip]
         assert len(points) == len(rows) - 2  # without the controls
         assert all(tip.startswith("depth ") and " to 0." in tip for tip in points)
+
+
+def test_points_that_are_close_together_have_their_depth_at_the_end_of_a_line():
+    rows = [
+        {**row, "latency_ms": 1.0 + 0.004 * number, "linear": 0.6 + 0.0005 * (number % 5), "depth": number + 1}
+        for number, row in enumerate(sweep_rows(PLAN)[:1] * 24)
+    ]
+    rows.append({**rows[0], "latency_ms": 9.0, "linear": 0.9, "depth": 25})
+    axes = sweep_figure(rows).axes[0]
+    assert sorted(int(text.get_text()) for text in axes.texts) == list(range(1, 26))
+    lines = [text.arrow_patch for text in axes.texts if text.arrow_patch is not None]
+    assert 5 < len(lines) < 25
+    axes.get_figure().draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # of the words alone, without the line
+    centres = np.array([((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) for box in boxes])
+    apart = np.abs(centres[:, None] - centres) / [min(box.width for box in boxes), min(box.height for box in boxes)]
+    assert apart.max(-1)[~np.eye(len(boxes), dtype=bool)].min() > 0.8
 
 
 def test_intervals_and_baselines_are_drawn():

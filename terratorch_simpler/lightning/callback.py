@@ -320,7 +320,8 @@ class SimplerCallback(Callback):
 
     def _report(self, trainer: Trainer, plan: SlimmingPlan, log_dir: str | None, judge: bool) -> None:
         refused = judge and self.on_unsettled == "error" and is_unsettled(plan)
-        if log.isEnabledFor(logging.INFO):
+        shown = log.isEnabledFor(logging.INFO)
+        if shown:
             Console().print(plan_table(plan))
         if fast_dev_run(trainer):
             log.info(
@@ -337,7 +338,7 @@ class SimplerCallback(Callback):
             elif self.announces:
                 log.info(f"The plan is in {below(output, PLAN_FILE)}, what led to it in {page}.")
         if judge:
-            tell_unsettled(plan, self.on_unsettled)
+            tell_unsettled(plan, self.on_unsettled, reasons_shown=shown)
 
 
 def _check_recovery(recovery: str, target: int | str, steps: int) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
@@ -56,23 +56,21 @@ class Accuracy(NamedTuple):
     high: float
 
 
-def probe(train: ProbeSamples, test: ProbeSamples, seed: int = 0) -> dict[str, Accuracy]:
-    """Accuracy of both probes, fitted on training images and scored on others.
+def correct_by_probe(train: ProbeSamples, test: ProbeSamples) -> dict[str, NDArray[np.bool_]]:
+    """Whether each test sample is classified correctly by two probes.
 
     Args:
         train: What the probes are fitted to.
-        test: What they are scored on.
-        seed: Seed of the bootstrap.
+        test: What they are scored on, of other images.
 
     Returns:
-        ``knn``: five nearest neighbours by cosine; ``linear``: logistic regression on standardised features.
+        ``knn``: five nearest neighbours by cosine; ``linear``: logistic regression on standardised features; each (N,).
     """
     neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train.labels)), metric="cosine")
-    results = {}
-    for name, model in (("knn", neighbours), ("linear", linear_probe())):
-        correct = fit_predict(model, train, test) == test.labels.numpy()
-        results[name] = bootstrap_accuracy(correct, test.images.numpy(), seed)
-    return results
+    truth = test.labels.numpy()
+    return {
+        name: fit_predict(model, train, test) == truth for name, model in (("knn", neighbours), ("linear", linear_probe()))
+    }
 
 
 def linear_probe() -> Pipeline:
@@ -90,11 +88,12 @@ def fit_predict(model: ClassifierMixin, train: ProbeSamples, test: ProbeSamples)
     return classes
 
 
-def bootstrap_accuracy(correct: NDArray[np.bool_], images: NDArray[np.int64], seed: int = 0) -> Accuracy:
+def bootstrap_accuracy(correct: NDArray[Any], images: NDArray[np.int64], seed: int = 0) -> Accuracy:
     """Accuracy with a 95 % bootstrap interval; whole images are resampled, since samples of one image are alike.
 
     Args:
-        correct: Whether each sample is classified correctly, (N,).
+        correct: Whether each sample is classified correctly, (N,); for a gain of accuracy the difference of two such, from
+            -1 to 1.
         images: Number of the image each sample belongs to, (N,).
         seed: Seed of the draws.
     """
@@ -132,6 +131,7 @@ def probe_variants(
         For every variant its columns of a sweep.
     """
     results: dict[Variant, dict[str, float]] = {}
+    correct: dict[Variant, dict[str, NDArray[np.bool_]]] = {}
 
     def features(encoder: SimplerBackbone, recover: Recover | None = None) -> list[tuple[ProbeSamples, ProbeSamples]]:
         with replace_encoder(task, encoder):
@@ -146,17 +146,20 @@ def probe_variants(
         (encoder,) = build_variants(intact, [Variant(max((variant.kept for variant in depths), key=len), width)])
         by_depth = features(encoder)
         for variant in depths:
-            results[variant] = _columns(probe(*by_depth[len(variant.kept) - 1], seed))
+            train, test = by_depth[len(variant.kept) - 1]
+            correct[variant] = correct_by_probe(train, test)
+            results[variant] = _columns(correct[variant], test, seed)
             progress(len(results))
         if recover is not None and width == 1.0:
             recovered = features(encoder, recover)
             for variant in depths:
-                accuracies = probe(*recovered[len(variant.kept) - 1], seed)
-                results[variant] |= {f"{name}_recovered": accuracy.value for name, accuracy in accuracies.items()}
+                train, test = recovered[len(variant.kept) - 1]
+                results[variant] |= _recovered_columns(correct[variant], correct_by_probe(train, test), test, seed)
     for variant in variants:
         if variant not in results:
             (encoder,) = build_variants(intact, [variant])
-            results[variant] = _columns(probe(*features(encoder)[-1], seed))
+            train, test = features(encoder)[-1]
+            results[variant] = _columns(correct_by_probe(train, test), test, seed)
             progress(len(results))
     return [results[variant] for variant in variants]
 
@@ -174,8 +177,17 @@ def _by_block(rows: LabelledRows) -> list[ProbeSamples]:
     return [ProbeSamples(features, rows.labels, rows.images) for features in rows.features]
 
 
-def _columns(accuracies: dict[str, Accuracy]) -> dict[str, float]:
+def _columns(correct: Mapping[str, NDArray[Any]], test: ProbeSamples, seed: int) -> dict[str, float]:
     columns: dict[str, float] = {}
-    for name, results in accuracies.items():
-        columns |= {name: results.value, f"{name}_low": results.low, f"{name}_high": results.high}
+    for name, each in correct.items():
+        found = bootstrap_accuracy(each, test.images.numpy(), seed)
+        columns |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
     return columns
+
+
+def _recovered_columns(
+    before: Mapping[str, NDArray[np.bool_]], after: Mapping[str, NDArray[np.bool_]], test: ProbeSamples, seed: int
+) -> dict[str, float]:
+    """Accuracy with recovery, and what it gains, image by image."""
+    gained = {f"{name}_gain": after[name].astype(np.int64) - before[name] for name in after}
+    return {f"{name}_recovered": float(each.mean()) for name, each in after.items()} | _columns(gained, test, seed)

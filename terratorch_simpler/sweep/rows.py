@@ -27,6 +27,7 @@ COLUMNS = (
     *("similarity", "recovery_r2"),
     *("knn", "knn_low", "knn_high", "linear", "linear_low", "linear_high"),
     *("knn_recovered", "linear_recovered"),
+    *("knn_gain", "knn_gain_low", "knn_gain_high", "linear_gain", "linear_gain_low", "linear_gain_high"),
 )
 
 SCORE = "score_"
