@@ -5,12 +5,11 @@ TerraTorch takes seconds to import, which commands that only read a plan need no
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from terratorch_simpler.terratorch.source import SimplerSource
@@ -45,35 +44,12 @@ def _source() -> SimplerSource:
     return SimplerSource()
 
 
-class _AfterImport(MetaPathFinder):
-    """Finds TerraTorch as the other finders do, and adds the source at the end of its import."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != TERRATORCH:
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            _add_source()
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def register_source() -> None:
-    """Add the source to TerraTorch's backbones, once: now, or when TerraTorch is imported."""
-    if TERRATORCH in sys.modules:
-        _add_source()
-    elif not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Add the source to TerraTorch's backbones, once: now, or when TerraTorch has been imported."""
+    register_post_import_hook(_add_source, TERRATORCH)
 
 
-def _add_source() -> None:
+def _add_source(_terratorch: ModuleType) -> None:
     from terratorch.registry import BACKBONE_REGISTRY
 
     if SOURCE not in BACKBONE_REGISTRY.keys():  # noqa: SIM118 (this registry iterates over names, not keys)
