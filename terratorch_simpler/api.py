@@ -171,7 +171,7 @@ def select_depth(
     if not config.needs_tiles:
         return _with_sizes_after(encoder, build_plan(encoder, config, None, None))
     with _moved_to(model, device), evaluating(model, seed):
-        labelled = _labelled(encoder, config.criterion, batches, validation, seed)
+        labelled = _labelled(model, encoder, config.criterion, batches, validation, seed)
         source = BatchTiles(batches, max_tiles, _fewest(config.criterion))
         measurement: Measurement | None = None
         too_few: TooFewTilesError | None = None
@@ -293,7 +293,12 @@ def _last_called(encoder: Encoder) -> nn.Module:
 
 
 def _labelled(
-    encoder: Encoder, criterion: Criterion, batches: Iterable[Any], validation: Iterable[Any] | None, seed: int
+    model: nn.Module,
+    encoder: Encoder,
+    criterion: Criterion,
+    batches: Iterable[Any],
+    validation: Iterable[Any] | None,
+    seed: int,
 ) -> Labels | None:
     """What a criterion needs of features with labels: of the model with tuned adapters and prompts, unless it probes."""
     if not criterion.needs_labels:
@@ -309,7 +314,7 @@ def _labelled(
         common = (_forward(encoder), encoder, source, _last_called(encoder))
         if not criterion.probes_labels:
             return {"": collect_labelled(*common, what=what, class_token=True, seed=seed).named(source.name_of)}
-        with as_pretrained(_last_called(encoder), encoder):
+        with as_pretrained(model, encoder):
             limit = rows_per_image(_num_images(batches, sys.maxsize))
             rows = collect_label_sets(*common, what=what, readout=layer_normed, rows=limit, seed=seed)
         return {name: each.named(source.name_of) for name, each in rows.items()}

@@ -194,6 +194,12 @@ class Verdict:
     def __str__(self) -> str:
         return self.level if self.depth is None else f"{self.level}: {self.depth} of {self.num_blocks} blocks"
 
+    def doubted(self, doubts: Sequence[str]) -> Verdict:
+        """The same with further reasons, for each of which a clear verdict becomes weak."""
+        if not doubts or self.level != "clear":
+            return replace(self, reasons=(*self.reasons, *doubts))
+        return replace(self, level="weak", reasons=(*doubts, *self.reasons))
+
     def as_plain(self) -> VerdictFields:
         """What plan.json holds."""
         return {"level": self.level, "reasons": list(self.reasons)}  # type: ignore[typeddict-item]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from terratorch_simpler.alternatives import compare_alternatives, depths_without_budget
 from terratorch_simpler.criteria import Bounds, Choice, Criterion, Labels, Simpler, Statistics, verdict_on
-from terratorch_simpler.criteria.verdict import UNSETTLED
+from terratorch_simpler.criteria.verdict import UNSETTLED, doubts_about
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
     ConfigurationError,
@@ -153,7 +153,8 @@ def build_plan(
     if statistics is None:
         return plan
     overview = compare_alternatives(encoder, criterion, bounds, choice, measurement, shape)
-    verdict = choice.verdict
+    untrained = is_untrained(encoder)
+    verdict = choice.verdict and choice.verdict.doubted(doubts_about(untrained, None))
     if measurement is not None:
         verdict = verdict_on(
             criterion,
@@ -163,7 +164,7 @@ def build_plan(
             measurement.evidence,
             min_tiles=config.min_tiles,
             seed=config.seed,
-            untrained=is_untrained(encoder),
+            untrained=untrained,
             implausible=measurement.implausible,
             others=depths_without_budget(overview, criterion.name),
         )

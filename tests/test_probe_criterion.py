@@ -24,6 +24,7 @@ from terratorch_simpler.plan import Verdict
 from terratorch_simpler.report import plan_figure, report_page
 from terratorch_simpler.report.summary import reasons
 from tests import cli_runner
+from tests.extras import needs_peft
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.FewTilesWarning"),
@@ -369,6 +370,33 @@ def test_few_images_give_more_of_their_patches(monkeypatch, images, patches):
 def label_sets(**sets):
     states = torch.ones(7, 7, dtype=torch.float64)
     return Probe().choose(Statistics(states, states, states, sets), 6, Bounds())
+
+
+@needs_peft
+def test_probes_of_a_model_with_tuned_adapters_are_of_the_pretrained_one():
+    import peft
+
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2, num_classes=0)
+    batches = list(pairs("classification"))
+    alone = select_depth(model, batches, criterion="probe", progress=False)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv", "fc1"], r=4))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert select_depth(adapted, batches, criterion="probe", progress=False).scores == alone.scores
+
+
+def test_few_labels_on_random_weights_are_never_clear():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2, num_classes=0)
+    for parameter in model.blocks[-1].parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.ones_(model.blocks[-1].norm1.weight)
+    torch.nn.init.ones_(model.blocks[-1].norm2.weight)
+    train, validation = (list(pairs("classification", 3, seed)) for seed in (0, 1))
+    plan = select_depth(model, train, criterion="probe", validation=validation, progress=False)
+    assert "The encoder holds random weights, on which no depth means anything." in plan.verdict.reasons
+    assert plan.verdict.level != "clear"
 
 
 def test_progress_counts_the_blocks_of_all_label_sets():

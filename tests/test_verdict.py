@@ -208,7 +208,27 @@ class Undecided(Simpler):
 
 def test_a_criterion_may_judge_itself():
     verdict, choice = judged("settled", criterion=Undecided())
-    assert verdict is choice.verdict
+    assert verdict == choice.verdict
+
+
+class Sure(Undecided):
+    """Says that its choice is clear."""
+
+    def choose(self, statistics, num_blocks, bounds):
+        return replace(super().choose(statistics, num_blocks, bounds), verdict=Verdict("clear", ("Best depth: 3.",)))
+
+
+@pytest.mark.parametrize(
+    ("doubt", "said"),
+    [
+        ({"untrained": True}, "The encoder holds random weights, on which no depth means anything."),
+        ({"implausible": "Band 2 is implausible."}, "Band 2 is implausible."),
+    ],
+)
+def test_what_speaks_against_any_choice_speaks_against_that_of_a_criterion_that_judges_itself(doubt, said):
+    assert judged("settled", criterion=Sure())[0] == Verdict("clear", ("Best depth: 3.",))
+    assert judged("settled", criterion=Sure(), **doubt)[0] == Verdict("weak", (said, "Best depth: 3."))
+    assert judged("settled", criterion=Undecided(), **doubt)[0].level == "unsettled"
 
 
 def test_knee_has_no_answer_where_similarity_to_later_blocks_falls():

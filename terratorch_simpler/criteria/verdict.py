@@ -149,7 +149,7 @@ def verdict_on(
 
     Args:
         criterion: The criterion.
-        choice: Its choice; a verdict of its own counts.
+        choice: Its choice; a verdict of its own counts, and is clear only if nothing speaks against any choice.
         bounds: Bounds on the kept depth.
         num_blocks: Blocks L of the intact encoder.
         evidence: From the pass that it chose from.
@@ -162,17 +162,15 @@ def verdict_on(
     Returns:
         The verdict; None if nothing was chosen: blocks are given by hand, or only one depth is allowed.
     """
+    doubts = doubts_about(untrained, implausible)
     if choice.verdict is not None or not criterion.needs_similarity:
-        return choice.verdict
+        return choice.verdict and choice.verdict.doubted(doubts)
     allowed = criterion.allowed(num_blocks, bounds)
     budget = criterion.drop_blocks is not None
     if len(allowed) < 2 and not budget:
         return None
     depth = len(choice.kept_blocks)
     scores = {} if budget or choice.scores is None else {number: choice.scores[number] for number in allowed}
-    doubts = ["The encoder holds random weights, on which no depth means anything."] if untrained else []
-    if implausible is not None:
-        doubts.append(implausible)
     if criterion.needs_labels:  # it looks at labels, not at the similarity of many tiles
         return judge(scores, depth, num_blocks, others=others, doubts=doubts)
     tiles = sum(evidence.tiles_of_file)
@@ -191,6 +189,17 @@ def verdict_on(
         doubts=doubts,
         needs_positive_score=criterion.needs_positive_score,
     )
+
+
+def doubts_about(untrained: bool, implausible: str | None) -> list[str]:
+    """Why no choice at all may be clear: a sentence each.
+
+    Args:
+        untrained: Whether the encoder is known to hold random weights.
+        implausible: What is implausible about the images that reach the encoder, a sentence.
+    """
+    doubts = ["The encoder holds random weights, on which no depth means anything."] if untrained else []
+    return doubts if implausible is None else [*doubts, implausible]
 
 
 def _resampled(
