@@ -105,7 +105,7 @@ def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
 
 
 def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
-    """Write a slimmed model; see :func:`terratorch_simpler.commands.run_export`."""
+    """Write a pruned model; see :func:`terratorch_simpler.commands.run_export`."""
     from terratorch_simpler import commands
 
     with nullcontext() if arguments.debug else commands.quiet():
@@ -158,7 +158,7 @@ ABOUT = {
         "terratorch-simpler sweep -c config.yaml -o compared --widths 1.0 0.5 --probe",
     ),
     "export": (
-        "Write a slimmed model so that it runs where this package is not installed.",
+        "Write a pruned model so that it runs where this package is not installed.",
         "terratorch-simpler export -c config.yaml --ckpt_path best.ckpt -o plain --formats plain onnx",
     ),
     "demo": (

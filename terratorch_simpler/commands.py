@@ -65,7 +65,7 @@ def run_plan(arguments: Namespace, settings: Sequence[str]) -> None:
     """Choose a plan with the setup that ``terratorch fit`` would use, and stop before training.
 
     Args:
-        arguments: ``output_dir``, ``ckpt_path``, ``on_unsettled`` and ``debug``.
+        arguments: ``output_dir``, ``ckpt_path`` and ``on_unsettled``.
         settings: What follows ``terratorch fit``, such as ``--config c.yaml --data.init_args.batch_size 4``.
     """
     cli = build_run(settings)
@@ -79,7 +79,7 @@ def run_sweep(arguments: Namespace, settings: Sequence[str]) -> None:
     """Choose a plan as ``plan`` does, and compare cost and quality of every other depth and width.
 
     Args:
-        arguments: ``output_dir``, ``widths``, ``probe``, ``repeats``, ``on_unsettled`` and ``debug``.
+        arguments: ``output_dir``, ``widths``, ``probe``, ``repeats`` and ``on_unsettled``.
         settings: As for ``plan``.
     """
     try:
@@ -124,10 +124,10 @@ def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> None:
 
 
 def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
-    """Write a slimmed model so that it runs without this package.
+    """Write a pruned model so that it runs without this package.
 
     Args:
-        arguments: ``ckpt_path``, ``output_dir``, ``formats``, ``image_size``, ``width`` and ``debug``.
+        arguments: ``ckpt_path``, ``output_dir``, ``formats``, ``image_size`` and ``width``.
         settings: As for ``plan``; those of the fit.
     """
     config, datamodule = read_settings(settings)

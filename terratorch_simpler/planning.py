@@ -12,6 +12,7 @@ from torch import Tensor
 
 from terratorch_simpler.alternatives import compare_alternatives, depths_without_budget
 from terratorch_simpler.criteria import Bounds, Choice, Criterion, Labels, Simpler, Statistics, verdict_on
+from terratorch_simpler.criteria.base import half_depth
 from terratorch_simpler.criteria.verdict import UNSETTLED, doubts_about
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
@@ -242,8 +243,7 @@ def _cautious_depth(config: SelectionConfig, num_blocks: int) -> int:
     """All blocks, or half of them within the bounds."""
     if config.on_unsettled == "intact":
         return num_blocks
-    allowed = config.criterion.allowed(num_blocks, config.bounds)
-    return min(max(num_blocks // 2, allowed[0]), allowed[-1])
+    return half_depth(num_blocks, config.criterion.allowed(num_blocks, config.bounds))
 
 
 def is_unsettled(plan: SlimmingPlan) -> bool:

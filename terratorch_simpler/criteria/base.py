@@ -54,6 +54,16 @@ class Bounds:
         return allowed
 
 
+def half_depth(num_blocks: int, allowed: Sequence[int]) -> int:
+    """Half of the blocks, rounded up, or the nearest allowed depth: what is kept where nothing is known.
+
+    Example:
+        >>> half_depth(12, range(1, 13)), half_depth(7, range(1, 8)), half_depth(12, range(8, 11))
+        (6, 4, 8)
+    """
+    return min(max((num_blocks + 1) // 2, allowed[0]), allowed[-1])
+
+
 @dataclass(frozen=True)
 class Choice:
     """The choice of a criterion.

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from terratorch_simpler.criteria.base import TIE, Bounds, Choice, Criterion
+from terratorch_simpler.criteria.base import TIE, Bounds, Choice, Criterion, half_depth
 from terratorch_simpler.criteria.statistics import Labelled, Statistics, naming
 from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
 from terratorch_simpler.functional.ridge import Ridge
@@ -170,7 +170,7 @@ class Probe(Criterion):
             )
         settled = not reasons
         if not settled:
-            depth = min(max((num_blocks + 1) // 2, allowed[0]), allowed[-1])
+            depth = half_depth(num_blocks, allowed)
         elif self.rule == "best":
             depth = next(c for c in allowed if from_best[c - 1] <= TIE)
         else:

@@ -1,4 +1,4 @@
-"""A slimmed model without this package: a plain TerraTorch config and checkpoint, ONNX, or a PyTorch program."""
+"""A pruned model without this package: a plain TerraTorch config and checkpoint, ONNX, or a PyTorch program."""
 
 from terratorch_simpler.export.card import may_write_card, write_card
 from terratorch_simpler.export.description import ModelDescription, describe, find_plan

@@ -1,4 +1,4 @@
-"""The slimmed model as a graph that needs neither TerraTorch nor this package: ONNX, or a PyTorch program (.pt2)."""
+"""The pruned model as a graph that needs neither TerraTorch nor this package: ONNX, or a PyTorch program (.pt2)."""
 
 from __future__ import annotations
 

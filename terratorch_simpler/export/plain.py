@@ -1,4 +1,4 @@
-"""The slimmed model in TerraTorch's own words: depth, mapped indices, no wrapper, no callback."""
+"""The pruned model in TerraTorch's own words: depth, mapped indices, no wrapper, no callback."""
 
 from __future__ import annotations
 

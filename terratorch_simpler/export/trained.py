@@ -84,7 +84,7 @@ class Trained:
         if shape is None:
             msg = (
                 f"Found no input shape for '{self.backbone.name}', expected bands and size to compare answers on: an "
-                "encoder described by its block path cannot be exported; write an adapter."
+                "encoder described by its block path cannot be exported; write an encoder spec (docs/extend.md)."
             )
             raise ExportError(msg)
         generator = torch.Generator().manual_seed(SEED)
