@@ -1,4 +1,6 @@
-"""Hooks of mkdocs: pages made from the code, and pages and files of the repository that lie outside of docs/.
+"""Hooks of mkdocs: pages and files of the repository that lie outside of docs/.
+
+    python docs/hooks.py   writes the pages that are made from the code
 
 The site is the repository's tree with docs/ at its root. So links between files of the repository, as GitHub shows them,
 lead to the same files in the site: ``../configs/README.md`` to its page, YAML, Python or shell to a page with the text.
@@ -40,19 +42,18 @@ PAGES = (
 )
 """Pages of the site that lie elsewhere in the repository."""
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
-SECTION = re.compile(r"<!-- README: (.+?) -->")
-"""Stands for the section of the README with that heading."""
+SECTION = re.compile(r"\[README: (.+?)\]\(\.\./README\.md#\S+?\)")
+"""Stands for the section of the README with that heading; in the repository it is a link to it."""
 
 
 # --- pages and links
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made here, and the files that are linked to."""
+    """Add pages that lie elsewhere, notebooks, and the files that are linked to."""
     from mkdocs.structure.files import File
 
-    added = {"yaml.md": yaml_page(), "interfaces.md": interfaces_page()}
-    added |= {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+    added = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
     notebooks = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb"))
     pictures: dict[str, bytes] = {}
     for path in notebooks:
@@ -77,7 +78,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def in_site(match: re.Match[str]) -> str:
         target = _repository(uri, match[1])
         if not (ROOT / target).is_file():
-            return match[0]  # a page that is made here, or no link at all
+            return match[0]
         if target.startswith(DOCS):
             target = target.removeprefix(DOCS)
         elif not target.endswith(".md"):
@@ -229,7 +230,7 @@ def yaml_page() -> str:
 
     parts = [
         "# YAML reference",
-        "Generated from the code when the site is built. Arguments go below `init_args` of their class; the keys of the "
+        "Generated from the code by `python docs/hooks.py`. Arguments go below `init_args` of their class; the keys of the "
         "backbone go into `model_args`.",
     ]
     for callback in (SimplerCallback, SlimmableTraining):
@@ -304,7 +305,7 @@ def interfaces_page() -> str:
 
     parts = [
         "# Base classes",
-        "Generated from the code when the site is built. [Extend](extend.md) explains how to use them.",
+        "Generated from the code by `python docs/hooks.py`. [Extend](extend.md) explains how to use them.",
     ]
     for base, path in ((Criterion, "criteria"), (EncoderSpec, "encoders")):
         parts += [f"## {base.__name__}", f"`terratorch_simpler.{path}.{base.__name__}`", _about(base)]
@@ -328,3 +329,11 @@ def _methods(of: type) -> str:
             yield [f"`{name}{taken}`", needed, _cell(words)]
 
     return _table(("method or property", "required", "meaning"), rows())
+
+
+MADE = {"yaml.md": yaml_page, "interfaces.md": interfaces_page}
+"""Pages of docs/ that are made from docstrings, and kept in the repository for those who read them there."""
+
+if __name__ == "__main__":
+    for name, make in MADE.items():
+        (Path(__file__).parent / name).write_text(make(), encoding="utf-8")

@@ -79,6 +79,11 @@ def test_reference_tells_type_default_and_meaning(sections):
     assert "| `PLAN` | str | required |" in sections["show"]
 
 
+@pytest.mark.parametrize("name", ["yaml.md", "interfaces.md"])
+def test_pages_made_from_the_code_are_up_to_date(hooks, name):
+    assert (ROOT / "docs" / name).read_text() == hooks.MADE[name](), "run python docs/hooks.py"
+
+
 def test_an_argument_without_description_is_refused(hooks):
     class Silent:
         """Says nothing of its argument."""

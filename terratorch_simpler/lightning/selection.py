@@ -317,5 +317,5 @@ def _apply(backbone: SimplerBackbone, plan: SlimmingPlan) -> SlimmingPlan:
     shape = (plan.data or {}).get("input_shape", backbone.input_shape)
     if plan.macs is not None and shape is not None:
         plan = replace(plan, macs={**plan.macs, "after": count_macs(backbone, shape)})
-    backbone.slim(plan)  # the same again, so that the backbone holds the completed plan
+    backbone.plan = plan
     return plan

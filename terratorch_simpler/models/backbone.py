@@ -116,6 +116,10 @@ class SimplerBackbone(nn.Module):
         """The plan that was applied, or None."""
         return self._plan
 
+    @plan.setter
+    def plan(self, plan: SlimmingPlan) -> None:
+        self._plan = replace(plan, weights=None)  # they are in the encoder, and as large as it
+
     @property
     def kept(self) -> tuple[int, ...]:
         """Kept blocks in the numbering of the intact encoder, 0-based."""
@@ -251,7 +255,7 @@ class SimplerBackbone(nn.Module):
         self.set_width(plan.width)
         self._insert_recovery(plan.maps or {})
         self._load_distilled(plan.weights or {})
-        self._plan = replace(plan, weights=None)  # they are in the encoder, and as large as it
+        self.plan = plan
         return self.kept
 
     def prune_depth(self, blocks: Sequence[int]) -> None:
