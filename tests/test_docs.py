@@ -146,6 +146,13 @@ def test_the_encoder_spec_of_the_page_prunes_its_encoder(monkeypatch):
     assert torch.equal(features[-1], norm(intact[1]))
 
 
+def test_fences_name_a_language_and_nothing_else():
+    """With more behind it, the site shows a block as a line of text."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        opened = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)[::2]
+        assert {fence for fence in opened if fence not in ("", "python", "py", "yaml", "sh", "bibtex")} == set(), page.name
+
+
 def test_links_between_files_of_the_repository_lead_somewhere(hooks):
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.md")]
     assert len(pages) > 10

@@ -36,20 +36,60 @@ def test_confusion_and_scores():
     assert statistics.score(found.sum(0), accuracy=False) == pytest.approx((1 / 3 + 2 / 4) / 2)  # the third does not occur
 
 
-def test_f_test_is_that_of_two_depths():
+def test_f_is_that_of_two_depths():
     """With two depths it is the paired t test: F = t^2."""
     scores = np.random.default_rng(1).normal(size=(6, 2))
-    f, p = statistics.f_test(scores)
-    t = stats.ttest_rel(scores[:, 0], scores[:, 1])
-    assert (f, p) == (pytest.approx(t.statistic**2), pytest.approx(t.pvalue))
+    assert statistics.f_statistic(scores) == pytest.approx(stats.ttest_rel(scores[:, 0], scores[:, 1]).statistic ** 2)
 
 
-def test_regret_takes_the_best_depth_of_the_other_seeds():
-    scores = np.array([[0.9, 0.1, 0.5], [0.1, 0.8, 0.4], [0.2, 0.6, 0.3]])  # two depths and another column
+def favoured(places, better=0.0, seeds=4, depths=5, spread=0.3, seed=0):
+    """Counts of two classes; each place favours some depths by chance, and one depth is better everywhere."""
+    rng = np.random.default_rng(seed)
+    rate = np.clip(0.5 + rng.normal(0, spread, (depths, places)), 0.02, 0.98)
+    rate[2] = np.clip(rate[2] + better, 0.02, 0.98)
+    right = rng.binomial(500, np.broadcast_to(rate, (seeds, depths, places)))
+    return np.stack([np.stack([right, 500 - right], -1), np.zeros((*right.shape, 2), int)], -2)
+
+
+def test_depths_that_some_places_favour_do_not_differ():
+    """The tables of F, which take the places as given, would call every one of these samples different."""
+    for accuracy in (True, False):
+        p = [statistics.f_test(favoured(12, seed=seed), accuracy)[1] for seed in range(12)]
+        assert np.median(p) > 0.2
+        assert statistics.f_test(favoured(30, better=0.4), accuracy)[1] < 0.01
+    scores = statistics.score(favoured(12).sum(2), True)
+    assert stats.f.sf(statistics.f_statistic(scores), 4, 12) < 1e-6
+
+
+def test_the_reference_is_the_best_depth_of_other_seeds_and_places():
+    found = favoured(7, seeds=3)
+    added = statistics.with_reference(found, 4, True)[:, -1]
+    for seed, place in np.ndindex(3, 7):
+        others = [other for other in range(3) if other != seed]
+        elsewhere = [other for other in range(7) if other % 5 != place % 5]
+        score = statistics.score(found[others][:, :4][:, :, elsewhere].sum(2), True).mean(0)
+        assert (added[seed, place] == found[seed, score.argmax(), place]).all()
+
+
+def test_regret_is_zero_on_average_where_no_depth_is_better():
+    """Picked by the scores that it is compared with, the best depth would win."""
+    lost, picked = [], []
+    for seed in range(40):
+        found = favoured(10, seed=seed)
+        scores = statistics.score(statistics.with_reference(found, 5, True).sum(2), True)
+        lost.append(statistics.regrets(scores, np.zeros(4, int)).mean())
+        picked.append(scores[:, :5].mean(0).max() - scores[:, 0].mean())
+    assert abs(np.mean(lost)) < 2.5 * np.std(lost) / 40**0.5
+    assert np.mean(picked) > 5 * np.std(picked) / 40**0.5
+
+
+def test_gains_and_regrets_are_differences_of_columns():
+    scores = np.array(
+        [[0.9, 0.1, 0.5, 0.7], [0.1, 0.8, 0.4, 0.6], [0.2, 0.6, 0.3, 0.5]]
+    )  # two depths, another, the reference
     chosen = np.array([2, 2, 0])
-    # Without seed 0 depth 2 is best, without 1 depth 1 (1.1 against 0.7), without 2 depth 1 (1.0 against 0.9).
-    assert statistics.regrets(scores, chosen, 2) == pytest.approx([0.1 - 0.5, 0.1 - 0.4, 0.2 - 0.2])
-    assert statistics.regrets(np.stack([scores, scores]), chosen, 2).shape == (2, 3)
+    assert statistics.regrets(scores, chosen) == pytest.approx([0.7 - 0.5, 0.6 - 0.4, 0.5 - 0.2])
+    assert statistics.regrets(np.stack([scores, scores]), chosen).shape == (2, 3)
     assert statistics.gains(scores, chosen, 2) == pytest.approx([0.5 - 0.1, 0.4 - 0.8, 0.2 - 0.6])
 
 
@@ -66,10 +106,15 @@ def test_bootstrap_resamples_places_and_seeds():
     assert bootstrap.mean(bootstrap.scores[..., 1]) == pytest.approx(np.array(means)[:, 1])
 
 
-def test_gate_needs_a_clear_gain():
-    trained, untrained = np.array([[0.5, 0.7], [0.5, 0.72]]), np.array([[0.6, 0.1], [0.62, 0.1]])
-    assert statistics.gate(trained, untrained) == ([pytest.approx(0.1), pytest.approx(0, abs=1e-9)], True)
-    assert not statistics.gate(trained, untrained + 0.085)[1]
+def test_gate_needs_a_clear_gain_over_places_too():
+    trained, untrained = favoured(40, better=0.2, spread=0.1), favoured(40, spread=0.1, seed=1)
+    gain, counts = statistics.gate(trained, untrained, True)
+    best = [statistics.score(each.sum(2), True).mean(0).max() for each in (trained, untrained)]
+    assert gain[0] == pytest.approx(best[0] - best[1])
+    assert counts
+    assert not statistics.gate(untrained, trained, True)[1]
+    few = [favoured(3, spread=0.3, seed=seed) for seed in (0, 1)]  # places differ by more than seeds do
+    assert statistics.gate(*few, True)[0][1] > 0.05
 
 
 def test_strength_is_chosen_by_the_score_of_the_task(monkeypatch):
@@ -162,6 +207,7 @@ def test_no_case_without_a_gate_has_a_regret(found):
     counted = {row["task"] for row in found["tests"] if row["counts"] == "yes" and row["p"] <= 0.05}
     for row in found["rows"]:
         assert (row.get("regret") is not None) == (row["task"] in counted and "score" in row)
+        assert ("gain_on_all_blocks" in row) == ("score" in row)
 
 
 @needs_peft
@@ -188,8 +234,12 @@ def test_fine_tuning_saves_every_run(data, weights, tmp_path):
     assert found["command"].startswith("python -m benchmarks.pretrained_vit.finetune DATA/")
     choices = {row["criterion"]: row for row in found["choices"]}
     assert choices["all blocks"]["score"] == pytest.approx(found["rows"][2]["test_accuracy"][0])
-    assert "score" not in choices["half"]  # six blocks were not fine-tuned
-    assert {"probe", "simpler", "a third"} <= set(choices)
+    assert "half" not in choices  # six blocks were not fine-tuned
+    distilled = found["rows"][-1]
+    assert distilled["gain_on_same_blocks"][0] == pytest.approx(
+        distilled["test_accuracy"][0] - found["rows"][0]["test_accuracy"][0]
+    )
+    assert found["rows"][0]["gain_on_same_blocks"] is None
     assert sentences("pretrained_vit_finetune_70-cpu", found)
 
 
@@ -258,8 +308,9 @@ def test_sentences_rank_nothing_without_an_f_test():
     assert "overlap, so they are not ranked" in said
     for without in (fake(p=0.2), fake(counts="no")):
         said = sentences("pretrained_vit-cpu", without)
-        assert "regret" not in said
-        assert "SIMPLER" not in said
+        assert "mean regret" not in said
+        assert "SIMPLER keeps" not in said
+        assert "SIMPLER, gain on all blocks: land cover with 16 labelled images -0.100 (-0.200 to 0.100). The" in said
     assert "not ranked for land cover with 16 labelled images (p = 0.2)" in sentences("pretrained_vit-cpu", fake(p=0.2))
 
 
@@ -273,8 +324,12 @@ def test_sentences_of_fine_tuning_follow_the_intervals():
         "blocks": 3,
         "test_accuracy": [0.7, 0.01],
         "gain_on_all_blocks": [0.2, 0.05, 0.3],
+        "gain_on_same_blocks": [0.1, 0.02, 0.18],
     }
-    choices = [{"criterion": "probe", "kept": "3", "regret": [0.0, -0.1, 0.1]}, {"criterion": "half", "kept": "6"}]
+    choices = [
+        {"criterion": "probe", "kept": "3", "regret": [0.0, -0.1, 0.1], "gain_on_all_blocks": [0.1, 0.05, 0.2]},
+        {"criterion": "half", "kept": "6", "regret": None, "gain_on_all_blocks": [0.0, -0.05, 0.2]},
+    ]
     runs = [{"trained": "whole", "blocks": 3, "seed": 0, "learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)]
     runs += [{**run, "blocks": 12} for run in runs]
     for row, rate in zip(rows, ("1e-05", "3e-05"), strict=True):
@@ -283,9 +338,10 @@ def test_sentences_of_fine_tuning_follow_the_intervals():
     found["rows"] = [*rows, distilled]
     said = sentences("pretrained_vit_finetune_70-cpu", found)
     assert "Above all blocks: 3." in said
-    gain = "gain on all blocks 0.200 (0.050 to 0.300); as they are 0.600 ± 0.010"
+    gain = "gain on all blocks 0.200 (0.050 to 0.300), on the same blocks as they are 0.100 (0.020 to 0.180)"
     assert f"- After a distillation to block 7: 3 blocks 0.700 ± 0.010 ({gain})." in said
-    assert "- Regret: probe (keeps 3) 0.000 (-0.100 to 0.100). All" in said
+    assert "- Choices gain on all blocks: probe (keeps 3) 0.100 (0.050 to 0.200) and half (keeps 6) 0.000" in said
+    assert "- Regret: probe 0.000 (-0.100 to 0.100). All" in said
     assert "chose the lowest or highest learning rate at depth 3:" in said
     said = sentences("pretrained_vit_finetune_70-cpu", found | {"tests": [{"F_over_depths": 1.0, "p": 0.4}]})
     assert "- The depths cannot be told apart (F test, p = 0.4), so they are not ranked.\n" in said

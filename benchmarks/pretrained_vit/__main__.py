@@ -9,11 +9,13 @@ fitted on some labelled training images, its strength chosen by cross-validation
 patches, and accuracy over scenes.
 
 What is chosen never sees a test image: ``probe`` chooses on the validation split, the other criteria without labels. Whether
-pretraining matters at all is decided on the validation split, and whether depths differ by an F test with seeds as blocks.
-Where they do, the test split says what each choice costs (*regret*): the best depth is that of the *other* seeds, so that it
-is not picked by the scores it is compared with. Intervals are 95 % of a bootstrap over seeds (which images are labelled) and
-places of the test split at once; places are sites for HLS, and images for RSSCN7, where it is not known which scenes are
-neighbours.
+pretraining matters at all is decided on the validation split, and whether depths differ by an F test with seeds as blocks,
+whose p is that of permutations within places. Where they do, the test split says what each choice costs (*regret*): it is
+compared with the depth that is best in the *other* seeds and on *other* test places, so that this is not picked by the
+scores it is compared with. Intervals are 95 % of a bootstrap over seeds (which images are labelled) and places of the test
+split at once; places are sites for HLS, and images for RSSCN7, where it is not known which scenes are neighbours. The
+validation split and the images without labels are the same in every sample, and the labelled images of seeds overlap, so
+intervals are too narrow if anything.
 """
 
 from __future__ import annotations

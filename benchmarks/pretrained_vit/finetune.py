@@ -174,68 +174,66 @@ def accuracy(task: Task, result: Result, split: str) -> float:
     return float((result.predicted[split] == task.labels[split][:, 0]).mean())
 
 
-def score_on_test(task: Task, found: dict[Variant, list[Result]]) -> tuple[NDArray[np.float64], Bootstrap]:
-    """Accuracy of every seed and variant, (seeds, variants), and its bootstrap over seeds and test scenes."""
-    truth = task.labels["test"][:, 0]
-    places = np.arange(len(truth))
-    seeds = len(next(iter(found.values())))
-    counts = np.array(
+def count(task: Task, found: dict[Variant, list[Result]], split: str) -> NDArray[np.int64]:
+    """Confusion matrices of every seed, variant and image of a split, (seeds, variants, images, classes, classes)."""
+    truth = task.labels[split][:, 0]
+    images = np.arange(len(truth))
+    by_seed = zip(*found.values(), strict=True)
+    return np.array(
         [
-            [
-                statistics.confusion(truth, found[variant][seed].predicted["test"], places, len(truth), task.classes)
-                for variant in found
-            ]
-            for seed in range(seeds)
+            [statistics.confusion(truth, one.predicted[split], images, len(truth), task.classes) for one in results]
+            for results in by_seed
         ]
     )
-    return statistics.score(counts.sum(2), True), Bootstrap(counts, accuracy=True)
 
 
 def rows(task: Task, found: dict[Variant, list[Result]]) -> list[dict[str, Any]]:
-    """A line for every variant; what it gains on all blocks is of the same seeds and images."""
+    """A line for every variant; gains are on all blocks, and on as many blocks as they are, in the same seeds and images."""
+    names = list(found)
     intact = max((one for one in found if one.name == "whole"), key=lambda one: one.blocks)
-    scores, bootstrap = score_on_test(task, found)
+    counts = count(task, found, "test")
+    scores, bootstrap = statistics.score(counts.sum(2), True), Bootstrap(counts, accuracy=True)
     errors = bootstrap.mean(bootstrap.scores).std(0)
-    table = []
-    for column, (variant, results) in enumerate(found.items()):
-        line = {
+
+    def gain(variant: Variant, base: Variant) -> list[float] | None:
+        if variant == base or base not in found:
+            return None
+        one, other = names.index(variant), names.index(base)
+        samples = bootstrap.mean(bootstrap.scores[..., one] - bootstrap.scores[..., other])
+        return statistics.interval((scores[:, one] - scores[:, other]).mean(), samples)
+
+    return [
+        {
             "trained": str(variant),
             "blocks": variant.blocks,
             "learning_rate": f"{results[0].rate:g}",
             "test_accuracy": [float(scores[:, column].mean()), float(errors[column])],
-            "gain_on_all_blocks": None,
+            "gain_on_all_blocks": gain(variant, intact),
+            "gain_on_same_blocks": gain(variant, Variant("whole", variant.blocks)),
             "trained_parameters_M": results[0].trained / 1e6,
             "training_s": medians.median(one.seconds for one in results),
         }
-        if variant != intact:
-            base = list(found).index(intact)
-            samples = bootstrap.mean(bootstrap.scores[..., column] - bootstrap.scores[..., base])
-            line["gain_on_all_blocks"] = statistics.interval((scores[:, column] - scores[:, base]).mean(), samples)
-        table.append(line)
-    return table
+        for column, (variant, results) in enumerate(found.items())
+    ]
 
 
-def tests(task: Task, found: dict[Variant, list[Result]]) -> list[dict[str, Any]]:
-    """The gate on the validation split, at the depth that has random weights too, and the F test over depths."""
+def tests(task: Task, found: dict[Variant, list[Result]]) -> dict[str, Any]:
+    """The gate on the validation split, at the depths that have random weights too, and the F test over depths."""
     whole = {variant: results for variant, results in found.items() if variant.name == "whole"}
     random = {variant: results for variant, results in found.items() if variant.name == "random"}
     line: dict[str, Any] = {}
-    for variant, results in random.items():
-        trained, untrained = (
-            np.array([[accuracy(task, one, "val")] for one in each])
-            for each in (whole[Variant("whole", variant.blocks)], results)
-        )
-        gain, counts = statistics.gate(trained, untrained)
-        line |= {"pretrained_minus_random": gain, "counts": "yes" if counts else "no"}
-    scores = np.array([[accuracy(task, one, "test") for one in results] for results in whole.values()]).T
-    f, p = statistics.f_test(scores)
-    return [line | {"F_over_depths": f, "p": p}]
+    if random:
+        same = {variant: whole[Variant("whole", variant.blocks)] for variant in random}
+        gain, counts = statistics.gate(count(task, same, "val"), count(task, random, "val"), True)
+        line = {"pretrained_minus_random": gain, "counts": "yes" if counts else "no"}
+    f, p = statistics.f_test(count(task, whole, "test"), True)
+    return line | {"F_over_depths": f, "p": p}
 
 
 def choose(args: argparse.Namespace, state: dict[str, Tensor], task: Task) -> dict[str, tuple[list[int], str]]:
     """The depth that each criterion chooses for every seed, and its verdicts; those that leave gaps are left out."""
     encoder = load(args.model, state, args.size)
-    kept, verdicts = choose_without_labels(encoder, task.images["train"])
+    kept, verdicts = choose_without_labels(encoder, task)
     features = extract(encoder, task)
     probes = [probe_choice(task, features, len(features["train"]), args.labels, seed) for seed in range(args.seeds)]
     found = {"probe": ([len(one.kept_blocks) for one in probes], ", ".join(level(one.verdict) for one in probes))}
@@ -248,19 +246,21 @@ def choose(args: argparse.Namespace, state: dict[str, Tensor], task: Task) -> di
 def judge(
     task: Task, found: dict[Variant, list[Result]], chosen: dict[str, tuple[list[int], str]], ranked: bool
 ) -> list[dict[str, Any]]:
-    """A line for every choice of a depth: its score, and where depths are ranked its regret and its gain."""
+    """A line for every choice whose depths were all trained: its score and its gain, and where depths are ranked its regret.
+
+    Regret is against the best of the depths that were trained.
+    """
     whole = {variant: results for variant, results in found.items() if variant.name == "whole"}
     depths = [variant.blocks for variant in whole]
-    scores, bootstrap = score_on_test(task, whole)
+    counts = statistics.with_reference(count(task, whole, "test"), len(depths), True)
+    scores, bootstrap = statistics.score(counts.sum(2), True), Bootstrap(counts, accuracy=True)
     table = []
     for name, (kept, verdict) in chosen.items():
-        line: dict[str, Any] = {"criterion": name, "kept": ", ".join(map(str, dict.fromkeys(kept))), "verdict": verdict}
-        if len(set(kept)) > 1:
-            line["kept"] = ", ".join(map(str, kept))
-        if all(depth in depths for depth in kept):
+        if set(kept) <= set(depths):
             columns = np.array([depths.index(depth) for depth in kept])
-            line |= choice_figures(scores, bootstrap, columns, len(depths), ranked)
-        table.append(line)
+            words = ", ".join(map(str, kept if len(set(kept)) > 1 else kept[:1]))
+            line = {"criterion": name, "kept": words, "verdict": verdict}
+            table.append(line | choice_figures(scores, bootstrap, columns, len(depths), ranked))
     return table
 
 
@@ -292,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--size", type=int, default=126)
     parser.add_argument("--labels", type=int, default=70, help="number of labelled scenes")
+    parser.add_argument("--name", help="end of the name of the results; by default the number of labels")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--depths", type=int, nargs="+", default=[3, 5, 7, 9, 12], help="from few blocks to all")
@@ -323,10 +324,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len(found) < len(args.depths):
             continue
         table = rows(task, found)  # saved as soon as depths can be compared: the rest takes long
-        [test] = tests(task, found)
-        choices = judge(task, found, chosen, test.get("counts") != "no" and test["p"] <= statistics.LEVEL)
+        test = tests(task, found)
+        choices = judge(task, found, chosen, test.get("counts") == "yes" and test["p"] <= statistics.LEVEL)
         more = {"tests": [test], "choices": choices, "runs": runs, "weights": digest(state)}
-        name = f"pretrained_vit_finetune_{args.labels}"
+        name = f"pretrained_vit_finetune_{args.name or args.labels}"
         record.save(name, args, table, arguments, module="pretrained_vit.finetune", **more)
     record.show("Fine-tuning", table)
     record.show("Choices", choices)

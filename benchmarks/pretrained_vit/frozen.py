@@ -147,9 +147,14 @@ def _rows(task: Task, features: Features, split: str, chosen: Any) -> tuple[Any,
     return features[split][:, chosen][:, known], labels[known], np.broadcast_to(places[:, None], labels.shape)[known]
 
 
-def choose_without_labels(model: nn.Module, images: Tensor) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Blocks that criteria without labels keep, from the training images, beside fixed shares; and verdicts."""
-    batches, blocks = list(images.split(BATCH)), len(model.blocks)
+def choose_without_labels(model: nn.Module, task: Task) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Blocks that criteria without labels keep, from the training images, beside fixed shares; and verdicts.
+
+    The images are shuffled, as in a selection: those of a class, which stand together, would be compared among themselves.
+    """
+    images, blocks = task.images["train"], len(model.blocks)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).split(BATCH)
+    batches = [{"image": images[part], "path": list(task.places["train"][part.numpy()])} for part in order]
     half = blocks // 2
     kept = {"all blocks": list(range(blocks)), "half": list(range(half)), "a third": list(range(blocks // 3))}
     verdicts = {}
@@ -217,7 +222,7 @@ def encode(args: argparse.Namespace, state: dict[str, Tensor], task: Task) -> En
     """Features of every depth, and of everything else that is chosen without labels."""
     model = load(args.model, state, args.size)
     blocks = len(model.blocks)
-    kept, verdicts = choose_without_labels(model, task.images["train"])
+    kept, verdicts = choose_without_labels(model, task)
     found = [extract(model, task)]
     columns: dict[str, int] = {}
     for key, one in kept.items():
@@ -264,12 +269,12 @@ def run_task(args: argparse.Namespace, task: Task, encoded: Encoded) -> dict[str
         chosen |= {key: np.full(args.seeds, column) for key, column in encoded.columns.items()}
         verdicts = {"probe": ", ".join(level(probe.verdict) for probe in probes)} | encoded.verdicts
         names = {"probe": ", ".join(str(len(probe.kept_blocks)) for probe in probes)} | encoded.kept
-        bootstrap = Bootstrap(case.test, task.scenes)
+        bootstrap = Bootstrap(counted := statistics.with_reference(case.test, blocks, task.scenes), task.scenes)
         test = test_row(case, untrained, task.scenes, blocks)
         counts = test["counts"] == "yes" and test["p"] <= statistics.LEVEL
         result["tests"].append(row | test)
         result["depths"] += [row | one for one in depth_rows(task, case, untrained, bootstrap, blocks)]
-        scores = statistics.score(case.test.sum(2), task.scenes)
+        scores = statistics.score(counted.sum(2), task.scenes)
         for key in [*chosen, *(key for key in verdicts if key not in chosen)]:
             told = {"criterion": key, "kept": names.get(key), "verdict": verdicts.get(key)}
             figures = choice_figures(scores, bootstrap, chosen[key], blocks, counts) if key in chosen else {}
@@ -277,8 +282,8 @@ def run_task(args: argparse.Namespace, task: Task, encoded: Encoded) -> dict[str
         if counts:
             result["regrets"][labels] = {
                 key: (
-                    statistics.regrets(scores, column, blocks).mean(),
-                    bootstrap.mean(statistics.regrets(bootstrap.scores, column, blocks)),
+                    statistics.regrets(scores, column).mean(),
+                    bootstrap.mean(statistics.regrets(bootstrap.scores, column)),
                 )
                 for key, column in chosen.items()
             }
@@ -289,14 +294,14 @@ def run_task(args: argparse.Namespace, task: Task, encoded: Encoded) -> dict[str
 def choice_figures(
     scores: NDArray[np.float64], bootstrap: Bootstrap, chosen: NDArray[np.int64], depths: int, counts: bool
 ) -> dict[str, Any]:
-    """Test score of a choice, and, where the case counts, its regret and its gain on all blocks with 95 % intervals."""
+    """Test score of a choice, its gain on all blocks and, where the case counts, its regret, with 95 % intervals."""
     score = np.take_along_axis(scores, chosen[:, None], 1)[:, 0].mean()
-    found: dict[str, Any] = {"score": float(score), "regret": None, "gain_on_all_blocks": None}
+    found: dict[str, Any] = {"score": float(score), "regret": None}
     if counts:
-        for key, figure in (("regret", statistics.regrets), ("gain_on_all_blocks", statistics.gains)):
-            samples = bootstrap.mean(figure(bootstrap.scores, chosen, depths))
-            found[key] = statistics.interval(figure(scores, chosen, depths).mean(), samples)
-    return found
+        samples = bootstrap.mean(statistics.regrets(bootstrap.scores, chosen))
+        found["regret"] = statistics.interval(statistics.regrets(scores, chosen).mean(), samples)
+    samples = bootstrap.mean(statistics.gains(bootstrap.scores, chosen, depths))
+    return found | {"gain_on_all_blocks": statistics.interval(statistics.gains(scores, chosen, depths).mean(), samples)}
 
 
 def depth_rows(task: Task, case: Case, random: Case, bootstrap: Bootstrap, blocks: int) -> list[dict[str, Any]]:
@@ -317,9 +322,8 @@ def depth_rows(task: Task, case: Case, random: Case, bootstrap: Bootstrap, block
 
 def test_row(case: Case, random: Case, accuracy: bool, blocks: int) -> dict[str, Any]:
     """The gate, on the validation split, and the F test over depths, on the test split."""
-    trained, untrained = (statistics.score(one.validation.sum(2), accuracy)[:, :blocks] for one in (case, random))
-    gain, counts = statistics.gate(trained, untrained)
-    f, p = statistics.f_test(statistics.score(case.test.sum(2), accuracy)[:, :blocks])
+    gain, counts = statistics.gate(case.validation[:, :blocks], random.validation[:, :blocks], accuracy)
+    f, p = statistics.f_test(case.test[:, :blocks], accuracy)
     return {"pretrained_minus_random": gain, "counts": "yes" if counts else "no", "F_over_depths": f, "p": p}
 
 

@@ -44,14 +44,14 @@ def run(task: Task, features: Features, labels: int, seeds: int) -> tuple[list[d
     """A row for every setting; and the mean regret over seeds and its bootstrap samples, by setting."""
     blocks = len(features["train"])
     case = run_case(task, features, labels, seeds)
-    scores = statistics.score(case.test.sum(2), task.scenes)
-    bootstrap = statistics.Bootstrap(case.test, task.scenes)
+    counts = statistics.with_reference(case.test, blocks, task.scenes)
+    scores, bootstrap = statistics.score(counts.sum(2), task.scenes), statistics.Bootstrap(counts, task.scenes)
     rows, regrets = [], {}
     for groups, rule in product(GROUPS, RULES):
         choices = [probe_choice(task, features, blocks, labels, seed, GROUPS[groups], rule) for seed in range(seeds)]
         chosen = np.array([len(choice.kept_blocks) - 1 for choice in choices])
-        value = statistics.regrets(scores, chosen, blocks).mean()
-        samples = bootstrap.mean(statistics.regrets(bootstrap.scores, chosen, blocks))
+        value = statistics.regrets(scores, chosen).mean()
+        samples = bootstrap.mean(statistics.regrets(bootstrap.scores, chosen))
         rows.append(
             {
                 "task": task.name,

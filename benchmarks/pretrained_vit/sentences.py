@@ -26,7 +26,7 @@ def frozen(found: Results) -> list[str]:
     """Of frozen probes."""
     tests = found["tests"]
     apart = [row for row in tests if row["counts"] == "yes" and row["p"] <= LEVEL]
-    lines = [_gate(tests), _f_test([row for row in tests if row["counts"] == "yes"])]
+    lines = [_gate(tests), _f_test([row for row in tests if row["counts"] == "yes"]), *_gained(found["rows"])]
     if not apart:
         return lines
     mean = {row["criterion"]: row for row in found["regrets"]}
@@ -40,15 +40,30 @@ def _gate(tests: Sequence[Results]) -> str:
     passed = [row for row in tests if row["counts"] == "yes"]
     out = [f"{_case(row)} ({_error(row['pretrained_minus_random'])})" for row in tests if row["counts"] != "yes"]
     line = f"Pretraining matters, on the validation split, in {len(passed)} of {len(tests)} cases."
-    return line + (f" What fails is left out of all that follows: {_list(out)}." if out else "")
+    return line + (f" What fails has no best depth and no regret: {_list(out)}." if out else "")
 
 
 def _f_test(tests: Sequence[Results]) -> str:
     apart = [row for row in tests if row["p"] <= LEVEL]
-    line = f"Depths differ (F test, seeds as blocks) in {len(apart)} of these {len(tests)} cases"
+    line = f"Depths differ (F test, permutations within places) in {len(apart)} of these {len(tests)} cases"
     line += f", p at most {max(row['p'] for row in apart):.2g}." if apart else "."
     alike = [f"{_case(row)} (p = {row['p']:.2g})" for row in tests if row["p"] > LEVEL]
     return line + (f" They are not ranked for {_list(alike)}." if alike else "")
+
+
+def _gained(rows: Sequence[Results]) -> list[str]:
+    """Gains on all blocks in all cases, which need no best depth."""
+    lines = []
+    for name, words in (("probe", "`probe`"), ("half", "Half of the blocks"), ("simpler", "SIMPLER")):
+        of_name = [row for row in rows if row["criterion"] == name]
+        above = [row for row in of_name if row["gain_on_all_blocks"][1] > 0]
+        below = [row for row in of_name if row["gain_on_all_blocks"][2] < 0]
+        parts = [f"{_case(row)} {_interval(row['gain_on_all_blocks'])}" for row in of_name]
+        line = (
+            f"{words}, gain on all blocks: {_list(parts)}. The interval is above 0 in {len(above)} of {len(of_name)} cases"
+        )
+        lines.append(f"{line}, and below in {len(below)}.")
+    return lines
 
 
 def _best(found: Results, apart: Sequence[Results]) -> str:
@@ -67,7 +82,7 @@ def _intact(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
     rows = [row for row in choices if row["criterion"] == "all blocks"]
     lost = [row for row in rows if row["regret"][1] > 0]
     return (
-        f"Keeping all blocks loses {_interval(mean['all blocks']['mean_regret'])} to the best depth of the other seeds, as "
+        f"Keeping all blocks loses {_interval(mean['all blocks']['mean_regret'])} to the depth that is best elsewhere, as "
         f"the mean over tasks; the interval is above 0 in {len(lost)} of {len(rows)} cases."
     )
 
@@ -120,9 +135,10 @@ def _gaps(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
     if above:
         line += f" {len(above)} of the {len(names)} intervals lie wholly above that of the first half."
     clear = [row for row in choices if row["criterion"] in names and row["verdict"] == "clear"]
-    if clear:
-        poor = [row for row in clear if row["regret"][1] > 0]
-        line += f" Of the {len(clear)} choices with verdict clear, {len(poor)} have a regret whose interval is above 0."
+    if clear:  # without labels a choice is the same for any number of them
+        distinct = {(row["criterion"], row["task"]): row for row in clear}
+        poor = [row for row in distinct.values() if row["regret"][1] > 0]
+        line += f" Of the {len(distinct)} choices with verdict clear, {len(poor)} have a regret whose interval is above 0."
     return line
 
 
@@ -154,38 +170,44 @@ def finetuned(found: Results) -> list[str]:
     lines += _edges(whole, found["runs"])
     if test["p"] > LEVEL:
         lines.append(f"The depths cannot be told apart (F test, p = {test['p']:.2g}), so they are not ranked.")
-        return lines
-    gains = _list([f"{row['blocks']} {_interval(row['gain_on_all_blocks'])}" for row in pruned])
-    better = [str(row["blocks"]) for row in pruned if row["gain_on_all_blocks"][1] > 0]
-    worse = [str(row["blocks"]) for row in pruned if row["gain_on_all_blocks"][2] < 0]
-    line = f"The depths differ (F test, p = {test['p']:.2g}). Gains on all {intact['blocks']} blocks: {gains}."
-    line += f" Above all blocks: {_list(better)}." if better else ""
-    line += f" Below all blocks: {_list(worse)}." if worse else ""
-    lines.append(line)
+    else:
+        gains = _list([f"{row['blocks']} {_interval(row['gain_on_all_blocks'])}" for row in pruned])
+        better = [str(row["blocks"]) for row in pruned if row["gain_on_all_blocks"][1] > 0]
+        worse = [str(row["blocks"]) for row in pruned if row["gain_on_all_blocks"][2] < 0]
+        line = f"The depths differ (F test, p = {test['p']:.2g}). Gains on all {intact['blocks']} blocks: {gains}."
+        line += f" Above all blocks: {_list(better)}." if better else ""
+        line += f" Below all blocks: {_list(worse)}." if worse else ""
+        lines.append(line)
     for name in _unique(row["trained"] for row in found["rows"] if row["trained"] not in ("whole", "random")):
-        parts = [_compared(row, whole) for row in found["rows"] if row["trained"] == name]
+        parts = [_compared(row) for row in found["rows"] if row["trained"] == name]
         kind, _, target = name.partition(" ")
         lines.append(f"{' '.join([VARIANTS[kind], target]).rstrip()}: {_list(parts)}.")
     lines += _chosen(found.get("choices", []))
     return lines
 
 
-def _compared(row: Results, whole: Sequence[Results]) -> str:
-    """Accuracy of a variant beside that of the same blocks, trained whole, with the gain on all blocks."""
-    same = [f"; as they are {_error(one['test_accuracy'])}" for one in whole if one["blocks"] == row["blocks"]]
-    gain = _interval(row["gain_on_all_blocks"])
-    return f"{row['blocks']} blocks {_error(row['test_accuracy'])} (gain on all blocks {gain}{''.join(same)})"
+def _compared(row: Results) -> str:
+    """Accuracy of a variant with its gains on all blocks and on the same blocks, trained whole."""
+    gain = f"on all blocks {_interval(row['gain_on_all_blocks'])}"
+    if row.get("gain_on_same_blocks"):
+        gain += f", on the same blocks as they are {_interval(row['gain_on_same_blocks'])}"
+    return f"{row['blocks']} blocks {_error(row['test_accuracy'])} (gain {gain})"
 
 
 def _chosen(choices: Sequence[Results]) -> list[str]:
-    """What choices of a depth lose after fine-tuning."""
-    told = [row for row in choices if row.get("regret") and row["criterion"] != "simpler, half where unsettled"]
-    if not told:
-        return []
-    parts = [f"{row['criterion']} (keeps {row['kept']}) {_interval(row['regret'])}" for row in told]
-    line = f"Regret: {_list(parts)}."
-    alike = all(_overlap(one["regret"], other["regret"]) for one in told for other in told)
-    return [line + (" All intervals overlap, so the choices are not ranked." if alike else "")]
+    """What choices of a depth lose after fine-tuning, and what they gain on all blocks."""
+    told = [row for row in choices if row["criterion"] not in ("simpler, half where unsettled", "all blocks")]
+    ranked = [row for row in told if row.get("regret")]
+    lines = []
+    if told:
+        parts = [f"{row['criterion']} (keeps {row['kept']}) {_interval(row['gain_on_all_blocks'])}" for row in told]
+        lines.append(f"Choices gain on all blocks: {_list(parts)}.")
+    if ranked:
+        parts = [f"{row['criterion']} {_interval(row['regret'])}" for row in ranked]
+        alike = all(_overlap(one["regret"], other["regret"]) for one in ranked for other in ranked)
+        line = f"Regret: {_list(parts)}."
+        lines.append(line + (" All intervals overlap, so the choices are not ranked." if alike else ""))
+    return lines
 
 
 def _edges(rows: Sequence[Results], runs: Sequence[Results]) -> list[str]:
@@ -249,9 +271,9 @@ def settings(found: Results) -> list[str]:
 
 PARTS: dict[str, Callable[[Results], list[str]]] = {
     "pretrained_vit-cpu": frozen,
-    "pretrained_vit_finetune-cpu": finetuned,
     "pretrained_vit_finetune_70-cpu": finetuned,
     "pretrained_vit_finetune_700-cpu": finetuned,
+    "pretrained_vit_finetune_recovery-cpu": finetuned,
     "pretrained_vit_probe-cpu": settings,
     "pretrained_vit_recovery-cpu": recovered,
     "pretrained_vit_small-cpu": small,

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 RESAMPLES = 2000
+PERMUTATIONS = 999
+FOLDS = 5
+"""Parts of the test places, of which the depth to compare with is picked on all but one."""
 LEVEL = 0.05
 """Depths are not ranked where the F test gives a larger p."""
 GATE = 0.02
@@ -35,37 +37,79 @@ def score(counts: NDArray[Any], accuracy: bool) -> NDArray[np.float64]:
         return np.nanmean(np.where(truth > 0, hits / union, np.nan), -1)
 
 
-def f_test(scores: NDArray[np.float64]) -> tuple[float, float]:
-    """F and p of the hypothesis that all depths are equal, with seeds as blocks: scores (seeds, depths)."""
+def f_statistic(scores: NDArray[np.float64]) -> float:
+    """F of the hypothesis that all depths are equal, with seeds as blocks: scores (seeds, depths)."""
     seeds, depths = scores.shape
     total = scores.mean()
     by_depth, by_seed = scores.mean(0), scores.mean(1)
     between = seeds * np.sum((by_depth - total) ** 2) / (depths - 1)
     rest = np.sum((scores - by_depth - by_seed[:, None] + total) ** 2) / ((depths - 1) * (seeds - 1))
     with np.errstate(divide="ignore", invalid="ignore"):  # seeds that agree exactly leave no rest
-        f = float(between / rest)
-    return f, float(stats.f.sf(f, depths - 1, (depths - 1) * (seeds - 1)))
+        return float(between / rest)
 
 
-def regrets(scores: NDArray[np.float64], chosen: NDArray[np.int64], depths: int) -> NDArray[np.float64]:
-    """What each seed's choice loses against the depth that is best for the *other* seeds.
+def f_test(counts: NDArray[np.int64], accuracy: bool) -> tuple[float, float]:
+    """F, and the share of permutations whose F is at least as large.
+
+    The tables of F take the places of the test split as given: depths would then differ in what these few places happen to
+    favour. Here the depths are permuted within each place, alike for all seeds, as if none were better in general.
 
     Args:
-        scores: Test scores (..., seeds, columns); the first columns are the depths, and others follow.
+        counts: Confusion matrices of the depths, (seeds, depths, places, classes, classes).
+        accuracy: Whether the score is accuracy rather than mean IoU.
+    """
+    rng = np.random.default_rng(0)
+    if accuracy:  # right and wrong are all that counts, and smaller
+        right = np.trace(counts, axis1=-2, axis2=-1)
+        wrong = counts.sum((-2, -1)) - right
+        counts = np.stack([np.stack([right, wrong], -1), np.zeros((*right.shape, 2), np.int64)], -2)
+    found = f_statistic(score(counts.sum(2), accuracy))
+    at_least = 1
+    for _ in range(PERMUTATIONS):
+        order = rng.permuted(np.tile(np.arange(counts.shape[1])[:, None], counts.shape[2]), axis=0)
+        permuted = np.take_along_axis(counts, order[None, :, :, None, None], 1)
+        at_least += f_statistic(score(permuted.sum(2), accuracy)) >= found
+    return found, at_least / (PERMUTATIONS + 1)
+
+
+def with_reference(counts: NDArray[np.int64], depths: int, accuracy: bool) -> NDArray[np.int64]:
+    """Add what choices are compared with as the last column: the depth that is best elsewhere.
+
+    Places are in ``FOLDS`` folds. Of every seed and fold, the column holds the confusion matrices of the depth whose mean
+    score in the *other* seeds on the *other* folds is highest. Picked by the scores that it is compared with, the best depth
+    would look better than it is.
+
+    Args:
+        counts: Confusion matrices on the test split, (seeds, columns, places, classes, classes).
+        depths: Number of columns that are depths; they come first.
+        accuracy: Whether the score is accuracy rather than mean IoU.
+    """
+    seeds, _, places = counts.shape[:3]
+    reference = np.empty_like(counts[:, :1])
+    for fold in range(FOLDS):
+        inside = np.arange(places) % FOLDS == fold
+        scores = score(counts[:, :depths, ~inside].sum(2), accuracy)
+        best = (scores.sum(0) - scores).argmax(1)
+        reference[:, 0, inside] = counts[np.arange(seeds), best][:, inside]
+    return np.concatenate([counts, reference], 1)
+
+
+def regrets(scores: NDArray[np.float64], chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What each seed's choice loses against the reference.
+
+    Args:
+        scores: Test scores (..., seeds, columns), the last of which is that of :func:`with_reference`.
         chosen: Column that is chosen in each seed, (seeds,).
-        depths: Number of depths.
 
     Returns:
-        (..., seeds); negative where the choice is better on a seed than the best depth of the others.
+        (..., seeds); negative where the choice is better.
     """
-    alone = scores[..., :depths]
-    best = (alone.sum(-2, keepdims=True) - alone).argmax(-1)
-    lost: NDArray[np.float64] = _pick(scores, best) - _pick(scores, np.broadcast_to(chosen, best.shape))
+    lost: NDArray[np.float64] = scores[..., -1] - _pick(scores, np.broadcast_to(chosen, scores.shape[:-1]))
     return lost
 
 
 def gains(scores: NDArray[np.float64], chosen: NDArray[np.int64], depths: int) -> NDArray[np.float64]:
-    """What each seed's choice gains on all blocks, (..., seeds); arguments as of :func:`regrets`."""
+    """What each seed's choice gains on all blocks, the last of the depths, (..., seeds); arguments as of :func:`regrets`."""
     gained: NDArray[np.float64] = _pick(scores, np.broadcast_to(chosen, scores.shape[:-1])) - scores[..., depths - 1]
     return gained
 
@@ -106,13 +150,22 @@ def interval(value: float, samples: NDArray[np.float64]) -> list[float]:
     return [float(value), *np.quantile(samples, (0.025, 0.975)).tolist()]
 
 
-def gate(trained: NDArray[np.float64], untrained: NDArray[np.float64]) -> tuple[list[float], bool]:
-    """Whether pretraining matters: by scores on the validation split, (seeds, depths), of pretrained and random weights.
+def gate(trained: NDArray[np.int64], untrained: NDArray[np.int64], accuracy: bool) -> tuple[list[float], bool]:
+    """Whether pretraining matters: by the validation split, of pretrained and random weights.
+
+    Args:
+        trained: Confusion matrices of the depths, (seeds, depths, places, classes, classes), of pretrained weights.
+        untrained: Those of random weights.
+        accuracy: Whether the score is accuracy rather than mean IoU.
 
     Returns:
-        What the best depth of the one gains on the best of the other, with its standard error over seeds; and whether that
-        is more than ``GATE`` and two standard errors.
+        What the best depth of the one gains on the best of the other, with its standard error over seeds and places; and
+        whether that is more than ``GATE`` and two standard errors.
     """
-    gain = trained[:, trained.mean(0).argmax()] - untrained[:, untrained.mean(0).argmax()]
-    error = gain.std(ddof=1) / np.sqrt(len(gain))
-    return [float(gain.mean()), float(error)], bool(gain.mean() > max(GATE, 2 * error))
+    scores = [score(counts.sum(2), accuracy).mean(0) for counts in (trained, untrained)]
+    best = [int(one.argmax()) for one in scores]
+    pair = np.stack([trained[:, best[0]], untrained[:, best[1]]], 1)
+    bootstrap = Bootstrap(pair, accuracy)
+    gain = float(scores[0][best[0]] - scores[1][best[1]])
+    error = float(bootstrap.mean(bootstrap.scores[..., 0] - bootstrap.scores[..., 1]).std())
+    return [gain, error], gain > max(GATE, 2 * error)
