@@ -58,8 +58,9 @@ class SimplerCallback(Callback):
         recovery: What makes up for dropped blocks, without labels: "linear" puts a linear map in their place, fitted in the
             same pass; "distill" trains the pruned encoder, before fit, to answer as the intact one on the same tiles, all of
             it or only its adapters (LoRA); "none" leaves it as it is.
-        recovery_target: Whose output the recovery is for: "last", the last block of the intact encoder; a number n, its
-            first n blocks; or "best", the block where criterion "probe" scores best.
+        recovery_target: Whose output the recovery is for: "last", the last block of the intact encoder, a poor target where
+            the last blocks suit the task worse than earlier ones; a number n, its first n blocks; or "best", the block where
+            criterion "probe" scores best.
         recovery_steps: Training steps of 32 tiles with recovery "distill".
         tokens: Tokens used for similarity: "patch", "cls", "mean" (of the patch tokens) or "all".
         min_tiles: Tiles before the stream may stop early because the bootstrap agrees on a depth.
