@@ -196,7 +196,9 @@ class Verdict:
 
     def doubted(self, doubts: Sequence[str]) -> Verdict:
         """The same with further reasons, for each of which a clear verdict becomes weak."""
-        if not doubts or self.level != "clear":
+        if not doubts:
+            return self
+        if self.level != "clear":
             return replace(self, reasons=(*self.reasons, *doubts))
         return replace(self, level="weak", reasons=(*doubts, *self.reasons))
 

@@ -155,8 +155,9 @@ def build_plan(
         return plan
     overview = compare_alternatives(encoder, criterion, bounds, choice, measurement, shape)
     untrained = is_untrained(encoder)
-    verdict = choice.verdict and choice.verdict.doubted(doubts_about(untrained, None))
-    if measurement is not None:
+    if measurement is None:
+        verdict = choice.verdict and choice.verdict.doubted(doubts_about(untrained, None))
+    else:
         verdict = verdict_on(
             criterion,
             choice,

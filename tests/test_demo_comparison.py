@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from terratorch.tasks import SemanticSegmentationTask
 
-from terratorch_simpler import SlimmingPlan
+from terratorch_simpler import SlimmingPlan, demo
 from terratorch_simpler.demo.comparison import Compared, Times, choices, compare, comparison_table
 from terratorch_simpler.plan import Verdict
 
@@ -82,3 +83,8 @@ def test_both_choices_are_told_with_their_verdicts():
         "By labels (probe):  4 of 12 blocks; verdict clear.",
         "Without (SIMPLER):  10 of 12 blocks; verdict weak. Few tiles.",
     ]
+
+
+def test_the_demo_gives_the_same_scores_each_time():
+    """No seed reaches the random transforms of Albumentations, of which TerraTorch's YAML takes a list only."""
+    assert "train_transform" not in yaml.safe_load(demo.CONFIG.read_text())["data"]["init_args"]

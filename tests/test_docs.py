@@ -36,9 +36,14 @@ def hooks():
 
 
 @pytest.fixture(scope="module")
-def sections(hooks):
+def reference():
+    return load("reference")
+
+
+@pytest.fixture(scope="module")
+def sections(reference):
     """Text of the YAML reference by heading."""
-    parts = re.split(r"^###? (.+)\n", hooks.yaml_page(), flags=re.MULTILINE)
+    parts = re.split(r"^###? (.+)\n", reference.yaml_page(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
@@ -80,11 +85,11 @@ def test_reference_tells_type_default_and_meaning(sections):
 
 
 @pytest.mark.parametrize("name", ["yaml.md", "interfaces.md"])
-def test_pages_made_from_the_code_are_up_to_date(hooks, name):
-    assert (ROOT / "docs" / name).read_text() == hooks.MADE[name](), "run python docs/hooks.py"
+def test_pages_made_from_the_code_are_up_to_date(reference, name):
+    assert (ROOT / "docs" / name).read_text() == reference.MADE[name](), "run python docs/reference.py"
 
 
-def test_an_argument_without_description_is_refused(hooks):
+def test_an_argument_without_description_is_refused(reference):
     class Silent:
         """Says nothing of its argument."""
 
@@ -92,7 +97,7 @@ def test_an_argument_without_description_is_refused(hooks):
             pass
 
     with pytest.raises(ValueError, match=r"Found argument depth of .*Silent without a description"):
-        hooks.arguments(Silent)
+        reference.arguments(Silent)
 
 
 def test_pictures_are_up_to_date_and_show_what_the_page_says():

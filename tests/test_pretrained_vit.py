@@ -2,6 +2,7 @@
 
 import csv
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import timm
 import torch
 from PIL import Image
 from scipy import stats
+from terratorch.registry import BACKBONE_REGISTRY
 
 from benchmarks.pretrained_vit import finetune, frozen, probe_settings, recovery, statistics
 from benchmarks.pretrained_vit.__main__ import main
 from benchmarks.pretrained_vit.data import Task
 from benchmarks.pretrained_vit.encoder import digest, read_weights
 from benchmarks.pretrained_vit.sentences import sentences
+from terratorch_simpler.functional.hsic import layer_normed
 from tests.extras import needs_peft
 
 MODEL = "vit_tiny_patch16_224"
@@ -241,6 +244,22 @@ def test_fine_tuning_saves_every_run(data, weights, tmp_path):
     )
     assert found["rows"][0]["gain_on_same_blocks"] is None
     assert sentences("pretrained_vit_finetune_70-cpu", found)
+
+
+@pytest.mark.parametrize("kind", ["linear", "distill"])
+def test_fine_tuning_starts_from_what_recovery_has_found(data, weights, kind):
+    task = finetune.read_task(data, "scenes", 64, 16)
+    args = Namespace(model=MODEL, size=64, weights=weights, steps=3)
+    encoder = finetune.start(finetune.Variant(kind, 2, 5), read_weights(weights), args, task)
+    intact = BACKBONE_REGISTRY.build(f"simpler_{MODEL}", img_size=64, ckpt_path=str(weights)).eval()
+    recovered = recovery.recover(intact, task, kind, 2, 5, 3).encoder
+    images, seen = task.images["val"][:2], []
+    encoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        encoder.forward_features(images)
+        (expected,) = recovery.last_features(recovered, task._replace(images={"val": images}))["val"]
+    found = layer_normed(seen[0])[:, 1:].mean(1, keepdim=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_settings_of_probe_are_compared_on_cases_that_count(found, data, weights, tmp_path):

@@ -208,7 +208,7 @@ class Undecided(Simpler):
 
 def test_a_criterion_may_judge_itself():
     verdict, choice = judged("settled", criterion=Undecided())
-    assert verdict == choice.verdict
+    assert verdict is choice.verdict
 
 
 class Sure(Undecided):

@@ -182,7 +182,7 @@ def finetuned(found: Results) -> list[str]:
         parts = [_compared(row) for row in found["rows"] if row["trained"] == name]
         kind, _, target = name.partition(" ")
         lines.append(f"{' '.join([VARIANTS[kind], target]).rstrip()}: {_list(parts)}.")
-    lines += _chosen(found.get("choices", []))
+    lines += _chosen(found["choices"])
     return lines
 
 
