@@ -13,9 +13,9 @@ from PIL import Image
 from scipy import stats
 from terratorch.registry import BACKBONE_REGISTRY
 
-from benchmarks.pretrained_vit import finetune, frozen, probe_settings, recovery, statistics
+from benchmarks.pretrained_vit import finetune, frozen, recovery, statistics
 from benchmarks.pretrained_vit.__main__ import main
-from benchmarks.pretrained_vit.data import Task
+from benchmarks.pretrained_vit.data import Task, read_task
 from benchmarks.pretrained_vit.encoder import digest, read_weights
 from benchmarks.pretrained_vit.sentences import sentences
 from terratorch_simpler.functional.hsic import layer_normed
@@ -23,6 +23,7 @@ from tests.extras import needs_peft
 
 MODEL = "vit_tiny_patch16_224"
 COUNTS = {"train": 40, "val": 8, "test": 8}
+COUNTS_OF_SCENES = {"train": 6 * 7, "val": 14, "test": 14}
 CODES = np.array([[10, 30], [40, 80]])
 
 
@@ -154,7 +155,7 @@ def data(tmp_path_factory):
                 write(hls / f"images/{name}_image.tif", image)
                 write(hls / f"landcover/{name}_landcover.tif", codes[None])
                 write(hls / f"water_mask/{name}_mask.tif", (codes[None] == 80).astype(np.uint8))
-            kinds = [f"k{n % 7}/{split}{n}" for n in range(6 * 7 if split == "train" else 14)]
+            kinds = [f"k{n % 7}/{split}{n}" for n in range(COUNTS_OF_SCENES[split])]
             (scenes / f"splits/{split}.txt").write_text("\n".join(kinds))
             for n, name in enumerate(kinds):
                 (scenes / name).parent.mkdir(exist_ok=True)
@@ -205,12 +206,13 @@ def test_frozen_probes_of_every_depth(found):
     assert str(found).count("/tmp") == 0
 
 
-def test_no_case_without_a_gate_has_a_regret(found):
+def test_no_case_without_a_gate_is_in_the_means(found):
     assert any(row["counts"] == "no" or row["p"] > 0.05 for row in found["tests"])
     counted = {row["task"] for row in found["tests"] if row["counts"] == "yes" and row["p"] <= 0.05}
+    for row in found["regrets"]:
+        assert row.keys() == {"criterion", "mean_regret", *counted}
     for row in found["rows"]:
-        assert (row.get("regret") is not None) == (row["task"] in counted and "score" in row)
-        assert ("gain_on_all_blocks" in row) == ("score" in row)
+        assert ("regret" in row) == ("gain_on_all_blocks" in row) == ("score" in row)
 
 
 @needs_peft
@@ -262,21 +264,35 @@ def test_fine_tuning_starts_from_what_recovery_has_found(data, weights, kind):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_settings_of_probe_are_compared_on_cases_that_count(found, data, weights, tmp_path):
-    tests = [row | {"counts": "no" if row["task"] == "water" else "yes", "p": 0.01} for row in found["tests"]]
-    (tmp_path / "pretrained_vit-cpu.json").write_text(json.dumps(found | {"tests": tests}))
-    small = f"{data} --weights {weights} --model {MODEL} --size 32 --seeds 2 --results {tmp_path} -o {tmp_path}"
-    probe_settings.main([*small.split(), "--device", "cpu"])
-    again = json.loads((tmp_path / "pretrained_vit_probe-cpu.json").read_text())
-    assert {row["task"] for row in again["rows"]} == {"cover", "scenes"}
-    first = next(row for row in again["rows"] if row["task"] == "cover")
-    assert (first["groups"], first["rule"]) == ("place", "one_standard_error")
-    assert first["kept"] == next(row["kept"] for row in found["rows"] if row["criterion"] == "probe")
-    assert {row["criterion"] for row in again["regrets"]} == {
-        f"{rule}, groups by {groups}" for rule in ("one_standard_error", "best") for groups in ("place", "file")
-    }
-    assert again["command"].startswith("python -m benchmarks.pretrained_vit.probe_settings DATA/")
-    assert sentences("pretrained_vit_probe-cpu", again).startswith("- Mean regret over tasks")
+def test_rules_of_probe_are_compared_in_the_same_seeds_and_places(data, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "LEVEL", 1.0)
+    monkeypatch.setattr(statistics, "gate", lambda *_: ([0.1, 0.01], True))
+    small = f"{data} --weights {weights} --model {MODEL} --size 32 --seeds 2 --labels 14 --tasks scenes --device cpu"
+    main([*small.split(), "-o", str(tmp_path)])
+    found = json.loads((tmp_path / "pretrained_vit-cpu.json").read_text())
+    regret = {row["criterion"]: row["regret"][0] for row in found["rows"] if "regret" in row}
+    mean = {row["criterion"]: row["mean_regret"] for row in found["regrets"]}
+    assert mean["probe, rule best"][0] == pytest.approx(regret["probe, rule best"])
+    low, high = mean["probe minus probe, rule best"][1:]
+    assert low <= regret["probe"] - regret["probe, rule best"] <= high
+
+
+def test_swapped_scenes_are_tested_on_what_was_not_read_before(data):
+    before = read_task(data, "scenes", 32, 16, 14)
+    after = read_task(data, "scenes", 32, 16, 14, swapped=True)
+    assert after.places["train"].tolist() == before.places["test"].tolist()
+    assert after.places["val"].tolist() == before.places["train"].tolist()
+    seen = {name for places in before.places.values() for name in places}
+    assert len(after.places["test"]) == COUNTS_OF_SCENES["train"] - 14
+    assert not seen & set(after.places["test"])
+    for split in ("train", "val", "test"):
+        kinds = [int(name[1]) for name in after.places[split]]
+        assert after.labels[split][:, 0].tolist() == kinds
+    again = read_task(data, "scenes", 32, 16, None)
+    same = again.places["train"].tolist().index(after.places["test"][0])
+    assert torch.equal(again.images["train"][same], after.images["test"][0])
+    with pytest.raises(SystemExit, match=r"expected some to be left to test: give fewer --train-scenes\.$"):
+        read_task(data, "scenes", 32, 16, swapped=True)
 
 
 def test_recoveries_are_compared_with_none(data, weights, tmp_path):
@@ -312,9 +328,10 @@ def fake(p=1e-3, counts="yes"):
     """Results of one case."""
     row = {"task": "cover", "labelled": 16}
     figures = {"score": 0.4, "regret": [0.1, 0.05, 0.2], "gain_on_all_blocks": [-0.1, -0.2, 0.1]}
-    names = ["probe", "all blocks", "half", "a third", "simpler", "angular", "all blocks, width 0.5"]
+    names = ["probe", "probe, rule best", "all blocks", "half", "a third", "simpler", "angular", "all blocks, width 0.5"]
     rows = [row | {"criterion": name, "kept": "2", "verdict": "unsettled"} | figures for name in names]
     mean = [{"criterion": name, "mean_regret": [0.1, 0.05, 0.2], "cover": [0.1, 0.05, 0.2]} for name in names]
+    mean.append({"criterion": frozen.RULES_COMPARED, "mean_regret": [0.0, -0.1, 0.1], "cover": [0.0, -0.1, 0.1]})
     test = row | {"pretrained_minus_random": [0.1, 0.01], "counts": counts, "F_over_depths": 9.0, "p": p}
     depths = [row | {"weights": "pretrained", "1": [0.4, 0.01], "2": [0.3, 0.01]}]
     return {"tests": [test], "rows": rows, "regrets": mean, "depths": depths}

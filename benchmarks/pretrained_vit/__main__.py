@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--labels", nargs="*", type=int, help="numbers of labelled images; all by default")
     parser.add_argument("--train-scenes", type=int, help="number of training scenes that are read; all by default")
+    parser.add_argument("--swapped", action="store_true", help="splits of scenes change places: other scenes are tested")
     record.add_arguments(parser)
     args = parser.parse_args(arguments)
     state = read_weights(args.weights)
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoded: dict[bool, Encoded] = {}  # cover and water are of the same images
     for name in args.tasks:
         start = time.perf_counter()
-        task = read_task(args.data, name, args.size, patch, args.train_scenes)
+        task = read_task(args.data, name, args.size, patch, args.train_scenes, args.swapped)
         if task.scenes not in encoded:
             encoded = {task.scenes: encode(args, state, task)}
             print(f"Features of {name}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for title, table in (("Depths", depths), ("Choices", choices), ("Tests", tests), ("Regret", regrets)):
         record.show(title, table)
     more = {"depths": depths, "tests": tests, "regrets": regrets, "weights": weights}
-    record.save("pretrained_vit", args, choices, arguments, **more)
+    name = "pretrained_vit_swapped" if args.swapped else "pretrained_vit"
+    record.save(name, args, choices, arguments, module="pretrained_vit", **more)
 
 
 if __name__ == "__main__":

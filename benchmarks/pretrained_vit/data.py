@@ -51,7 +51,7 @@ class Task(NamedTuple):
         return self.name == SCENES
 
 
-def read_task(data: Path, name: str, size: int, patch: int, train_scenes: int | None = None) -> Task:
+def read_task(data: Path, name: str, size: int, patch: int, train_scenes: int | None = None, swapped: bool = False) -> Task:
     """One of ``TASKS`` from the folder that holds ``hls_water`` and ``rsscn7``.
 
     Args:
@@ -60,14 +60,16 @@ def read_task(data: Path, name: str, size: int, patch: int, train_scenes: int | 
         size: Side of the images in pixels, to which they are resized.
         patch: Side of a patch.
         train_scenes: Number of training scenes that are read, as many of each class; None for all.
+        swapped: Whether splits of scenes change places: test scenes are trained on, those ``train_scenes`` validate, and
+            the other training scenes test.
 
     Raises:
-        SystemExit: If the folder is missing.
+        SystemExit: If the folder is missing, or if no training scene would be left to test.
     """
     folder = data / ("rsscn7" if name == SCENES else "hls_water")
     if not folder.is_dir():
         raise SystemExit(f"There is no folder {folder}, expected the data of task {name}: give the folder that holds it.")
-    return rsscn7(folder, size, train_scenes) if name == SCENES else hls(folder, name, size, patch)
+    return rsscn7(folder, size, train_scenes, swapped) if name == SCENES else hls(folder, name, size, patch)
 
 
 def hls(data: Path, target: str, size: int, patch: int) -> Task:
@@ -90,19 +92,27 @@ def hls(data: Path, target: str, size: int, patch: int) -> Task:
     return Task(target, len(codes), images, labels, places, (16, 68))
 
 
-def rsscn7(data: Path, size: int, train_scenes: int | None = None) -> Task:
+def rsscn7(data: Path, size: int, train_scenes: int | None = None, swapped: bool = False) -> Task:
     """Scenes of RSSCN7; of the training split as many as asked for."""
+    names = {split: np.array(read_split(data, split)) for split in SPLITS}
+    kinds = sorted({name.partition("/")[0] for split in SPLITS for name in names[split]})
+    classes = {split: np.array([kinds.index(name.partition("/")[0]) for name in names[split]]) for split in SPLITS}
+    read = {split: np.arange(len(names[split])) for split in SPLITS}
+    if train_scenes is not None:
+        read["train"] = _of_each_class(classes["train"], train_scenes // len(kinds), 0)
+    source = {split: split for split in SPLITS}
+    if swapped:
+        left = np.setdiff1d(np.arange(len(names["train"])), read["train"])
+        if not len(left):
+            raise SystemExit("All training scenes are read, expected some to be left to test: give fewer --train-scenes.")
+        source = {"train": "test", "val": "train", "test": "train"}
+        read = {"train": read["test"], "val": read["train"], "test": left}
     images, labels, places = {}, {}, {}
     for split in SPLITS:
-        names = read_split(data, split)
-        kinds = sorted({name.partition("/")[0] for name in names})
-        classes = np.array([kinds.index(name.partition("/")[0]) for name in names])
-        if split == "train" and train_scenes is not None:
-            chosen = _of_each_class(classes, train_scenes // len(kinds), 0)
-            names, classes = [names[i] for i in chosen], classes[chosen]
-        pixels = np.stack([_read_jpeg(data / f"{name}.jpg", size) for name in names])
+        chosen, known = names[source[split]][read[split]], classes[source[split]][read[split]]
+        pixels = np.stack([_read_jpeg(data / f"{name}.jpg", size) for name in chosen])
         images[split] = _normalize(pixels.transpose(0, 3, 1, 2) / 255, *PIXELS)
-        labels[split], places[split] = classes[:, None], np.array(names)
+        labels[split], places[split] = known[:, None], chosen
     return Task(SCENES, len(kinds), images, labels, places, (14, 70, 700))
 
 

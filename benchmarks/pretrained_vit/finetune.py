@@ -30,7 +30,7 @@ from benchmarks import record
 from benchmarks.pretrained_vit import statistics
 from benchmarks.pretrained_vit.data import SCENES, Task, draw, read_task
 from benchmarks.pretrained_vit.encoder import add_arguments, digest, load, read_weights
-from benchmarks.pretrained_vit.frozen import choice_figures, choose_without_labels, extract, level, probe_choice
+from benchmarks.pretrained_vit.frozen import RULES, choice_figures, choose_without_labels, extract, level, probe_choice
 from benchmarks.pretrained_vit.recovery import recover
 from benchmarks.pretrained_vit.statistics import Bootstrap
 from terratorch_simpler import prune
@@ -235,8 +235,10 @@ def choose(args: argparse.Namespace, state: dict[str, Tensor], task: Task) -> di
     encoder = load(args.model, state, args.size)
     kept, verdicts = choose_without_labels(encoder, task)
     features = extract(encoder, task)
-    probes = [probe_choice(task, features, len(features["train"]), args.labels, seed) for seed in range(args.seeds)]
-    found = {"probe": ([len(one.kept_blocks) for one in probes], ", ".join(level(one.verdict) for one in probes))}
+    found = {}
+    for name, rule in RULES.items():
+        probes = [probe_choice(task, features, len(features["train"]), args.labels, s, rule) for s in range(args.seeds)]
+        found[name] = ([len(one.kept_blocks) for one in probes], ", ".join(level(one.verdict) for one in probes))
     for name, one in kept.items():
         if one == list(range(len(one))):
             found[name] = ([len(one)] * args.seeds, verdicts.get(name, "-"))
@@ -260,7 +262,8 @@ def judge(
             columns = np.array([depths.index(depth) for depth in kept])
             words = ", ".join(map(str, kept if len(set(kept)) > 1 else kept[:1]))
             line = {"criterion": name, "kept": words, "verdict": verdict}
-            table.append(line | choice_figures(scores, bootstrap, columns, len(depths), ranked))
+            figures = choice_figures(scores, bootstrap, columns, len(depths))
+            table.append(line | figures | ({} if ranked else {"regret": None}))
     return table
 
 

@@ -44,6 +44,9 @@ BATCH = 32
 FOLDS = 5
 WIDTHS = (0.5, 0.25)
 UNSETTLED = "unsettled"
+RULES: dict[str, Rule] = {"probe": "one_standard_error", "probe, rule best": "best"}
+"""What the tables call the criterion ``probe`` with each rule; the first is the default of the package."""
+RULES_COMPARED = "probe minus probe, rule best"
 HALF_IF_UNSETTLED = "simpler, half where unsettled"
 
 Features = dict[str, NDArray[np.float32]]
@@ -183,7 +186,6 @@ def probe_choice(
     blocks: int,
     labels: int,
     seed: int,
-    groups: str | None = r"(.+)\|",
     rule: Rule = "one_standard_error",
 ) -> Choice:
     """What the criterion ``probe`` keeps, with the labelled training images and the validation split; groups are places."""
@@ -191,7 +193,7 @@ def probe_choice(
     every = np.arange(len(task.places["val"]))
     both = dataclasses.replace(train, validation=_labelled(task, features, blocks, "val", every, seed))
     unseen = torch.eye(blocks + 1)  # probe looks at labels, not at the similarity of blocks
-    return Probe(groups, rule).choose(Statistics(unseen, unseen, unseen, both), blocks, Bounds())
+    return Probe(r"(.+)\|", rule).choose(Statistics(unseen, unseen, unseen, both), blocks, Bounds())
 
 
 def _labelled(task: Task, features: Features, blocks: int, split: str, chosen: NDArray[np.int64], seed: int) -> Labelled:
@@ -255,8 +257,8 @@ def run_task(args: argparse.Namespace, task: Task, encoded: Encoded) -> dict[str
     """All tables of one task, and what is averaged over tasks.
 
     Returns:
-        ``depths``, ``choices`` and ``tests``: rows; ``regrets``: by number of labels and name, the mean over seeds and its
-        bootstrap samples.
+        ``depths``, ``choices`` and ``tests``: rows; ``regrets``: by number of labels, of those where pretraining matters
+        and depths differ, and by name the mean over seeds and its bootstrap samples.
     """
     blocks = encoded.blocks
     result: dict[str, Any] = {"depths": [], "choices": [], "tests": [], "regrets": {}}
@@ -264,11 +266,15 @@ def run_task(args: argparse.Namespace, task: Task, encoded: Encoded) -> dict[str
         start = time.perf_counter()
         row = {"task": task.name, "labelled": labels}
         case, untrained = (run_case(task, one, labels, args.seeds) for one in (encoded.features, encoded.random))
-        probes = [probe_choice(task, encoded.features, blocks, labels, seed) for seed in range(args.seeds)]
-        chosen = {"probe": np.array([len(probe.kept_blocks) - 1 for probe in probes])}
+        probes = {
+            key: [probe_choice(task, encoded.features, blocks, labels, seed, rule) for seed in range(args.seeds)]
+            for key, rule in RULES.items()
+        }
+        chosen = {key: np.array([len(probe.kept_blocks) - 1 for probe in found]) for key, found in probes.items()}
         chosen |= {key: np.full(args.seeds, column) for key, column in encoded.columns.items()}
-        verdicts = {"probe": ", ".join(level(probe.verdict) for probe in probes)} | encoded.verdicts
-        names = {"probe": ", ".join(str(len(probe.kept_blocks)) for probe in probes)} | encoded.kept
+        verdicts = {key: ", ".join(level(probe.verdict) for probe in found) for key, found in probes.items()}
+        names = {key: ", ".join(str(len(probe.kept_blocks)) for probe in found) for key, found in probes.items()}
+        verdicts, names = verdicts | encoded.verdicts, names | encoded.kept
         bootstrap = Bootstrap(counted := statistics.with_reference(case.test, blocks, task.scenes), task.scenes)
         test = test_row(case, untrained, task.scenes, blocks)
         counts = test["counts"] == "yes" and test["p"] <= statistics.LEVEL
@@ -277,31 +283,35 @@ def run_task(args: argparse.Namespace, task: Task, encoded: Encoded) -> dict[str
         scores = statistics.score(counted.sum(2), task.scenes)
         for key in [*chosen, *(key for key in verdicts if key not in chosen)]:
             told = {"criterion": key, "kept": names.get(key), "verdict": verdicts.get(key)}
-            figures = choice_figures(scores, bootstrap, chosen[key], blocks, counts) if key in chosen else {}
+            figures = choice_figures(scores, bootstrap, chosen[key], blocks) if key in chosen else {}
             result["choices"].append(row | told | figures)
         if counts:
-            result["regrets"][labels] = {
+            regrets = {
                 key: (
                     statistics.regrets(scores, column).mean(),
                     bootstrap.mean(statistics.regrets(bootstrap.scores, column)),
                 )
                 for key, column in chosen.items()
             }
+            (one, samples), (other, other_samples) = (regrets[key] for key in RULES)
+            result["regrets"][labels] = regrets | {RULES_COMPARED: (one - other, samples - other_samples)}
         print(f"{task.name}, {labels} labelled: {time.perf_counter() - start:.0f} s", flush=True)
     return result
 
 
 def choice_figures(
-    scores: NDArray[np.float64], bootstrap: Bootstrap, chosen: NDArray[np.int64], depths: int, counts: bool
+    scores: NDArray[np.float64], bootstrap: Bootstrap, chosen: NDArray[np.int64], depths: int
 ) -> dict[str, Any]:
-    """Test score of a choice, its gain on all blocks and, where the case counts, its regret, with 95 % intervals."""
-    score = np.take_along_axis(scores, chosen[:, None], 1)[:, 0].mean()
-    found: dict[str, Any] = {"score": float(score), "regret": None}
-    if counts:
-        samples = bootstrap.mean(statistics.regrets(bootstrap.scores, chosen))
-        found["regret"] = statistics.interval(statistics.regrets(scores, chosen).mean(), samples)
-    samples = bootstrap.mean(statistics.gains(bootstrap.scores, chosen, depths))
-    return found | {"gain_on_all_blocks": statistics.interval(statistics.gains(scores, chosen, depths).mean(), samples)}
+    """Test score of a choice, its regret and its gain on all blocks, with 95 % intervals."""
+    lost, gained = (
+        statistics.interval(of(scores).mean(), bootstrap.mean(of(bootstrap.scores)))
+        for of in (
+            lambda values: statistics.regrets(values, chosen),
+            lambda values: statistics.gains(values, chosen, depths),
+        )
+    )
+    score = float(np.take_along_axis(scores, chosen[:, None], 1)[:, 0].mean())
+    return {"score": score, "regret": lost, "gain_on_all_blocks": gained}
 
 
 def depth_rows(task: Task, case: Case, random: Case, bootstrap: Bootstrap, blocks: int) -> list[dict[str, Any]]:

@@ -258,23 +258,11 @@ def recovered(found: Results) -> list[str]:
     return lines
 
 
-def settings(found: Results) -> list[str]:
-    """Of the settings of ``probe``."""
-    rows = found["regrets"]
-    parts = [f"`{row['criterion']}` {_interval(row['mean_regret'])}" for row in rows]
-    lines = [f"Mean regret over tasks, in order: {_list(parts)}."]
-    if all(_overlap(one["mean_regret"], other["mean_regret"]) for one in rows for other in rows):
-        lines.append("All intervals overlap, so the settings are not ranked.")
-    each = _list([f"{WORDS[name]} {_interval(rows[0][name])}" for name in WORDS if name in rows[0]])
-    return [*lines, f"By task, `{rows[0]['criterion']}`: {each}."]
-
-
 PARTS: dict[str, Callable[[Results], list[str]]] = {
     "pretrained_vit-cpu": frozen,
     "pretrained_vit_finetune_70-cpu": finetuned,
     "pretrained_vit_finetune_700-cpu": finetuned,
     "pretrained_vit_finetune_recovery-cpu": finetuned,
-    "pretrained_vit_probe-cpu": settings,
     "pretrained_vit_recovery-cpu": recovered,
     "pretrained_vit_small-cpu": small,
 }
