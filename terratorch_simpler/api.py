@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,15 +41,8 @@ from terratorch_simpler.indices import resolve_keep
 from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from terratorch_simpler.models.plain import Encoder, PlainEncoder
 from terratorch_simpler.plan import MIN_GROUP_TILES, SlimmingPlan
-from terratorch_simpler.planning import (
-    OnUnsettled,
-    SelectionConfig,
-    build_plan,
-    check_on_unsettled,
-    describe_tiles,
-    tell_unsettled,
-    warn_not_compared,
-)
+from terratorch_simpler.planning import build_plan, describe_tiles, tell_unsettled, warn_not_compared
+from terratorch_simpler.selection_config import OnUnsettled, SelectionConfig
 
 
 @random_state_kept()
@@ -141,13 +134,6 @@ def select_depth(
         >>> prune(model, plan) == list(range(plan.depth))
         True
     """
-    if tokens not in get_args(Tokens):
-        msg = f"tokens is {tokens!r}, expected one of {', '.join(get_args(Tokens))}."
-        raise ConfigurationError(msg)
-    if not 1 <= min_tiles <= max_tiles:
-        msg = f"min_tiles is {min_tiles} and max_tiles {max_tiles}, expected 1 <= min_tiles <= max_tiles."
-        raise ConfigurationError(msg)
-    check_on_unsettled(on_unsettled)
     encoder = _encoder_of(model, blocks, prefix_tokens)
     if encoder.num_blocks < encoder.full_num_blocks:
         msg = (

@@ -3,101 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from terratorch_simpler.alternatives import compare_alternatives, depths_without_budget
-from terratorch_simpler.criteria import Bounds, Choice, Criterion, Labels, Simpler, Statistics, verdict_on
+from terratorch_simpler.criteria import Choice, Criterion, Labels, Simpler, Statistics, verdict_on
 from terratorch_simpler.criteria.base import half_depth
 from terratorch_simpler.criteria.verdict import UNSETTLED, doubts_about
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
-    ConfigurationError,
     DepthError,
     FewTilesWarning,
     TooFewTilesError,
     UnsettledError,
     UnsettledWarning,
 )
-from terratorch_simpler.extraction import ExtractionConfig, Measurement, Tokens, count_macs, progress_bar
-from terratorch_simpler.indices import Span, spans_between
+from terratorch_simpler.extraction import Measurement, count_macs, progress_bar
+from terratorch_simpler.indices import spans_between
 from terratorch_simpler.models.plain import Encoder
 from terratorch_simpler.plan import MIN_GROUP_TILES, SlimmingPlan, Verdict, package_versions
-
-OnUnsettled = Literal["apply", "half", "intact", "error"]
-"""Take the choice of the criterion and warn; keep half of the blocks; keep all of them; or end the run."""
-
-
-@dataclass(frozen=True)
-class SelectionConfig:
-    """Settings of one selection; the arguments of :class:`~terratorch_simpler.SimplerCallback`."""
-
-    criterion: Criterion
-    bounds: Bounds
-    width: float  # not chosen, only applied
-    tokens: Tokens
-    min_tiles: int
-    max_tiles: int
-    seed: int
-    recovery: str = "none"
-    recovery_target: int | str = "last"
-    recovery_steps: int = 500
-    best_depth: int | None = None  # of the probe, where that is the recovery target
-    on_unsettled: OnUnsettled = "apply"
-    compare: Callable[[Measurement], None] | None = None  # called with the measurement, which then covers every depth
-
-    @property
-    def needs_tiles(self) -> bool:
-        """Whether anything has to be measured."""
-        return self.criterion.needs_similarity or self.recovery != "none" or self.compare is not None
-
-    @property
-    def labels_suffice(self) -> bool:
-        """Whether a plan can be made from labels alone, where there are too few tiles to compare blocks."""
-        return self.criterion.probes_labels and self.recovery == "none" and self.compare is None
-
-    def extraction(self, num_blocks: int) -> ExtractionConfig:
-        """What the pass over the tiles has to compute, for an encoder of so many blocks."""
-        return ExtractionConfig(
-            self.criterion, self.bounds, self.tokens, self.min_tiles, self.max_tiles, self.seed, self.spans(num_blocks)
-        )
-
-    def spans(self, num_blocks: int) -> list[Span]:
-        """Ranges of blocks to fit linear maps for."""
-        found = self.criterion.spans(num_blocks, self.bounds) if self.recovery == "linear" else ()
-        target = self.target_depth(num_blocks)
-        spans = {(before, target if after == num_blocks else after) for before, after in found}
-        spans = {(before, after) for before, after in spans if before < after}
-        if self.compare is not None and self.tokens == "patch":
-            spans |= {(depth, num_blocks) for depth in range(1, num_blocks)}
-        return sorted(spans)
-
-    def target_depth(self, num_blocks: int) -> int:
-        """Number of first blocks of the intact encoder whose output a recovery is for."""
-        if self.recovery_target == "best":
-            assert self.best_depth is not None
-            return self.best_depth
-        return num_blocks if self.recovery_target == "last" else int(self.recovery_target)
-
-    def check_target(self, num_blocks: int) -> None:
-        """Refuse a target that the encoder does not have, or that no choice leaves a block to recover for.
-
-        Raises:
-            DepthError: If it is one.
-        """
-        if isinstance(self.recovery_target, str):
-            return
-        fewest = self.criterion.allowed(num_blocks, self.bounds)[0]
-        if not fewest <= self.recovery_target <= num_blocks:
-            msg = (
-                f"Found recovery_target {self.recovery_target} for {num_blocks} blocks of which at least {fewest} are kept, "
-                f"expected {fewest} to {num_blocks}, 'last' or 'best': change it."
-            )
-            raise DepthError(msg)
+from terratorch_simpler.selection_config import OnUnsettled, SelectionConfig
 
 
 def build_plan(
@@ -118,17 +47,8 @@ def build_plan(
         labelled: Features with labels, if the criterion needs them.
         show_progress: Whether a criterion that fits probes shows a progress bar.
     """
-    blocks, criterion = encoder.full_num_blocks, config.criterion
-    bounds = config.bounds
-    statistics = None if measurement is None else replace(measurement.statistics, labelled=labelled)
-    if measurement is None and labelled is not None:
-        statistics = Statistics.of_labels(labelled)
-    if statistics is not None and criterion.probes_labels:
-        fits = blocks * (len(labelled) if isinstance(labelled, Mapping) else 1)
-        with progress_bar(show_progress, fits, "Fitting probes to the outputs of blocks") as progress:
-            choice = criterion.choose(replace(statistics, progress=progress), blocks, bounds)
-    else:
-        choice = criterion.choose(statistics, blocks, bounds)
+    blocks = encoder.full_num_blocks
+    choice = _choose(config, blocks, measurement, labelled, show_progress)
     _check_target_of(config, choice, blocks)
     parameters = encoder.num_parameters()
     shape: InputShape | None = (data or {}).get("input_shape", encoder.input_shape)
@@ -138,7 +58,7 @@ def build_plan(
         full_num_blocks=blocks,
         kept_blocks=choice.kept_blocks,
         width=config.width,
-        criterion={"name": criterion.name, "args": criterion.args},
+        criterion={"name": config.criterion.name, "args": config.criterion.args},
         recovery=config.recovery,
         scores=choice.scores,
         similarity=None,
@@ -151,58 +71,108 @@ def build_plan(
         versions=package_versions(),
         verdict=choice.verdict,
     )
-    if statistics is None:
+    if measurement is None and labelled is None:
         return plan
-    overview = compare_alternatives(encoder, criterion, bounds, choice, measurement, shape)
-    untrained = is_untrained(encoder)
-    if measurement is None:
-        verdict = choice.verdict and choice.verdict.doubted(doubts_about(untrained, None))
-    else:
-        verdict = verdict_on(
-            criterion,
-            choice,
-            bounds,
-            blocks,
-            measurement.evidence,
-            min_tiles=config.min_tiles,
-            seed=config.seed,
-            untrained=untrained,
-            implausible=measurement.implausible,
-            others=depths_without_budget(overview, criterion.name),
-        )
-        if criterion.probes_labels and (simpler := overview["criteria"].get(Simpler.name)) is not None:
-            unlabeled = _verdict_of_simpler(encoder, config, measurement, overview)
-            simpler.update({} if unlabeled is None else {"verdict": unlabeled.as_plain()})
-    kept = choice.kept_blocks
-    if verdict is not None and verdict.level == UNSETTLED and config.on_unsettled in ("half", "intact"):
-        kept = tuple(range(_cautious_depth(config, blocks)))
-        said = f"The criterion '{criterion.name}' chose {len(choice.kept_blocks)} of {blocks} blocks"
-        verdict = replace(
-            verdict, reasons=(*verdict.reasons, f"{said}; on_unsettled '{config.on_unsettled}' keeps {len(kept)}.")
-        )
+    overview = compare_alternatives(encoder, config.criterion, config.bounds, choice, measurement, shape)
+    kept, verdict = _settle(config, choice, _judge(encoder, config, choice, measurement, overview), blocks)
     target = max(config.target_depth(blocks), kept[-1] + 1)
-    maps = None
-    if config.recovery == "linear" and measurement is not None:
-        spans, found = spans_between(kept, target), measurement.recovery
-        overview["repaired"] = [[*span, found.patch.explained(span)] for span in spans] if found else []
-        maps = found.solve(spans) if found else {}  # without sums, no choice leaves a range to recover
     plan = replace(
         plan,
         kept_blocks=kept,
         verdict=verdict,
         overview={**overview, **choice.details},
         recovery_target=None if config.recovery == "none" or target == blocks else target,
-        maps=maps,
     )
     if measurement is None:
         return plan
-    return replace(
+    plan = replace(
         plan,
         similarity=measurement.similarity.tolist(),
         votes=measurement.votes,
         tiles_seen=measurement.tiles_seen,
         rows_seen=measurement.rows_seen,
     )
+    return _with_maps(plan, measurement, target) if config.recovery == "linear" else plan
+
+
+def _choose(
+    config: SelectionConfig, num_blocks: int, measurement: Measurement | None, labelled: Labels | None, show_progress: bool
+) -> Choice:
+    """What the criterion chooses from statistics, labels or neither."""
+    criterion, bounds = config.criterion, config.bounds
+    if measurement is not None:
+        statistics = replace(measurement.statistics, labelled=labelled)
+    elif labelled is not None:
+        statistics = Statistics.of_labels(labelled)
+    else:
+        return criterion.choose(None, num_blocks, bounds)
+    if not criterion.probes_labels:
+        return criterion.choose(statistics, num_blocks, bounds)
+    fits = num_blocks * (len(labelled) if isinstance(labelled, Mapping) else 1)
+    with progress_bar(show_progress, fits, "Fitting probes to the outputs of blocks") as progress:
+        return criterion.choose(replace(statistics, progress=progress), num_blocks, bounds)
+
+
+def _judge(
+    encoder: Encoder, config: SelectionConfig, choice: Choice, measurement: Measurement | None, overview: dict[str, Any]
+) -> Verdict | None:
+    """The verdict on a choice; beside one by labels, ``overview`` is given that of criterion simpler too."""
+    if measurement is None:
+        return choice.verdict and choice.verdict.doubted(doubts_about(is_untrained(encoder), None))
+    simpler, criterion = overview["criteria"].get(Simpler.name), config.criterion
+    if criterion.probes_labels and simpler is not None:
+        unlabeled = {name: other for name, other in overview["criteria"].items() if name != criterion.name}
+        by_simpler = Simpler().choose(measurement.statistics, encoder.full_num_blocks, config.bounds)
+        verdict = _verdict_on(encoder, config, Simpler(), by_simpler, measurement, {"criteria": unlabeled})
+        simpler.update({} if verdict is None else {"verdict": verdict.as_plain()})
+    return _verdict_on(encoder, config, criterion, choice, measurement, overview)
+
+
+def _verdict_on(
+    encoder: Encoder,
+    config: SelectionConfig,
+    criterion: Criterion,
+    choice: Choice,
+    measurement: Measurement,
+    overview: Mapping[str, Any],
+) -> Verdict | None:
+    return verdict_on(
+        criterion,
+        choice,
+        config.bounds,
+        encoder.full_num_blocks,
+        measurement.evidence,
+        min_tiles=config.min_tiles,
+        seed=config.seed,
+        untrained=is_untrained(encoder),
+        implausible=measurement.implausible,
+        others=depths_without_budget(overview, criterion.name),
+    )
+
+
+def _settle(
+    config: SelectionConfig, choice: Choice, verdict: Verdict | None, num_blocks: int
+) -> tuple[tuple[int, ...], Verdict | None]:
+    """The blocks to keep, and the verdict, after what ``on_unsettled`` asks for."""
+    if verdict is None or verdict.level != UNSETTLED or config.on_unsettled not in ("half", "intact"):
+        return choice.kept_blocks, verdict
+    depth = num_blocks
+    if config.on_unsettled == "half":
+        depth = half_depth(num_blocks, config.criterion.allowed(num_blocks, config.bounds))
+    reason = (
+        f"The criterion '{config.criterion.name}' chose {len(choice.kept_blocks)} of {num_blocks} blocks; on_unsettled "
+        f"'{config.on_unsettled}' keeps {depth}."
+    )
+    return tuple(range(depth)), replace(verdict, reasons=(*verdict.reasons, reason))
+
+
+def _with_maps(plan: SlimmingPlan, measurement: Measurement, target: int) -> SlimmingPlan:
+    """The plan with a linear map for every range of dropped blocks, up to the target of the recovery."""
+    spans, statistics = spans_between(plan.kept_blocks, target), measurement.recovery
+    if not statistics:  # without sums, no choice leaves a range to recover
+        return replace(plan, maps={}, overview={**(plan.overview or {}), "repaired": []})
+    explained = [[*span, statistics.patch.explained(span)] for span in spans]
+    return replace(plan, maps=statistics.solve(spans), overview={**(plan.overview or {}), "repaired": explained})
 
 
 def _check_target_of(config: SelectionConfig, choice: Choice, num_blocks: int) -> None:
@@ -220,47 +190,9 @@ def _check_target_of(config: SelectionConfig, choice: Choice, num_blocks: int) -
         raise DepthError(msg)
 
 
-def _verdict_of_simpler(
-    encoder: Encoder, config: SelectionConfig, measurement: Measurement, overview: Mapping[str, Any]
-) -> Verdict | None:
-    """The verdict that criterion simpler would have had, from the same tiles, beside a choice by labels."""
-    simpler, blocks = Simpler(), encoder.full_num_blocks
-    unlabeled = {name: other for name, other in overview["criteria"].items() if name != config.criterion.name}
-    return verdict_on(
-        simpler,
-        simpler.choose(measurement.statistics, blocks, config.bounds),
-        config.bounds,
-        blocks,
-        measurement.evidence,
-        min_tiles=config.min_tiles,
-        seed=config.seed,
-        untrained=is_untrained(encoder),
-        implausible=measurement.implausible,
-        others=depths_without_budget({"criteria": unlabeled}, simpler.name),
-    )
-
-
-def _cautious_depth(config: SelectionConfig, num_blocks: int) -> int:
-    """All blocks, or half of them within the bounds."""
-    if config.on_unsettled == "intact":
-        return num_blocks
-    return half_depth(num_blocks, config.criterion.allowed(num_blocks, config.bounds))
-
-
 def is_unsettled(plan: SlimmingPlan) -> bool:
     """Whether the plan has a verdict that says so."""
     return plan.verdict is not None and plan.verdict.level == UNSETTLED
-
-
-def check_on_unsettled(value: str) -> None:
-    """Refuse what is none of :data:`OnUnsettled`.
-
-    Raises:
-        ConfigurationError: If it is not.
-    """
-    if value not in get_args(OnUnsettled):
-        msg = f"Found on_unsettled {value!r}, expected one of {', '.join(get_args(OnUnsettled))}: change it."
-        raise ConfigurationError(msg)
 
 
 def tell_unsettled(plan: SlimmingPlan, on_unsettled: OnUnsettled, reasons_shown: bool = False) -> None:

@@ -499,8 +499,8 @@ def test_batches_that_are_no_images_are_refused(batches, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"tokens": "patches"}, ConfigurationError, "tokens is 'patches', expected one of patch, cls, mean, all"),
-        ({"min_tiles": 10, "max_tiles": 5}, ConfigurationError, "min_tiles is 10 and max_tiles 5"),
+        ({"tokens": "patches"}, ConfigurationError, "Found tokens 'patches', expected one of patch, cls, mean, all"),
+        ({"min_tiles": 10, "max_tiles": 5}, ConfigurationError, "Found min_tiles 10 and max_tiles 5"),
         ({"criterion": "best"}, ConfigurationError, "criterion 'best'"),
         ({"min_depth": 5}, DepthError, "min_depth 5"),
     ],

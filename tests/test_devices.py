@@ -35,7 +35,7 @@ from terratorch_simpler.lightning import selection
 from terratorch_simpler.lightning import task as lightning_task
 from terratorch_simpler.lightning.labelled import labelled_rows
 from terratorch_simpler.metrics import LayerSimilarity
-from terratorch_simpler.planning import SelectionConfig
+from terratorch_simpler.selection_config import SelectionConfig
 from tests.fake_gpu import FakeGpu
 from tests.families import FAMILIES, wrapped
 from tests.in_memory_tiles import Tiles, land

@@ -24,6 +24,7 @@ LAYERS = [
     {"report", "cache"},
     {"extraction", "export"},
     {"alternatives", "distillation"},
+    {"selection_config"},
     {"planning"},
     {"api"},
     {"lightning", "terratorch", "sweep"},

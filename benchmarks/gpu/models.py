@@ -21,7 +21,7 @@ from terratorch_simpler.distributed import Processes
 from terratorch_simpler.lightning.selection import select
 from terratorch_simpler.models.backbone import find_backbone
 from terratorch_simpler.plan import SlimmingPlan
-from terratorch_simpler.planning import SelectionConfig
+from terratorch_simpler.selection_config import SelectionConfig
 
 DEMO = yaml.safe_load(CONFIG.read_text())
 

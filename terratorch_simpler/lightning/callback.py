@@ -31,9 +31,10 @@ from terratorch_simpler.lightning.signals import StoppedForRequeue, StopSignals,
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone, find_backbone
 from terratorch_simpler.models.checkpoint import read_pruned_state
-from terratorch_simpler.plan import PLAN_FILE, RECOVERIES, SlimmingPlan
-from terratorch_simpler.planning import OnUnsettled, SelectionConfig, check_on_unsettled, is_unsettled, tell_unsettled
+from terratorch_simpler.plan import PLAN_FILE, SlimmingPlan
+from terratorch_simpler.planning import is_unsettled, tell_unsettled
 from terratorch_simpler.report import plan_table
+from terratorch_simpler.selection_config import OnUnsettled, SelectionConfig
 from terratorch_simpler.terratorch.factories import check_factory
 
 INDEX_FILE = "tiles.json"
@@ -113,26 +114,10 @@ class SimplerCallback(Callback):
         """Check the options; nothing is read yet."""
         if (cli := running_cli()) is not None:  # it builds callbacks before the model
             check_factory(cli.config.get(cli.subcommand, cli.config))
-        if not 1 <= min_tiles <= max_tiles:
-            msg = (
-                f"Found min_tiles {min_tiles} and max_tiles {max_tiles}, expected 1 <= min_tiles <= max_tiles: change them."
-            )
-            raise ConfigurationError(msg)
         if min_depth is not None and max_depth is not None and min_depth > max_depth:
             msg = f"Found min_depth {min_depth} above max_depth {max_depth}, expected at most that: change one of them."
             raise ConfigurationError(msg)
-        _check_recovery(recovery, recovery_target, recovery_steps)
-        if recovery == "linear" and tokens != "patch":
-            msg = f"Found recovery {recovery} with tokens {tokens!r}, expected 'patch', which maps are for: change one."
-            raise ConfigurationError(msg)
-        check_on_unsettled(on_unsettled)
         width = resolve_width(width)
-        if recovery == "linear" and width != 1:
-            msg = (
-                f"Found recovery {recovery} with width {width:g}, expected one of them, since maps are fitted at full "
-                "width: remove one."
-            )
-            raise ConfigurationError(msg)
         if plan is not None and width != 1:
             msg = f"Found both width {width:g} and a plan, expected one of them, since a plan has its own: remove width."
             raise ConfigurationError(msg)
@@ -161,12 +146,6 @@ class SimplerCallback(Callback):
             recovery_steps=recovery_steps,
             on_unsettled=on_unsettled,
         )
-        if recovery_target == "best" and not self._config.criterion.probes_labels:
-            msg = (
-                f"Found recovery_target 'best' with criterion {self._config.criterion.name!r}, expected 'probe', which "
-                "finds the best block by labels: change one of them."
-            )
-            raise ConfigurationError(msg)
 
     @property
     def on_unsettled(self) -> OnUnsettled:
@@ -175,7 +154,6 @@ class SimplerCallback(Callback):
 
     @on_unsettled.setter
     def on_unsettled(self, value: OnUnsettled) -> None:
-        check_on_unsettled(value)
         self._config = replace(self._config, on_unsettled=value)
 
     def compare(self, report: Callable[[Measurement], None]) -> None:
@@ -340,21 +318,6 @@ class SimplerCallback(Callback):
                 log.info(f"The plan is in {below(output, PLAN_FILE)}, what led to it in {page}.")
         if judge:
             tell_unsettled(plan, self.on_unsettled, reasons_shown=shown)
-
-
-def _check_recovery(recovery: str, target: int | str, steps: int) -> None:
-    if recovery not in RECOVERIES:
-        msg = f"Found recovery {recovery!r}, expected one of {', '.join(RECOVERIES)}: change it."
-        raise ConfigurationError(msg)
-    if target not in ("last", "best") and (isinstance(target, str | bool) or target < 1):
-        msg = f"Found recovery_target {target!r}, expected 'last', 'best' or a number of blocks: change it."
-        raise ConfigurationError(msg)
-    if recovery == "none" and target != "last":
-        msg = f"Found recovery_target {target!r} with recovery none, expected linear or distill: change one of them."
-        raise ConfigurationError(msg)
-    if steps < 1:
-        msg = f"Found recovery_steps {steps}, expected at least 1: change it."
-        raise ConfigurationError(msg)
 
 
 def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) -> None:

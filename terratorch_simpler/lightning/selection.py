@@ -39,7 +39,8 @@ from terratorch_simpler.lightning.task import batch_normalizer, outermost_encode
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan, package_versions
-from terratorch_simpler.planning import SelectionConfig, build_plan, describe_tiles, warn_not_compared
+from terratorch_simpler.planning import build_plan, describe_tiles, warn_not_compared
+from terratorch_simpler.selection_config import SelectionConfig
 
 
 @random_state_kept()  # training sees the same random numbers as with a given plan
