@@ -88,7 +88,7 @@ def yaml_page() -> str:
     """Every setting that a user can write: callbacks, tiles, criteria, backbone, commands, and the keys of plan.json."""
     from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmableTraining, SlimmingPlan
     from terratorch_simpler.criteria import known_criteria
-    from terratorch_simpler.terratorch.source import SimplerSource
+    from terratorch_simpler.terratorch.backbone_source import SimplerSource
 
     parts = [
         "# YAML reference",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from terratorch_simpler.criteria import Bounds, Criterion, Labelled, Labels, build_criterion
+from terratorch_simpler.criteria import Bounds, Criterion, LabelledFeatures, LabelSets, build_criterion
 from terratorch_simpler.data import Batch, BatchTiles, num_tiles
 from terratorch_simpler.errors import (
     ConfigurationError,
@@ -285,7 +285,7 @@ def _labelled(
     batches: Iterable[Any],
     validation: Iterable[Any] | None,
     seed: int,
-) -> Labels | None:
+) -> LabelSets | None:
     """What a criterion needs of features with labels: of the model with tuned adapters and prompts, unless it probes."""
     if not criterion.needs_labels:
         return None
@@ -295,7 +295,7 @@ def _labelled(
         )
         raise ConfigurationError(msg)
 
-    def collect(batches: Iterable[Any], what: str, fewest: int) -> dict[str, Labelled]:
+    def collect(batches: Iterable[Any], what: str, fewest: int) -> dict[str, LabelledFeatures]:
         source = BatchTiles(batches, sys.maxsize, fewest, labels=True, what=what)
         common = (_forward(encoder), encoder, source, _last_called(encoder))
         if not criterion.probes_labels:

@@ -159,7 +159,7 @@ def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
             written.append((weights, gap))
             progress(1 + len(written))
     for path, gap in written:
-        print(f"{path} (answers differ by at most {gap:.1g} of the largest value)")
+        print(f"{path} (outputs differ by at most {gap:.1g} of the largest value)")
     if plain:
         print(folder / export.CONFIG_FILE)
     if export.may_write_card(folder):

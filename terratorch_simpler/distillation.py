@@ -45,7 +45,7 @@ LARGEST_GRADIENT = 1.0
 
 
 class Distilled(NamedTuple):
-    """What a distillation has trained, and how well the student answers as the target on tiles it was not trained on.
+    """What a distillation has trained, and how well the student's output is the target's on tiles it was not trained on.
 
     Attributes:
         weights: Trained parameters by their name in the pruned encoder, float32, on the CPU.
@@ -82,7 +82,7 @@ def distill(
     num_files: int = 0,
     scale_gradients: bool = False,
 ) -> Distilled:
-    """Train a pruned encoder to answer as a block of the intact one, on the same tiles for both.
+    """Train a pruned encoder to give the output of a block of the intact one, on the same tiles for both.
 
     A step takes 32 tiles, in the order of the source, over and over. AdamW trains all parameters of the student, or only the
     adapters if it has some (LoRA), in eval mode: dropout and stochastic depth are off. Every rank computes a share of each

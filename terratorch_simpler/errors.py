@@ -40,11 +40,11 @@ class DownloadError(SimplerError, RuntimeError):
 
 
 class ExportError(SimplerError, RuntimeError):
-    """A model cannot be expressed without this package, or what was written does not answer alike."""
+    """A model cannot be expressed without this package, or the outputs of what was written differ."""
 
 
 class ComparisonError(ExportError):
-    """The answers of the trained model cannot tell it from another one, so that comparing them proves nothing."""
+    """The outputs of the trained model cannot tell it from another one, so that comparing them proves nothing."""
 
 
 class NotCarriedError(ExportError):

@@ -106,7 +106,7 @@ class BeforeAndAfter(TypedDict):
 class VerdictFields(TypedDict):
     """A verdict in plan.json."""
 
-    level: Literal["clear", "weak", "unsettled"]
+    level: Level
     reasons: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=64)]
 
 
@@ -180,13 +180,13 @@ class Verdict:
     """Whether the criterion knows: ``str(verdict)`` reads like "clear: 7 of 12 blocks".
 
     Attributes:
-        level: "clear", "weak" or "unsettled".
+        level: How sure it is.
         reasons: Sentences with their figures, the weightiest first.
         depth: Number of blocks that the plan keeps; set by the plan.
         num_blocks: Blocks of the intact encoder; set by the plan.
     """
 
-    level: str
+    level: Level
     reasons: tuple[str, ...] = ()
     depth: int | None = None
     num_blocks: int | None = None
@@ -204,7 +204,7 @@ class Verdict:
 
     def as_plain(self) -> VerdictFields:
         """What plan.json holds."""
-        return {"level": self.level, "reasons": list(self.reasons)}  # type: ignore[typeddict-item]
+        return {"level": self.level, "reasons": list(self.reasons)}
 
     @classmethod
     def from_plain(cls, fields: VerdictFields | Verdict | None) -> Verdict | None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from terratorch_simpler.alternatives import compare_alternatives, depths_without_budget
-from terratorch_simpler.criteria import Choice, Criterion, Labels, Simpler, Statistics, verdict_on
+from terratorch_simpler.criteria import Choice, Criterion, LabelSets, Simpler, Statistics, verdict_on
 from terratorch_simpler.criteria.base import half_depth
-from terratorch_simpler.criteria.verdict import UNSETTLED, doubts_about
+from terratorch_simpler.criteria.verdict import doubts_about
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import (
     DepthError,
@@ -34,7 +34,7 @@ def build_plan(
     config: SelectionConfig,
     measurement: Measurement | None,
     data: dict[str, Any] | None,
-    labelled: Labels | None = None,
+    labelled: LabelSets | None = None,
     show_progress: bool = False,
 ) -> SlimmingPlan:
     """Choose the blocks to keep; parameters and MACs are still those of the intact encoder.
@@ -96,7 +96,11 @@ def build_plan(
 
 
 def _choose(
-    config: SelectionConfig, num_blocks: int, measurement: Measurement | None, labelled: Labels | None, show_progress: bool
+    config: SelectionConfig,
+    num_blocks: int,
+    measurement: Measurement | None,
+    labelled: LabelSets | None,
+    show_progress: bool,
 ) -> Choice:
     """What the criterion chooses from statistics, labels or neither."""
     criterion, bounds = config.criterion, config.bounds
@@ -154,7 +158,7 @@ def _settle(
     config: SelectionConfig, choice: Choice, verdict: Verdict | None, num_blocks: int
 ) -> tuple[tuple[int, ...], Verdict | None]:
     """The blocks to keep, and the verdict, after what ``on_unsettled`` asks for."""
-    if verdict is None or verdict.level != UNSETTLED or config.on_unsettled not in ("half", "intact"):
+    if verdict is None or verdict.level != "unsettled" or config.on_unsettled not in ("half", "intact"):
         return choice.kept_blocks, verdict
     depth = num_blocks
     if config.on_unsettled == "half":
@@ -192,7 +196,7 @@ def _check_target_of(config: SelectionConfig, choice: Choice, num_blocks: int) -
 
 def is_unsettled(plan: SlimmingPlan) -> bool:
     """Whether the plan has a verdict that says so."""
-    return plan.verdict is not None and plan.verdict.level == UNSETTLED
+    return plan.verdict is not None and plan.verdict.level == "unsettled"
 
 
 def tell_unsettled(plan: SlimmingPlan, on_unsettled: OnUnsettled, reasons_shown: bool = False) -> None:

@@ -22,7 +22,7 @@ from terratorch.tasks import SemanticSegmentationTask
 import terratorch_simpler  # noqa: F401  registers simpler_
 from terratorch_simpler.demo.scenes import LAND_COVER, write_scenes
 from terratorch_simpler.export import plain
-from terratorch_simpler.export.comparison import answer
+from terratorch_simpler.export.outputs import outputs_of
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
 from tests.cli_runner import DATA
@@ -258,8 +258,8 @@ def in_process(monkeypatch):
         settings = yaml.safe_load(config.read_text())["model"]
         task = getattr(terratorch.tasks, settings["class_path"].rpartition(".")[2])(**settings["init_args"])
         assert not any(isinstance(part, SimplerBackbone) for part in task.modules())
-        untrained = answer(task.eval(), images)
+        untrained = outputs_of(task.eval(), images)
         task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
-        return answer(task, images), untrained
+        return outputs_of(task, images), untrained
 
     monkeypatch.setattr(plain, "_answers_without_us", attempt)

@@ -25,15 +25,14 @@ from terratorch_simpler.extraction import (
 )
 from terratorch_simpler.extraction.auto_batch import AutoBatch, float64_device
 from terratorch_simpler.extraction.groups import Group, TileRef
-from terratorch_simpler.extraction.recovery import without_special
+from terratorch_simpler.extraction.recovery_statistics import without_special
 from terratorch_simpler.extraction.token_sampling import TokenSample
 from terratorch_simpler.functional import hsic
 from terratorch_simpler.functional.angles import angle_sums
 from terratorch_simpler.functional.hsic import hsic_matrix, moments
-from terratorch_simpler.lightning import labelled as lightning_labelled
-from terratorch_simpler.lightning import selection
+from terratorch_simpler.lightning import labelled_images, selection
 from terratorch_simpler.lightning import task as lightning_task
-from terratorch_simpler.lightning.labelled import labelled_rows
+from terratorch_simpler.lightning.labelled_images import labelled_rows
 from terratorch_simpler.metrics import LayerSimilarity
 from terratorch_simpler.selection_config import SelectionConfig
 from tests.fake_gpu import FakeGpu
@@ -113,7 +112,7 @@ def test_lightnings_own_idea_of_the_device_stays(gpu, build):
 @pytest.fixture
 def lent(gpu, monkeypatch):
     """The selection's device is the GPU."""
-    for part in (selection, lightning_labelled):
+    for part in (selection, labelled_images):
         monkeypatch.setattr(part, "on_device", lambda module, device: gpu.lent(on_device, module, device))
     return gpu
 
@@ -316,8 +315,8 @@ def test_a_pass_compares_where_there_is_float64(build, monkeypatch):
 def test_labelled_features_are_read_on_the_same_device(lent, build, monkeypatch):
     module, found = Own(build(embed_dim=48, num_heads=3)), []
     before = everything(module)
-    monkeypatch.setattr(lightning_labelled, "collect_labelled", one_batch(lent, found))
-    monkeypatch.setattr(lightning_labelled, "labelled_source", lambda *_: Tiles(land(40)))
+    monkeypatch.setattr(labelled_images, "collect_labelled", one_batch(lent, found))
+    monkeypatch.setattr(labelled_images, "labelled_source", lambda *_: Tiles(land(40)))
     with pytest.raises(InterruptedError):
         labelled_rows(fake_trainer(lent), module, "train", 0)
     assert found == ["cuda"] * 13

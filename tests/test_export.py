@@ -30,7 +30,7 @@ from terratorch_simpler.errors import (
     SimplerWarning,
 )
 from terratorch_simpler.export import Trained, export_graph, export_plain, load_trained, plain
-from terratorch_simpler.export.comparison import ROUNDING, Comparison, answer, difference, find_comparison
+from terratorch_simpler.export.outputs import ROUNDING, Comparison, difference, find_comparison, outputs_of
 from tests.extras import needs_onnx, needs_peft
 from tests.families import FAMILIES, wrapped
 
@@ -99,7 +99,7 @@ def test_plain_model_answers_alike(trained, in_process, tmp_path, stack, kept):
     # and as the task that was trained
     fresh = SemanticSegmentationTask(**written["model"]["init_args"])
     fresh.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
-    for found, expected in zip(answer(fresh.eval(), images), answer(task, images), strict=True):
+    for found, expected in zip(outputs_of(fresh.eval(), images), outputs_of(task, images), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if stack == "lora" else 0)
 
 
@@ -174,7 +174,7 @@ def test_a_process_without_this_package_answers_alike(trained, tmp_path, capsys,
     said = capsys.readouterr().out
     lines = [line.removeprefix(str(tmp_path / "plain")) for line in said.splitlines() if str(tmp_path / "plain") in line]
     assert [line.partition(" ")[0] for line in lines] == ["/model.ckpt", "/config.yaml", "/README.md"]
-    assert "(answers differ by at most" in lines[0]
+    assert "(outputs differ by at most" in lines[0]
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["README.md", "config.yaml", "model.ckpt"]
 
 
@@ -225,7 +225,7 @@ def test_a_model_that_answers_a_constant_is_not_compared(trained, in_process, tm
 def test_a_model_that_answers_nan_is_not_compared(trained, tmp_path):
     _, config, checkpoint = trained([0], num_classes=2, **SMALL)
     edited(checkpoint, lambda content: heads(content["state_dict"])[0].fill_(float("nan")))
-    with pytest.raises(ComparisonError, match="Found NaN or infinity in the answers of the trained model"):
+    with pytest.raises(ComparisonError, match="Found NaN or infinity in the outputs of the trained model"):
         export_plain(load_trained(config, checkpoint), config, tmp_path / "out")
 
 
@@ -234,7 +234,7 @@ def test_a_model_that_answers_like_fresh_weights_is_not_compared(trained, monkey
     loaded = load_trained(config, checkpoint)
     alike = loaded.comparison().expected
     monkeypatch.setattr(plain, "_answers_without_us", lambda *args: (alike, alike))
-    with pytest.raises(ComparisonError, match="Found answers of freshly initialised weights that differ by 0 of"):
+    with pytest.raises(ComparisonError, match="Found outputs of freshly initialised weights that differ by 0 of"):
         export_plain(loaded, config, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -282,10 +282,10 @@ def test_trained_models_are_no_false_alarms(trained, in_process, tmp_path, kind,
 def test_auxiliary_heads_are_compared(trained):
     necks = [{**SELECT}, RESHAPE]
     task, _, _ = trained([0], num_classes=2, **SMALL, necks=necks)
-    assert len(answer(task, torch.randn(1, 6, 64, 64))) == 1
+    assert len(outputs_of(task, torch.randn(1, 6, 64, 64))) == 1
     output = task.model(torch.randn(1, 6, 64, 64))
     output.auxiliary_heads = {"aux": output.output}
-    assert len(answer(lambda images: output, None)) == 2
+    assert len(outputs_of(lambda images: output, None)) == 2
 
 
 class Detector(nn.Module):
@@ -302,7 +302,7 @@ def test_detectors_answer_boxes_of_any_score():
     detector = Detector()
     images = torch.randn(2, 3, 4, 4)
     assert [part["scores"].numel() for part in detector(images)] == [0, 0]
-    assert [part.numel() for part in answer(detector, images)] == [1, 1]
+    assert [part.numel() for part in outputs_of(detector, images)] == [1, 1]
     assert detector.score_thresh == 0.05
 
 
@@ -350,7 +350,7 @@ def test_faults_of_the_export_are_seen(trained, in_process, monkeypatch, tmp_pat
     unwrap = plain.unwrap
     monkeypatch.setattr(plain, "unwrap", lambda task: Faulty(unwrap(task)))
     expected = pytest.raises(RuntimeError, match="running_mean") if fault is lost_buffer else pytest.raises(
-        ExportError, match="Found answers of the plain model that differ by"
+        ExportError, match="Found outputs of the plain model that differ by"
     )  # fmt: skip
     with expected:
         export_plain(load_trained(config, checkpoint), config, tmp_path / "out")
@@ -513,7 +513,7 @@ def test_graphs_answer_alike_for_any_number_of_images(trained, tmp_path, stack):
     loaded = load_trained(config, checkpoint)
     images = loaded.example(batch=3)
     images = tuple(images.values()) if isinstance(images, dict) else (images,)
-    expected = answer(loaded.task, loaded.example(batch=3))[0]
+    expected = outputs_of(loaded.task, loaded.example(batch=3))[0]
     program, gap = export_graph(loaded, "pt2", tmp_path)
     assert gap < 1e-5
     with torch.no_grad():

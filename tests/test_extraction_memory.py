@@ -12,7 +12,7 @@ from terratorch_simpler.extraction import ExtractionConfig, collect_labelled, me
 from terratorch_simpler.extraction.auto_batch import AutoBatch, with_cpu_fallback
 from terratorch_simpler.extraction.grouped_similarity import GroupedSimilarity
 from terratorch_simpler.extraction.groups import Group, TileRef
-from terratorch_simpler.extraction.recovery import RecoveryStatistics, without_special
+from terratorch_simpler.extraction.recovery_statistics import RecoveryStatistics, without_special
 from tests.in_memory_tiles import Tiles, land
 
 MOST = 5

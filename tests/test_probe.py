@@ -19,7 +19,7 @@ from terratorch_simpler.encoders import PatchGrid
 from terratorch_simpler.errors import ConfigurationError, LabelsError
 from terratorch_simpler.extraction import check_labels, collect_labelled
 from terratorch_simpler.extraction.labelled import patch_labels, read_targets
-from terratorch_simpler.lightning.labelled import check_split, labelled_rows
+from terratorch_simpler.lightning.labelled_images import check_split, labelled_rows
 from terratorch_simpler.models.backbone import find_backbone
 from terratorch_simpler.sweep.probing import (
     ProbeSamples,
@@ -354,7 +354,9 @@ def run(trainer, task, monkeypatch):
     """A task on images held in memory."""
     sources = {split: Tiles(images, extra={"target": labels})
                for split, (images, labels) in {"train": separable(24, 1), "val": separable(8, 2)}.items()}  # fmt: skip
-    monkeypatch.setattr("terratorch_simpler.lightning.labelled.labelled_source", lambda trainer, split, seed: sources[split])
+    monkeypatch.setattr(
+        "terratorch_simpler.lightning.labelled_images.labelled_source", lambda trainer, split, seed: sources[split]
+    )
     return trainer(), task()
 
 

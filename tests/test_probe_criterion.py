@@ -1,5 +1,6 @@
 """Criterion probe: the depth that labels ask for, with whole places held out, by callback, command and Python API."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +14,14 @@ from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan, planning, select_depth
 from terratorch_simpler.cli import main
-from terratorch_simpler.criteria import Bounds, Labelled, Probe, Statistics, build_criterion
+from terratorch_simpler.criteria import Bounds, LabelledFeatures, Probe, Statistics, build_criterion
 from terratorch_simpler.criteria.probe import STRENGTHS, group_numbers, probe_blocks
+from terratorch_simpler.criteria.verdict import ENOUGH_SHARE
 from terratorch_simpler.data import DatamoduleTiles
 from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, FewTilesWarning, LabelsError, TilesError
 from terratorch_simpler.extraction.labelled import patch_means, read_labels
-from terratorch_simpler.lightning.labelled import probed_features
+from terratorch_simpler.functional.ridge import Ridge
+from terratorch_simpler.lightning.labelled_images import probed_features
 from terratorch_simpler.lightning.task import batch_normalizer
 from terratorch_simpler.plan import Verdict
 from terratorch_simpler.report import plan_figure, report_page
@@ -48,7 +51,7 @@ def planted(*gaps, kind="segmentation", rows=240, seed=0, places=PLACES, prefix=
         labels = torch.randint(0, 3, (rows,), generator=generator)
         signal = torch.eye(8)[labels]
     features = torch.stack([gap * signal + offset + torch.randn(rows, 8, generator=generator) for gap in gaps])
-    return Labelled(features, labels, images, tuple(f"{prefix}place{n}_2020.tif" for n in range(places)), kind)
+    return LabelledFeatures(features, labels, images, tuple(f"{prefix}place{n}_2020.tif" for n in range(places)), kind)
 
 
 def choose(labelled, criterion=None, **bounds):
@@ -67,6 +70,68 @@ def test_the_planted_depth_is_found(kind):
     assert choice.details["probe"]["groups"] == PLACES
     assert "Smallest depth not distinguishable from the best: " in choice.verdict.reasons[0]
     assert "; all 6: " in choice.verdict.reasons[0]
+
+
+def test_the_verdict_says_what_the_best_depth_would_score():
+    labelled = planted(0.2, 1, 2.9, 3, 1, 0.5)
+    choices = {rule: choose(labelled, Probe(rule=rule)) for rule in ("one_standard_error", "best")}
+    best = len(choices["best"].kept_blocks)
+    assert len(choices["one_standard_error"].kept_blocks) < best < 6
+    score = choices["best"].scores[best]
+    assert f"; the best, {best}: {score:.3f}; all 6: " in choices["one_standard_error"].verdict.reasons[-1]
+    assert f"Best depth: {best} (mean IoU {score:.3f} ± " in choices["best"].verdict.reasons[-1]
+    assert "the best," not in choices["best"].verdict.reasons[-1]
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "classification", "multilabel", "regression"])
+def test_resamples_vary_as_the_jackknife_says(kind):
+    labelled = planted(0.2, 1, 2.9, 3, 1, 0.5, kind=kind)
+    result = probe_blocks(labelled, labelled.images)
+    drawn = result.resampled(20_000)
+    torch.testing.assert_close(drawn.mean(dim=0), result.scores, rtol=0, atol=2e-3)
+    torch.testing.assert_close(drawn.std(dim=0), result.errors, rtol=0.03, atol=1e-4)
+    differences = (drawn[:, :, None] - drawn[:, None, :]).std(dim=0)
+    torch.testing.assert_close(differences, result.errors_of_differences, rtol=0.03, atol=1e-4)
+    assert torch.equal(result.resampled(5), result.resampled(5))
+
+
+@pytest.mark.parametrize("rule", ["one_standard_error", "best"])
+@pytest.mark.parametrize("gaps", [(0.2, 1, 2.9, 3, 1, 0.5), (0.2, 1, 2.6, 3.2, 3, 2.8), (0.2, 1, 3, 1)])
+def test_the_share_is_that_of_places_drawn_again(gaps, rule):
+    """Scores that are computed again on places drawn with replacement choose the depth about as often."""
+    labelled = planted(*gaps, kind="classification", rows=960, places=24)
+    targets = torch.eye(3)[labelled.labels].double()
+    right = []
+    for features in labelled.features:
+        ridge = Ridge.fit(features, targets)
+        held_out = ridge.leave_group_out(features, targets, labelled.images, STRENGTHS)
+        best = max(held_out, key=lambda predicted: (predicted.argmax(1) == labelled.labels).sum())
+        right.append(torch.bincount(labelled.images, (best.argmax(1) == labelled.labels).double()))
+    by_place = torch.stack(right) / torch.bincount(labelled.images)
+    drawn = torch.randint(24, (4000, 24), generator=torch.Generator().manual_seed(1))
+    scores, noise = by_place[:, drawn].mean(dim=2).T, probe_blocks(labelled, labelled.images).errors_of_differences
+    best = scores.argmax(dim=1)
+    depths = best + 1
+    if rule == "one_standard_error":
+        depths = (scores.max(dim=1).values[:, None] - scores <= noise[best] + 1e-6).int().argmax(dim=1) + 1
+    choice = choose(labelled, Probe(rule=rule))
+    share = float((depths == len(choice.kept_blocks)).double().mean())
+    found = [re.search(r"Only (\d+) % of the resamples choose (\d+) blocks", reason) for reason in choice.verdict.reasons]
+    if choice.verdict.level == "clear":
+        assert share > ENOUGH_SHARE - 0.06
+        assert not any(found)
+    else:
+        assert choice.verdict.level == "weak"
+        assert share == pytest.approx(int(found[0][1]) / 100, abs=0.06)
+        assert int(found[0][2]) == len(choice.kept_blocks)
+
+
+def test_depths_that_other_places_would_choose_are_named():
+    verdict = choose(planted(0.2, 1, 2.9, 3, 1, 0.5)).verdict
+    assert verdict.level == "weak"
+    assert verdict.reasons[0].endswith(
+        " % of the resamples choose 3 blocks, expected at least 80 %; eight of ten choose 3 to 4."
+    )
 
 
 def test_scores_are_those_of_scikit_learn_on_the_same_folds():
@@ -93,7 +158,7 @@ def test_one_standard_error_and_best():
     assert len(smallest.kept_blocks) <= len(best.kept_blocks)
     result = probe_blocks(labelled, labelled.images)
     block = best.details["probe"]["best_depth"] - 1
-    noise = result.error_of_difference(block)
+    noise = result.errors_of_differences[block]
     alike = (result.scores[block] - result.scores <= noise + 1e-6).nonzero().flatten()
     assert len(smallest.kept_blocks) == int(alike[0]) + 1
 
@@ -127,19 +192,21 @@ def test_validation_places_are_judged_and_never_fitted(monkeypatch):
 
     monkeypatch.setattr("terratorch_simpler.criteria.probe.probe_blocks", spy)
     train, validation = planted(0, 6, 0), planted(0, 6, 0, seed=1, places=5)
-    labelled = Labelled(train.features, train.labels, train.images, train.names, train.kind, validation)
+    labelled = LabelledFeatures(train.features, train.labels, train.images, train.names, train.kind, validation)
     choice = choose(labelled, Probe(groups="(place[0-9]+)_"))
     assert choice.details["probe"]["judged_on"] == "validation"
     assert choice.details["probe"]["groups"] == 5
     assert not set(seen["train"].tolist()) & set(seen["validation"].tolist())
     assert len(seen["train"].unique()) == PLACES - 5
     one = planted(0, 6, 0, seed=1, places=1)  # no standard error over one place
-    labelled = Labelled(train.features, train.labels, train.images, train.names, train.kind, one)
+    labelled = LabelledFeatures(train.features, train.labels, train.images, train.names, train.kind, one)
     assert choose(labelled).details["probe"]["judged_on"] == "cross-validation"
 
 
 def test_groups_are_named_by_the_expression():
-    labelled = Labelled(torch.zeros(1, 4, 1), torch.zeros(4), torch.tensor([0, 1, 2, 0]), ("b_1.tif", "a_1.tif", "b_2.tif"))
+    labelled = LabelledFeatures(
+        torch.zeros(1, 4, 1), torch.zeros(4), torch.tensor([0, 1, 2, 0]), ("b_1.tif", "a_1.tif", "b_2.tif")
+    )
     assert group_numbers(labelled, None).tolist() == [0, 1, 2, 0]
     assert group_numbers(labelled, "^([ab])_").tolist() == [0, 1, 0, 0]
     with pytest.raises(ConfigurationError, match=r"does not match 'b_1.tif', expected every file to match"):
@@ -149,11 +216,11 @@ def test_groups_are_named_by_the_expression():
 @pytest.mark.parametrize(("labelled", "error", "message"), [
     (None, LabelsError, "There are no labels for criterion 'probe'"),
     (planted(1, 1, places=1), LabelsError, "Labelled rows come from 1 group, expected at least 2"),
-    (Labelled(torch.randn(2, 6, 3), torch.ones(6).long(), torch.arange(6), tuple("abcdef")), LabelsError,
+    (LabelledFeatures(torch.randn(2, 6, 3), torch.ones(6).long(), torch.arange(6), tuple("abcdef")), LabelsError,
      "All labels are the same"),
-    (Labelled(torch.randn(2, 6, 3), torch.arange(6) % 2, torch.arange(6) % 2, ("a", "b")), LabelsError,
+    (LabelledFeatures(torch.randn(2, 6, 3), torch.arange(6) % 2, torch.arange(6) % 2, ("a", "b")), LabelsError,
      "Without any one group all labels are the same"),
-    (Labelled(torch.full((2, 6, 3), torch.nan), torch.arange(6) % 2, torch.arange(6) % 3, ("a", "b", "c")),
+    (LabelledFeatures(torch.full((2, 6, 3), torch.nan), torch.arange(6) % 2, torch.arange(6) % 3, ("a", "b", "c")),
      DegenerateFeaturesError, r"after blocks \[1, 2\] are not finite"),
 ])  # fmt: skip
 def test_what_cannot_be_judged_is_refused(labelled, error, message):
@@ -290,7 +357,7 @@ def test_python_makes_the_plan_of_the_callback(trainer, task, datamodule):
 
 def test_real_tiles_have_groups(shared_data):
     tiles = sorted((shared_data / "hls_water" / "images").iterdir())[:4]
-    labelled = Labelled(torch.zeros(1, 4, 1), torch.zeros(4), torch.arange(4), tuple(map(str, tiles)))
+    labelled = LabelledFeatures(torch.zeros(1, 4, 1), torch.zeros(4), torch.arange(4), tuple(map(str, tiles)))
     assert group_numbers(labelled, r"/(\d+)_image").tolist() == [0, 1, 2, 3]
 
 
@@ -441,7 +508,7 @@ def test_the_verdict_is_that_of_the_least_sure_label_set():
 
 
 def test_errors_name_the_label_set():
-    one_class = Labelled(torch.randn(6, 6, 3), torch.ones(6).long(), torch.arange(6), tuple("abcdef"))
+    one_class = LabelledFeatures(torch.randn(6, 6, 3), torch.ones(6).long(), torch.arange(6), tuple("abcdef"))
     with pytest.raises(LabelsError, match=r"^Label set 'cover': All labels are the same"):
         label_sets(height=planted(*[1] * 6), cover=one_class)
 

@@ -13,7 +13,7 @@ from torch import nn
 from terratorch_simpler import SimplerCallback
 from terratorch_simpler.criteria import Simpler
 from terratorch_simpler.extraction import ExtractionConfig, count_macs, measure
-from terratorch_simpler.lightning import labelled
+from terratorch_simpler.lightning import labelled_images
 from tests.in_memory_tiles import Tiles, land
 
 pytestmark = pytest.mark.filterwarnings(
@@ -128,12 +128,12 @@ def test_a_gpu_that_is_first_used_by_labelled_features_is_left_as_it_starts(trai
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         yield
 
-    monkeypatch.setattr(labelled, "on_device", initialises)
+    monkeypatch.setattr(labelled_images, "on_device", initialises)
     layer, state, drawn = DrawsOnGpus(gpus), gpus.state(), []
     module.model.encoder.register_forward_pre_hook(lambda _, args: (layer(args[0]), *args[1:]))
     for _ in range(2):
         layer.drawn = []
-        labelled.labelled_rows(run, module, "train", 0)
+        labelled_images.labelled_rows(run, module, "train", 0)
         drawn.append(layer.drawn)
         assert all(map(torch.equal, gpus.state(), state))
     assert drawn[0] == drawn[1] != []

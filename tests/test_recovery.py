@@ -13,9 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from terratorch_simpler import SimplerCallback
 from terratorch_simpler.criteria import Angular, BlockInfluence, Bounds, CkaIntervals, Fixed, Simpler
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, PlanError, RecoveryError, SimplerWarning
-from terratorch_simpler.extraction import ExtractionConfig, evaluating, measure
-from terratorch_simpler.extraction import recovery as recovery_statistics
-from terratorch_simpler.extraction.recovery import HELD_OUT
+from terratorch_simpler.extraction import ExtractionConfig, evaluating, measure, recovery_statistics
+from terratorch_simpler.extraction.recovery_statistics import HELD_OUT
 from terratorch_simpler.functional.hsic import full_float32
 from terratorch_simpler.functional.least_squares import RIDGE, NormalEquations
 from terratorch_simpler.indices import spans_between

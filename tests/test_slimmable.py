@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from terratorch_simpler import SimplerCallback, SlimmableTraining
 from terratorch_simpler.cli import main
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
-from terratorch_simpler.export.comparison import answer, difference
+from terratorch_simpler.export.outputs import difference, outputs_of
 from terratorch_simpler.functional.hsic import full_float32
 from terratorch_simpler.models.state import state_in
 from tests.cli_runner import Command, config
@@ -188,7 +188,7 @@ def images():
 
 def answer_at(module, width):
     with module.model.encoder.at_width(width).applied():
-        return answer(module, images())
+        return outputs_of(module, images())
 
 
 def test_depth_is_cut_first_and_checkpoints_can_be_used_at_each_width(trained, task, tmp_path):
@@ -201,7 +201,7 @@ def test_depth_is_cut_first_and_checkpoints_can_be_used_at_each_width(trained, t
         built = task(seed=3, backbone_width=width)
         built.load_state_dict(content["state_dict"], strict=True)
         assert built.model.encoder.pruned_state[:3] == (backbone.kept, 12, width)
-        assert difference(answer(built.eval(), images()), answer_at(module, width)) < 1e-6
+        assert difference(outputs_of(built.eval(), images()), answer_at(module, width)) < 1e-6
         # From here on it is an encoder of that width like any other.
         again = task(seed=4)
         again.load_state_dict(built.state_dict(), strict=True)
@@ -211,7 +211,7 @@ def test_depth_is_cut_first_and_checkpoints_can_be_used_at_each_width(trained, t
     with pytest.raises(ConfigurationError, match=r"Found width 0.3 for weights that were trained at widths 0.25, 0.5, 1"):
         copy.deepcopy(backbone).set_width(0.3)
     loaded = SemanticSegmentationTask.load_from_checkpoint(checkpoint, weights_only=True).eval()
-    assert difference(answer(loaded, images()), answer(module, images())) == 0
+    assert difference(outputs_of(loaded, images()), outputs_of(module, images())) == 0
 
 
 def test_export_writes_one_of_the_widths(trained, tmp_path, capsys):
@@ -238,7 +238,7 @@ def test_a_config_with_one_of_the_widths_predicts_at_it(trained, scenes, tmp_pat
     (tmp_path / "deploy.yaml").write_text(json.dumps(settings))
     served = LightningInferenceModel.from_config(str(tmp_path / "deploy.yaml"), str(checkpoint))
     assert served.model.model.encoder.width == 0.5
-    assert difference(answer(served.model.eval(), images()), answer_at(module, 0.5)) < 1e-6
+    assert difference(outputs_of(served.model.eval(), images()), answer_at(module, 0.5)) < 1e-6
 
 
 def test_a_run_goes_on_at_all_widths(trained, trainer, task, datamodule):

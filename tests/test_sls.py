@@ -8,10 +8,10 @@ from sklearn.metrics import silhouette_samples
 
 from terratorch_simpler import SimplerCallback, SlimmingPlan
 from terratorch_simpler.cli import main
-from terratorch_simpler.criteria import Bounds, Labelled, Sls, Statistics, build_criterion
+from terratorch_simpler.criteria import Bounds, LabelledFeatures, Sls, Statistics, build_criterion
 from terratorch_simpler.criteria.sls import MOST_ROWS, silhouettes
 from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
-from terratorch_simpler.lightning.labelled import labelled_rows
+from terratorch_simpler.lightning.labelled_images import labelled_rows
 from terratorch_simpler.models.backbone import find_backbone
 from tests import cli_runner
 from tests.checkpoints import kept_in
@@ -29,7 +29,7 @@ INNER = "model.encoder.base_model.model."
 
 def statistics(features, labels):
     states = torch.ones(len(features) + 1, len(features) + 1, dtype=torch.float64)
-    return Statistics(states, states, states, None if labels is None else Labelled(features, labels))
+    return Statistics(states, states, states, None if labels is None else LabelledFeatures(features, labels))
 
 
 def toy(*gaps, rows=ROWS, seed=0):

@@ -26,7 +26,7 @@ from terratorch_simpler.criteria import (
     Bounds,
     CkaIntervals,
     Knee,
-    Labelled,
+    LabelledFeatures,
     Probe,
     Simpler,
     Statistics,
@@ -196,13 +196,15 @@ def probe_choice(
     return Probe(r"(.+)\|", rule).choose(Statistics(unseen, unseen, unseen, both), blocks, Bounds())
 
 
-def _labelled(task: Task, features: Features, blocks: int, split: str, chosen: NDArray[np.int64], seed: int) -> Labelled:
+def _labelled(
+    task: Task, features: Features, blocks: int, split: str, chosen: NDArray[np.int64], seed: int
+) -> LabelledFeatures:
     """Labelled patches of some images, as many of each as in a selection, or the images themselves."""
     rng = np.random.default_rng(seed)
     patches, most = task.labels[split].shape[1], rows_per_image(len(chosen))
     rows = [(n, patch) for n in chosen for patch in rng.permutation(patches)[:most]]
     image, patch = np.array([row for row in rows if task.labels[split][row] != IGNORED]).T
-    return Labelled(
+    return LabelledFeatures(
         torch.from_numpy(features[split][:blocks, image, patch]),
         torch.from_numpy(task.labels[split][image, patch]),
         torch.from_numpy(np.searchsorted(chosen, image)),

@@ -20,7 +20,7 @@ from terratorch_simpler.criteria.probe import Probe
 from terratorch_simpler.criteria.ranges import Angular, CkaIntervals
 from terratorch_simpler.criteria.simpler import Simpler
 from terratorch_simpler.criteria.sls import Sls
-from terratorch_simpler.criteria.statistics import Evidence, GroupSums, Labelled, Labels, Statistics, naming
+from terratorch_simpler.criteria.statistics import Evidence, GroupSums, LabelledFeatures, LabelSets, Statistics, naming
 from terratorch_simpler.criteria.verdict import judge, verdict_on
 
 for _criterion in (Simpler, Knee, BlockInfluence, Angular, CkaIntervals, Sls, Probe, Fixed):
@@ -38,8 +38,8 @@ __all__ = [
     "Fixed",
     "GroupSums",
     "Knee",
-    "Labelled",
-    "Labels",
+    "LabelSets",
+    "LabelledFeatures",
     "Probe",
     "Simpler",
     "Sls",

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from terratorch_simpler.criteria.base import TIE, Bounds, Choice, Criterion, half_depth
-from terratorch_simpler.criteria.statistics import Labelled, Statistics, naming
+from terratorch_simpler.criteria.statistics import LabelledFeatures, Statistics, naming
+from terratorch_simpler.criteria.verdict import ENOUGH_SHARE, RESAMPLES
 from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
 from terratorch_simpler.functional.ridge import Ridge
 from terratorch_simpler.functional.scores import METRICS, LabelKind, jackknife, jackknife_errors, score_predictions
-from terratorch_simpler.plan import Verdict
+from terratorch_simpler.plan import Level, Verdict
 
 Rule = Literal["one_standard_error", "best"]
 STRENGTHS = [10.0**exponent for exponent in range(-4, 3)]
@@ -25,7 +26,6 @@ NOISE = 3.0
 """Depths are told apart if the best and the worst differ by so many standard errors of their difference: of twelve depths
 that are alike and independent, best and worst differ by 3.26 / sqrt(2) = 2.3 on average (ours)."""
 
-SURENESS = ("clear", "weak", "unsettled")
 ENOUGH_GROUPS = 8
 """With fewer groups to score, a choice is weak (ours)."""
 
@@ -53,9 +53,23 @@ class ProbeResult:
         """Standard error of every score over groups, (L,)."""
         return jackknife_errors(self.left_out)
 
-    def error_of_difference(self, block: int) -> Tensor:
-        """Standard error of the difference of every score to that of ``block``, (L,): groups that are hard cancel out."""
-        return jackknife_errors(self.left_out - self.left_out[:, [block]])
+    @property
+    def errors_of_differences(self) -> Tensor:
+        """Standard errors of the differences of all pairs of scores, (L, L): groups that are hard cancel out."""
+        return jackknife_errors(self.left_out[:, :, None] - self.left_out[:, None, :])
+
+    def resampled(self, number: int, seed: int = 0) -> Tensor:
+        """Scores as other groups could have given them, (number, L).
+
+        They are drawn from a normal distribution with the jackknife's covariance, (J - 1) / J * sum of d d' over the
+        deviations d of the scores without a subset: no score is computed again.
+        """
+        deviations = self.left_out - self.left_out.mean(dim=0)
+        subsets = len(deviations)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(number, subsets, generator=generator, dtype=torch.float64)
+        scores: Tensor = self.scores + ((subsets - 1) / subsets) ** 0.5 * drawn @ deviations
+        return scores
 
 
 class Probe(Criterion):
@@ -64,7 +78,8 @@ class Probe(Criterion):
     A ridge regression from the LayerNormed output of every block to the labels, with a strength chosen by leave-group-out
     cross-validation, is scored on the validation split if there is one, else by the same cross-validation. A depth is not
     distinguishable from the best if the difference of their scores is at most its standard error over groups. If best and
-    worst depth differ by no more than noise, or no depth beats the most frequent class, half of the blocks are kept.
+    worst depth differ by no more than noise, or no depth beats the most frequent class, half of the blocks are kept. The
+    verdict is weak if fewer than 80 % of the resamples over groups make the same choice.
 
     Args:
         groups: Regular expression whose first group, searched in the path of an image's first file, names what must not be
@@ -145,7 +160,7 @@ class Probe(Criterion):
         return _good_enough_for_all(choices)
 
     def _choose(
-        self, labelled: Labelled | None, num_blocks: int, allowed: list[int], one_more: Callable[[], None]
+        self, labelled: LabelledFeatures | None, num_blocks: int, allowed: list[int], one_more: Callable[[], None]
     ) -> Choice:
         """Choose for one label set; ``one_more`` is called after every block."""
         if labelled is None:
@@ -153,37 +168,42 @@ class Probe(Criterion):
             raise LabelsError(msg)
         result, judged_on = self._probe(labelled, one_more)
         metric = METRICS[labelled.kind]
-        scores, errors = result.scores, result.errors
+        scores, errors, noise = result.scores, result.errors, result.errors_of_differences
         best, worst = max(allowed, key=lambda c: float(scores[c - 1])), min(allowed, key=lambda c: float(scores[c - 1]))
         from_best = scores[best - 1] - scores
-        noise = result.error_of_difference(best - 1)
+        error_of_worst = noise[best - 1, worst - 1]
         reasons = []
-        if len(allowed) > 1 and from_best[worst - 1] <= NOISE * noise[worst - 1] + TIE:
+        if len(allowed) > 1 and from_best[worst - 1] <= NOISE * error_of_worst + TIE:
             reasons.append(
                 f"The depths cannot be told apart: best ({best}) and worst ({worst}) differ by "
-                f"{from_best[worst - 1]:.3f} in {metric}, with a standard error of {noise[worst - 1]:.3f}."
+                f"{from_best[worst - 1]:.3f} in {metric}, with a standard error of {error_of_worst:.3f}."
             )
         if scores[best - 1] - result.baseline <= errors[best - 1] + TIE:
             reasons.append(
                 f"No depth beats the baseline: the best {metric} is {scores[best - 1]:.3f}, with a standard error of "
                 f"{errors[best - 1]:.3f}, and that of a constant prediction {result.baseline:.3f}."
             )
-        settled = not reasons
-        if not settled:
-            depth = half_depth(num_blocks, allowed)
-        elif self.rule == "best":
-            depth = next(c for c in allowed if from_best[c - 1] <= TIE)
-        else:
-            depth = next(c for c in allowed if from_best[c - 1] <= noise[c - 1] + TIE)
+        settled, weak = not reasons, []
+        depth = int(self._depths(scores[None], noise, allowed)) if settled else half_depth(num_blocks, allowed)
         if settled:
-            at = scores[depth - 1]
+            if result.num_groups < ENOUGH_GROUPS:
+                weak.append(
+                    f"Scores are over {result.num_groups} groups, and standard errors are rough below {ENOUGH_GROUPS}."
+                )
+            voted = self._depths(result.resampled(RESAMPLES), noise, allowed)
+            share = float((voted == depth).double().mean())
+            if share < ENOUGH_SHARE:
+                low, high = (int(voted.double().quantile(q, interpolation="nearest")) for q in (0.1, 0.9))
+                weak.append(
+                    f"Only {100 * share:.0f} % of the resamples choose {depth} blocks, expected at least "
+                    f"{100 * ENOUGH_SHARE:.0f} %; eight of ten choose {low} to {high}."
+                )
             what = "Smallest depth not distinguishable from the best" if self.rule == "one_standard_error" else "Best depth"
+            beside = "" if best in (depth, num_blocks) else f"; the best, {best}: {scores[best - 1]:.3f}"
             reasons.append(
-                f"{what}: {depth} ({metric} {at:.3f} ± {errors[depth - 1]:.3f}; all {num_blocks}: {scores[-1]:.3f})."
+                f"{what}: {depth} ({metric} {scores[depth - 1]:.3f} ± {errors[depth - 1]:.3f}{beside}; all {num_blocks}: "
+                f"{scores[-1]:.3f})."
             )
-        few = []
-        if settled and result.num_groups < ENOUGH_GROUPS:
-            few.append(f"Scores are over {result.num_groups} groups, and standard errors are rough below {ENOUGH_GROUPS}.")
         details: dict[str, Any] = {
             "metric": metric,
             "judged_on": judged_on,
@@ -194,10 +214,19 @@ class Probe(Criterion):
             "intact": float(scores[-1]),
         }
         by_depth: Mapping[int, float] = dict(enumerate(scores.tolist(), start=1))
-        verdict = Verdict("unsettled" if not settled else "weak" if few else "clear", (*few, *reasons))
+        verdict = Verdict("unsettled" if not settled else "weak" if weak else "clear", (*weak, *reasons))
         return Choice(tuple(range(depth)), by_depth, verdict, {"probe": details})
 
-    def best_depth(self, labelled: Labelled, num_blocks: int, bounds: Bounds) -> int:
+    def _depths(self, scores: Tensor, noise: Tensor, allowed: list[int]) -> Tensor:
+        """The depth that the rule takes from each row of scores (R, L), (R,); ``noise`` is of differences, (L, L)."""
+        columns = torch.tensor(allowed) - 1
+        best, position = scores[:, columns].max(dim=1)
+        near = best[:, None] - scores[:, columns] <= TIE
+        if self.rule == "one_standard_error":
+            near = best[:, None] - scores[:, columns] <= noise[columns[position]][:, columns] + TIE
+        return columns[near.int().argmax(dim=1)] + 1
+
+    def best_depth(self, labelled: LabelledFeatures, num_blocks: int, bounds: Bounds) -> int:
         """The allowed depth of the highest score, whether it can be told apart from others or not.
 
         Args:
@@ -212,13 +241,13 @@ class Probe(Criterion):
         scores = self._probe(labelled)[0].scores
         return max(bounds.within(self.depths(num_blocks), num_blocks), key=lambda depth: float(scores[depth - 1]))
 
-    def _probe(self, labelled: Labelled, one_more: Callable[[], None] | None = None) -> tuple[ProbeResult, str]:
+    def _probe(self, labelled: LabelledFeatures, one_more: Callable[[], None] | None = None) -> tuple[ProbeResult, str]:
         """The result, and what it is judged on; validation images of one place alone have no standard error."""
         train = group_numbers(labelled, self.groups)
         validation = labelled.validation
         if validation is None:
             return probe_blocks(labelled, train, one_more=one_more), "cross-validation"
-        both = Labelled(
+        both = LabelledFeatures(
             labelled.features, labelled.labels, torch.cat([labelled.images, validation.images + len(labelled.names)]),
             (*labelled.names, *validation.names), labelled.kind,
         )  # fmt: skip
@@ -227,14 +256,14 @@ class Probe(Criterion):
         if len(outside.unique()) < 2:
             return probe_blocks(labelled, train, one_more=one_more), "cross-validation"
         apart = ~torch.isin(inside, outside)  # a place is never on both sides
-        rows = Labelled(labelled.features[:, apart], labelled.labels[apart], kind=labelled.kind)
+        rows = LabelledFeatures(labelled.features[:, apart], labelled.labels[apart], kind=labelled.kind)
         return probe_blocks(rows, inside[apart], validation, outside, one_more), "validation"
 
 
 def _good_enough_for_all(choices: Mapping[str, Choice]) -> Choice:
     """One choice from those of every label set."""
     verdicts = {name: choice.verdict for name, choice in choices.items() if choice.verdict is not None}
-    surest_last = sorted(verdicts, key=lambda name: -SURENESS.index(verdicts[name].level))
+    surest_last = sorted(verdicts, key=lambda name: -get_args(Level).index(verdicts[name].level))
     reasons = [f"{name}: {reason}" for name in surest_last for reason in verdicts[name].reasons]
     label_sets = {
         name: {
@@ -248,7 +277,7 @@ def _good_enough_for_all(choices: Mapping[str, Choice]) -> Choice:
     return Choice(deepest.kept_blocks, deepest.scores, verdict, {"label_sets": label_sets})
 
 
-def group_numbers(labelled: Labelled, pattern: str | None) -> Tensor:
+def group_numbers(labelled: LabelledFeatures, pattern: str | None) -> Tensor:
     """Group of every row, numbered from 0 in the order in which groups come, (N,).
 
     Args:
@@ -272,9 +301,9 @@ def group_numbers(labelled: Labelled, pattern: str | None) -> Tensor:
 
 
 def probe_blocks(
-    train: Labelled,
+    train: LabelledFeatures,
     groups: Tensor,
-    validation: Labelled | None = None,
+    validation: LabelledFeatures | None = None,
     validation_groups: Tensor | None = None,
     one_more: Callable[[], None] | None = None,
 ) -> ProbeResult:

@@ -13,7 +13,7 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from terratorch_simpler.criteria.base import Bounds, Choice, Criterion
-from terratorch_simpler.criteria.statistics import Labelled, Statistics
+from terratorch_simpler.criteria.statistics import LabelledFeatures, Statistics
 from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, LabelsError
 
 PERPLEXITY = 30
@@ -114,7 +114,7 @@ class Sls(Criterion):
         return Choice(tuple(range(depth)), dict(enumerate(scores, start=1)))
 
 
-def _some_rows(labelled: Labelled | None) -> Labelled:
+def _some_rows(labelled: LabelledFeatures | None) -> LabelledFeatures:
     """A seeded sample of at most ``MOST_ROWS`` rows.
 
     Raises:
@@ -124,7 +124,7 @@ def _some_rows(labelled: Labelled | None) -> Labelled:
         msg = "Found no labels for criterion 'sls', expected some: choose another criterion, or give the data its labels."
         raise LabelsError(msg)
     order = torch.randperm(len(labelled.labels), generator=torch.Generator().manual_seed(0))[:MOST_ROWS].sort().values
-    rows = Labelled(labelled.features[:, order], labelled.labels[order])
+    rows = LabelledFeatures(labelled.features[:, order], labelled.labels[order])
     if len(rows.labels) <= PERPLEXITY:
         msg = (
             f"Found {len(rows.labels)} rows with labels for criterion 'sls', expected more than {PERPLEXITY}, the "

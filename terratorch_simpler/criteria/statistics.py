@@ -16,7 +16,7 @@ from terratorch_simpler.functional.scores import LabelKind
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledFeatures:
     """Features with labels, for criteria that require them.
 
     Attributes:
@@ -33,10 +33,10 @@ class Labelled:
     images: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     names: tuple[str, ...] = ()
     kind: LabelKind = "segmentation"
-    validation: Labelled | None = None
+    validation: LabelledFeatures | None = None
 
 
-Labels = Labelled | Mapping[str, Labelled]
+LabelSets = LabelledFeatures | Mapping[str, LabelledFeatures]
 """One label set, or several by name."""
 
 
@@ -69,13 +69,13 @@ class Statistics:
     hsic: Tensor
     cosine: Tensor
     angle: Tensor
-    labelled: Labels | None = None
+    labelled: LabelSets | None = None
     progress: Callable[[int], None] | None = None
 
     @classmethod
-    def of_labels(cls, labelled: Labels) -> Statistics:
+    def of_labels(cls, labelled: LabelSets) -> Statistics:
         """Labels alone, where blocks were not compared: no number but NaN stands for the rest."""
-        one = labelled if isinstance(labelled, Labelled) else next(iter(labelled.values()))
+        one = labelled if isinstance(labelled, LabelledFeatures) else next(iter(labelled.values()))
         states = len(one.features) + 1
         unknown = torch.full((states, states), torch.nan, dtype=torch.float64)
         return cls(unknown, unknown, unknown, labelled)

@@ -13,7 +13,6 @@ from terratorch_simpler.criteria.statistics import Evidence
 from terratorch_simpler.errors import DegenerateFeaturesError, NoAnswerError
 from terratorch_simpler.plan import Verdict, format_score
 
-CLEAR, WEAK, UNSETTLED = "clear", "weak", "unsettled"
 ENOUGH_SHARE = 0.8
 """A choice that fewer resamples repeat is weak."""
 STANDARD_ERRORS = 3.0
@@ -68,7 +67,7 @@ def judge(
         *_apart("The conventions of comparing tokens", conventions, num_blocks),
     ]
     if unsettled:
-        return Verdict(UNSETTLED, (*unsettled, *doubts))
+        return Verdict("unsettled", (*unsettled, *doubts))
     weak = [no_vote] if no_vote else []
     if share is not None and share < ENOUGH_SHARE:
         weak.append(f"Only {100 * share:.0f} % of the resamples choose it, expected at least {100 * ENOUGH_SHARE:.0f} %.")
@@ -76,12 +75,12 @@ def judge(
     for name, other in others.items():
         weak += _apart("Other criteria disagree: they", {"this one": depth, name: other}, num_blocks)
     if weak:
-        return Verdict(WEAK, tuple(weak))
+        return Verdict("weak", tuple(weak))
     support = [] if share is None else [f"{100 * share:.0f} % of the resamples choose it."]
     if conventions:
         chosen = ", ".join(f"{name} {other}" for name, other in conventions.items())
         support.append(f"The conventions of comparing tokens choose alike: {chosen}.")
-    return Verdict(CLEAR, tuple(support))
+    return Verdict("clear", tuple(support))
 
 
 def _flat(scores: Mapping[int, float], resampled: Tensor | None, needs_positive_score: bool) -> list[str]:

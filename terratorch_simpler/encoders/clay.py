@@ -86,7 +86,7 @@ class ClaySpec(EncoderSpec):
         ]
 
     def insert_after_block(self, encoder: Any, position: int, token_map: LinearRecovery) -> RemovableHandle:
-        """As for hooks: the feed-forward part of a block answers for it, the stack for what enters the first one."""
+        """As for hooks: the feed-forward part of a block stands for it, the stack for what enters the first one."""
         if position < 0:
             return encoder.clay_encoder.transformer.register_forward_pre_hook(token_map.before, with_kwargs=True)
         _, feed_forward = encoder.clay_encoder.transformer.layers[position]

@@ -1,6 +1,6 @@
-"""Run in a process of its own: build a model with TerraTorch alone, and save what it answers, untrained and trained.
+"""Run in a process of its own: build a model with TerraTorch alone, and save its outputs, untrained and trained.
 
-Arguments: config, checkpoint, images, file for the answer. Nothing of this package can be imported here.
+Arguments: config, checkpoint, images, file for the outputs. Nothing of this package can be imported here.
 """
 
 import sys
@@ -26,7 +26,7 @@ OTHER_SEED = 20_011
 
 
 def tensors(output: object) -> list[torch.Tensor]:
-    """The tensors of an answer, in order."""
+    """The tensors of an output, in order."""
     found = []
     for leaf in tree_leaves(output):
         if isinstance(leaf, torch.Tensor):
@@ -36,8 +36,8 @@ def tensors(output: object) -> list[torch.Tensor]:
     return found
 
 
-def answer(task: torch.nn.Module, images: object) -> list[torch.Tensor]:
-    """What it answers, in the same random state each time; of a detector every box, however low its score."""
+def outputs_of(task: torch.nn.Module, images: object) -> list[torch.Tensor]:
+    """What it gives, in the same random state each time; of a detector every box, however low its score."""
     for part in task.modules():
         if hasattr(part, "score_thresh"):
             part.score_thresh = 0.0  # type: ignore[assignment]
@@ -53,9 +53,9 @@ def main(config: str, checkpoint: str, images: str, path: str) -> None:
     task.eval()
     torch.set_float32_matmul_precision("highest")  # TerraTorch allows less
     inputs = torch.load(images, weights_only=True)
-    untrained = answer(task, inputs)
+    untrained = outputs_of(task, inputs)
     task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
-    torch.save({"untrained": untrained, "trained": answer(task, inputs)}, path)
+    torch.save({"untrained": untrained, "trained": outputs_of(task, inputs)}, path)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ BOOKKEEPING = frozenset(
         *("dp_world_size", "mp_world_size"),
     }
 )
-"""Keys of a checkpoint that hold the weights, or that no answer of the model depends on."""
+"""Keys of a checkpoint that hold the weights, or that no output of the model depends on."""
 
 
 def check_contents(content: Mapping[str, Any], source: object, known: Collection[str] = ()) -> None:
@@ -50,7 +50,7 @@ def check_contents(content: Mapping[str, Any], source: object, known: Collection
         msg = (
             f"Found {_listed(unknown)} in checkpoint {source}, expected nothing but weights, arguments and Lightning's own "
             "keys: what the task or a callback keeps there would be lost, so run the model with terratorch_simpler, or "
-            "remove it from the file if no answer depends on it."
+            "remove it from the file if no output depends on it."
         )
         raise NotCarriedError(msg)
     averaging = content.get("averaging_state")
@@ -126,7 +126,7 @@ def arguments_of(task_class: type, saved: Mapping[str, Any], source: object) -> 
         msg = (
             f"Found {_listed(lost)} in the hyper_parameters of checkpoint {source}, expected arguments of "
             f"{task_class.__name__} only: the plain model cannot be built with it, so make it an argument of the task, or "
-            "remove it from the file if no answer depends on it."
+            "remove it from the file if no output depends on it."
         )
         raise NotCarriedError(msg)
     return {key: value for key, value in saved.items() if key in taken}
@@ -142,7 +142,7 @@ def check_names(unexpected: Collection[str], source: object) -> None:
         msg = (
             f"Found {_listed(sorted(unexpected))} in the state_dict of checkpoint {source}, expected weights of the task "
             "alone: a callback or a hook has added it, so make it a part of the task, or remove it from the file if no "
-            "answer depends on it."
+            "output depends on it."
         )
         raise NotCarriedError(msg)
 

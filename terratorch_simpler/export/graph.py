@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from terratorch_simpler.errors import ExportError, SimplerWarning
-from terratorch_simpler.export.comparison import answer, difference, find_comparison, flipped
 from terratorch_simpler.export.description import DESCRIPTION_FILE, ModelDescription, describe
+from terratorch_simpler.export.outputs import difference, find_comparison, flipped, outputs_of
 from terratorch_simpler.export.trained import Trained
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.functional.hsic import full_float32
 
 GRAPH_FORMATS = {"onnx": "model.onnx", "pt2": "model.pt2"}
 ALLOWED = 1e-4
-"""Largest difference of an answer as a share of its largest value: other kernels round otherwise."""
+"""Largest difference of an output as a share of its largest value: other kernels round otherwise."""
 
 
 class _Answer(nn.Module):
-    """A task as a function of images alone, or of modalities in order, with tensors as the answer."""
+    """A task as a function of images alone, or of modalities in order, with tensors as the output."""
 
     def __init__(self, trained: Trained, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -55,16 +55,16 @@ def export_graph(
             extra files of pt2. By default what the task alone tells.
 
     Returns:
-        The file, and the largest difference of an answer, as a share of the largest value.
+        The file, and the largest difference of an output, as a share of the largest value.
 
     Raises:
-        ComparisonError: If the trained model answers all images alike, so that comparing answers says nothing.
-        ExportError: If the model cannot be traced, or the graph answers otherwise.
+        ComparisonError: If the outputs of the trained model are alike for all images, so that comparing them says nothing.
+        ExportError: If the model cannot be traced, or the outputs of the graph differ.
     """
-    count = len(answer(lambda images: trained.task(images).output, trained.example(size)))
+    count = len(outputs_of(lambda images: trained.task(images).output, trained.example(size)))
     if count != 1:
         msg = (
-            f"Found {count} tensors in the answer of {trained.class_path}, expected one: a task whose answer "
+            f"Found {count} tensors in the output of {trained.class_path}, expected one: a task whose output "
             "changes its shape with the image (object detection) cannot be written as a graph; export it as plain."
         )
         raise ExportError(msg)
@@ -87,7 +87,7 @@ def export_graph(
             allowed = comparison.tolerance(ALLOWED)
             if not gap <= allowed:
                 msg = (
-                    f"Found answers of the {format_} graph that differ by {gap:.2g} of the largest value, expected at most "
+                    f"Found outputs of the {format_} graph that differ by {gap:.2g} of the largest value, expected at most "
                     f"{allowed:g}: it is not written; please report the config."
                 )
                 raise ExportError(msg)

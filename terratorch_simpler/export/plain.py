@@ -17,7 +17,7 @@ from terratorch.models.necks import NeckSequential
 from torch import Tensor, nn
 
 from terratorch_simpler.errors import ConfigurationError, ExportError
-from terratorch_simpler.export.comparison import difference
+from terratorch_simpler.export.outputs import difference
 from terratorch_simpler.export.trained import PREFIX, Trained, backbone_arguments, unwrap
 from terratorch_simpler.files import atomic_write
 from terratorch_simpler.models.backbone import SimplerBackbone
@@ -28,7 +28,7 @@ OURS = ("plan", "keep", "width", "block_path")
 RUN_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
 """Arguments of single commands such as fit, which the others refuse."""
 ALLOWED = 1e-5
-"""Largest difference of an answer as a share of its largest value: the same operations on the same weights."""
+"""Largest difference of an output as a share of its largest value: the same operations on the same weights."""
 CHECK = Path(__file__).with_name("check_plain.py")
 
 
@@ -99,12 +99,12 @@ def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path
         folder: Where to write ``config.yaml`` and ``model.ckpt``.
 
     Returns:
-        The two files, and the largest difference of an answer, as a share of the largest value; that of folding adapters
+        The two files, and the largest difference of an output, as a share of the largest value; that of folding adapters
         in counts as well.
 
     Raises:
-        ComparisonError: If the answers say nothing: the trained model answers all images alike, or like fresh weights.
-        ExportError: If TerraTorch cannot express the model, or answers otherwise.
+        ComparisonError: If outputs of the trained model are alike for all images, or like those of fresh weights.
+        ExportError: If TerraTorch cannot express the model, or its outputs differ.
     """
     backbone = trained.backbone
     check_expressible(backbone)
@@ -121,11 +121,11 @@ def export_plain(trained: Trained, config: Mapping[str, Any], folder: str | Path
     with atomic_write(folder / CONFIG_FILE) as new_config, atomic_write(folder / CHECKPOINT_FILE) as new_checkpoint:
         new_config.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
         torch.save(checkpoint, new_checkpoint)
-        found, untrained = _answers_without_us(new_config, new_checkpoint, comparison.images)
+        found, untrained = _outputs_without_us(new_config, new_checkpoint, comparison.images)
         gap, allowed = difference(found, comparison.expected), comparison.tolerance(ALLOWED, untrained)
         if not gap <= allowed:
             msg = (
-                f"Found answers of the plain model that differ by {gap:.2g} of the largest value, expected at most "
+                f"Found outputs of the plain model that differ by {gap:.2g} of the largest value, expected at most "
                 f"{allowed:g}: it is not written; please report the config."
             )
             raise ExportError(msg)
@@ -198,10 +198,10 @@ def _class_of(entry: object) -> object:
     return entry.get("class_path") if isinstance(entry, Mapping) else entry
 
 
-def _answers_without_us(config: Path, checkpoint: Path, images: Any) -> tuple[list[Tensor], list[Tensor]]:
+def _outputs_without_us(config: Path, checkpoint: Path, images: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Answers of a process that cannot import this package, with the weights and with fresh ones."""
     with tempfile.TemporaryDirectory() as folder:
-        question, reply = Path(folder) / "images.pt", Path(folder) / "answer.pt"
+        question, reply = Path(folder) / "images.pt", Path(folder) / "outputs.pt"
         torch.save(images, question)
         done = subprocess.run(
             [sys.executable, "-W", "ignore", str(CHECK), str(config), str(checkpoint), str(question), str(reply)],
@@ -216,5 +216,5 @@ def _answers_without_us(config: Path, checkpoint: Path, images: Any) -> tuple[li
                 "is not written; please report the config."
             )
             raise ExportError(msg)
-        answers = torch.load(reply, weights_only=True)
-    return answers["trained"], answers["untrained"]
+        outputs = torch.load(reply, weights_only=True)
+    return outputs["trained"], outputs["untrained"]

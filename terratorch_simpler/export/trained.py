@@ -1,4 +1,4 @@
-"""A trained task from its checkpoint, with adapters folded into the weights, and an input to compare answers on."""
+"""A trained task from its checkpoint, with adapters folded into the weights, and an input to compare outputs on."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from terratorch_simpler.errors import CheckpointError, ConfigurationError, ExportError
-from terratorch_simpler.export.comparison import SEED, Comparison, answer, difference, find_comparison
 from terratorch_simpler.export.contents import arguments_of, check_callbacks, check_contents, check_names
+from terratorch_simpler.export.outputs import SEED, Comparison, difference, find_comparison, outputs_of
 from terratorch_simpler.extraction import random_state_kept
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.models.checkpoint import load_weights, read_checkpoint
 
 PREFIX = "simpler_"
 COARSE = 4
-"""Rows and columns of the coarse structure of images to compare answers on."""
+"""Rows and columns of the coarse structure of images to compare outputs on."""
 FOLDING = 1e-4
 """Largest difference that folding adapters in may make: products are added in another order."""
 
@@ -42,7 +42,7 @@ class Trained:
         task: The task; adapters (LoRA) are folded into the weights.
         hparams: The arguments it was built with, as its checkpoint holds them.
         checkpoint: The rest of the checkpoint, without weights; of its hyper_parameters how Lightning builds the task.
-        folding: Largest difference that folding adapters in made to an answer, as a share of its largest value.
+        folding: Largest difference that folding adapters in made to an output, as a share of its largest value.
         intact_parameters: Parameters of the intact encoder; None if it was not built, or only with adapters.
     """
 
@@ -59,7 +59,7 @@ class Trained:
         return next(part for part in self.task.modules() if isinstance(part, SimplerBackbone))
 
     def comparison(self) -> Comparison:
-        """Images that the task answers differently.
+        """Images for which the outputs of the task differ.
 
         Raises:
             ComparisonError: If none is found.
@@ -83,7 +83,7 @@ class Trained:
         shape = self.backbone.input_shape
         if shape is None:
             msg = (
-                f"Found no input shape for '{self.backbone.name}', expected bands and size to compare answers on: an "
+                f"Found no input shape for '{self.backbone.name}', expected bands and size to compare outputs on: an "
                 "encoder described by its block path cannot be exported; write an encoder spec (docs/extend.md)."
             )
             raise ExportError(msg)
@@ -214,11 +214,11 @@ def _take_width(task: nn.Module, width: float) -> None:
 def _fold_adapters(trained: Trained) -> Trained:
     comparison = trained.comparison()
     _merge_adapters(trained.task)
-    gap = difference(answer(trained.task, comparison.images), comparison.expected)
+    gap = difference(outputs_of(trained.task, comparison.images), comparison.expected)
     allowed = comparison.tolerance(FOLDING)
     if not gap <= allowed:
         msg = (
-            f"Found answers that differ by {gap:.2g} of the largest value once the adapters are folded into the weights, "
+            f"Found outputs that differ by {gap:.2g} of the largest value once the adapters are folded into the weights, "
             f"expected at most {allowed:g}: PEFT cannot fold this kind of adapter in, use LoRA."
         )
         raise ExportError(msg)

@@ -2,7 +2,6 @@
 
 from terratorch_simpler.extraction.auto_batch import AutoBatch
 from terratorch_simpler.extraction.collector import ExtractionConfig
-from terratorch_simpler.extraction.cost import count_macs, macs_by_block
 from terratorch_simpler.extraction.evaluating import as_pretrained, evaluating, on_device, random_state_kept
 from terratorch_simpler.extraction.hooks import FeatureExtractor, Readout
 from terratorch_simpler.extraction.inputs import check_input, explain
@@ -16,9 +15,10 @@ from terratorch_simpler.extraction.labelled import (
     rows_per_image,
 )
 from terratorch_simpler.extraction.loop import Measurement, measure
+from terratorch_simpler.extraction.macs import count_macs, macs_by_block
 from terratorch_simpler.extraction.partial_result import PartialResult
 from terratorch_simpler.extraction.progress import progress_bar
-from terratorch_simpler.extraction.recovery import RecoveryStatistics
+from terratorch_simpler.extraction.recovery_statistics import RecoveryStatistics
 from terratorch_simpler.extraction.token_sampling import Tokens, TokenSampler
 
 __all__ = [

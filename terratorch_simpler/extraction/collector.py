@@ -26,7 +26,7 @@ from terratorch_simpler.extraction.grouped_similarity import GroupedSimilarity
 from terratorch_simpler.extraction.groups import END, TILES_PER_GROUP, Group, GroupPlanner, TileRef
 from terratorch_simpler.extraction.hooks import FeatureExtractor
 from terratorch_simpler.extraction.partial_result import PartialResult
-from terratorch_simpler.extraction.recovery import RecoveryStatistics, without_special
+from terratorch_simpler.extraction.recovery_statistics import RecoveryStatistics, without_special
 from terratorch_simpler.extraction.token_sampling import Tokens, TokenSample
 from terratorch_simpler.indices import Span
 

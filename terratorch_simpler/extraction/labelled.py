@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from terratorch_simpler.criteria import Labelled, naming
+from terratorch_simpler.criteria import LabelledFeatures, naming
 from terratorch_simpler.data import Batch
 from terratorch_simpler.encoders import Layout, PatchGrid
 from terratorch_simpler.errors import LabelsError
@@ -77,7 +77,7 @@ class LabelledRows(NamedTuple):
     images: Tensor
     kind: LabelKind
 
-    def named(self, name_of: Callable[[int], str]) -> Labelled:
+    def named(self, name_of: Callable[[int], str]) -> LabelledFeatures:
         """The rows for a criterion, with the names of their images in the order in which they come.
 
         Args:
@@ -85,7 +85,7 @@ class LabelledRows(NamedTuple):
         """
         positions = {number: position for position, number in enumerate(dict.fromkeys(self.images.tolist()))}
         images = torch.tensor([positions[number] for number in self.images.tolist()])
-        return Labelled(self.features, self.labels, images, tuple(map(name_of, positions)), self.kind)
+        return LabelledFeatures(self.features, self.labels, images, tuple(map(name_of, positions)), self.kind)
 
 
 def layer_normed(_block: int, output: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from terratorch_simpler.extraction.evaluating import as_pretrained, evaluating
 from terratorch_simpler.extraction.hooks import FeatureExtractor
 from terratorch_simpler.extraction.input_statistics import InputStatistics
 from terratorch_simpler.extraction.partial_result import PartialResult
-from terratorch_simpler.extraction.recovery import RecoveryStatistics
+from terratorch_simpler.extraction.recovery_statistics import RecoveryStatistics
 from terratorch_simpler.extraction.token_sampling import TokenSampler
 from terratorch_simpler.models.plain import Encoder
 from terratorch_simpler.plan import MIN_GROUP_TILES

@@ -57,8 +57,8 @@ class SimplerCallback(Callback):
         max_depth: Largest number of blocks to keep.
         width: Share of the units of every attention head and MLP to keep, in (0, 1], whatever depth is chosen.
         recovery: What makes up for dropped blocks, without labels: "linear" puts a linear map in their place, fitted in the
-            same pass; "distill" trains the pruned encoder, before fit, to answer as the intact one on the same tiles, all of
-            it or only its adapters (LoRA); "none" leaves it as it is.
+            same pass; "distill" trains the pruned encoder, all of it or only its adapters (LoRA), before fit, to give the
+            output of the intact one on the same tiles; "none" leaves it as it is.
         recovery_target: Whose output the recovery is for: "last", the last block of the intact encoder, a poor target where
             the last blocks suit the task worse than earlier ones; a number n, its first n blocks; or "best", the block where
             criterion "probe" scores best.

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from terratorch_simpler.cache import PlanCache, describe_selection, store_plan
-from terratorch_simpler.criteria import Bounds, Criterion, Labelled, Probe
+from terratorch_simpler.criteria import Bounds, Criterion, LabelledFeatures, Probe
 from terratorch_simpler.data import DatamoduleTiles, GeoTiffTiles, TileSource
 from terratorch_simpler.distillation import distill, pruned_copy
 from terratorch_simpler.distributed import Processes
@@ -34,7 +34,7 @@ from terratorch_simpler.extraction import (
     random_state_kept,
 )
 from terratorch_simpler.lightning.internals import fast_dev_run
-from terratorch_simpler.lightning.labelled import labelled_features, probed_features
+from terratorch_simpler.lightning.labelled_images import labelled_features, probed_features
 from terratorch_simpler.lightning.task import batch_normalizer, outermost_encoder, shows_progress, task_forward
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
@@ -78,7 +78,7 @@ def select(
     source = _open_source(getattr(trainer, "datamodule", None), tiles, config.seed, processes)
     if config.compare is not None or config.criterion.needs_labels:
         cache = None  # a plan does not hold what is compared, and labels are not part of its key
-    labelled: list[Labelled] = []  # on rank 0 only, which chooses
+    labelled: list[LabelledFeatures] = []  # on rank 0 only, which chooses
     if config.criterion.needs_labels:
         collect = probed_features if config.criterion.probes_labels else labelled_features
         processes.broadcast_from_zero(lambda: labelled.append(collect(trainer, pl_module, config.seed)))
@@ -246,7 +246,7 @@ def _recovery_key(config: SelectionConfig) -> list[object]:
     return [config.recovery, *of_weights, *target]
 
 
-def _best_depth(criterion: Criterion, labelled: Labelled, num_blocks: int, bounds: Bounds) -> int:
+def _best_depth(criterion: Criterion, labelled: LabelledFeatures, num_blocks: int, bounds: Bounds) -> int:
     assert isinstance(criterion, Probe)  # the only one that may be combined with this target
     return criterion.best_depth(labelled, num_blocks, bounds)
 

@@ -1,4 +1,4 @@
-"""What recovers the answers of dropped blocks: linear maps as a part of the model, and the file beside plan.json.
+"""What recovers the output of dropped blocks: linear maps as a part of the model, and the file beside plan.json.
 
 The file holds the maps (``recovery: linear``), or the weights of the pruned encoder (``recovery: distill``).
 """
@@ -58,11 +58,11 @@ class LinearRecovery(nn.Module):
     # Hooks are methods of this module, so that a copy of a model runs the copy's map.
 
     def after(self, _block: nn.Module, _args: object, output: Tensor) -> Tensor:
-        """Change what a block answers."""
+        """Change the output of a block."""
         return self(output)  # type: ignore[no-any-return]
 
     def after_branch(self, _branch: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Change what a residual branch answers, so that the sum with its input is mapped."""
+        """Change the output of a residual branch, so that the sum with its input is mapped."""
         return self(output + args[0]) - args[0]  # type: ignore[no-any-return]
 
     def before(

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from terratorch_simpler.extraction import LabelledRows, Readout
-from terratorch_simpler.lightning.labelled import labelled_rows
+from terratorch_simpler.lightning.labelled_images import labelled_rows
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.sweep.variants import Variant, build_variants, replace_encoder
 

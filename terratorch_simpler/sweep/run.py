@@ -15,7 +15,7 @@ from torch import Tensor
 from terratorch_simpler.encoders import InputShape
 from terratorch_simpler.errors import ConfigurationError
 from terratorch_simpler.extraction import Measurement, RecoveryStatistics, on_device, progress_bar
-from terratorch_simpler.lightning.labelled import check_split
+from terratorch_simpler.lightning.labelled_images import check_split
 from terratorch_simpler.lightning.reporting import PAGE_FILE
 from terratorch_simpler.lightning.task import precision_of, shows_progress
 from terratorch_simpler.logger import log

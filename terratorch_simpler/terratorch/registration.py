@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
-    from terratorch_simpler.terratorch.source import SimplerSource
+    from terratorch_simpler.terratorch.backbone_source import SimplerSource
 
 SOURCE = "simpler"
 TERRATORCH = "terratorch"
@@ -39,7 +39,7 @@ class LazySource:
 
 
 def _source() -> SimplerSource:
-    from terratorch_simpler.terratorch.source import SimplerSource
+    from terratorch_simpler.terratorch.backbone_source import SimplerSource
 
     return SimplerSource()
 

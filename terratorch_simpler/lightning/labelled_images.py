@@ -15,8 +15,9 @@ from terratorch.tasks import (
     SemanticSegmentationTask,
 )
 
-from terratorch_simpler.criteria import Labelled
+from terratorch_simpler.criteria import LabelledFeatures
 from terratorch_simpler.data import DatamoduleTiles, Split
+from terratorch_simpler.data.datamodule import SPLIT_NAMES
 from terratorch_simpler.errors import ConfigurationError, LabelsError
 from terratorch_simpler.extraction import (
     IMAGES,
@@ -34,8 +35,6 @@ from terratorch_simpler.extraction import (
 from terratorch_simpler.functional.scores import LabelKind
 from terratorch_simpler.lightning.task import outermost_encoder, shows_progress, task_forward
 from terratorch_simpler.models.backbone import find_backbone
-
-SPLIT_NAMES = {"train": "training images", "val": "validation images"}
 
 
 def check_split(trainer: Trainer, pl_module: LightningModule, split: Split, seed: int) -> None:
@@ -106,20 +105,20 @@ def labelled_rows(
         )
 
 
-def labelled_features(trainer: Trainer, pl_module: LightningModule, seed: int) -> Labelled:
+def labelled_features(trainer: Trainer, pl_module: LightningModule, seed: int) -> LabelledFeatures:
     """Labelled features of the encoder as it was tuned, for criteria that need some; block outputs before any norm."""
     rows = labelled_rows(trainer, pl_module, "train", seed, tuned=True, class_token=True, progress=True)
-    return Labelled(rows.features, rows.labels)
+    return LabelledFeatures(rows.features, rows.labels)
 
 
-def probed_features(trainer: Trainer, pl_module: LightningModule, seed: int) -> Labelled:
+def probed_features(trainer: Trainer, pl_module: LightningModule, seed: int) -> LabelledFeatures:
     """Labelled, LayerNormed features of the encoder as pretrained, of the training and, if there are any, validation images.
 
     The kind of labels is that of the task.
     """
     kind = _kind_of_task(pl_module)
 
-    def collect(split: Split) -> Labelled:
+    def collect(split: Split) -> LabelledFeatures:
         source = labelled_source(trainer, split, seed)
         rows = labelled_rows(trainer, pl_module, split, seed, readout=layer_normed, kind=kind, all_rows=True, progress=True)
         return rows.named(source.name_of)

@@ -1,4 +1,4 @@
-"""Answers of two models on inputs that can tell them apart."""
+"""Outputs of two models on inputs that can tell them apart."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SCALES = (1.0, 3.0, 10.0, 100.0, 1000.0)
 ROUNDING = 1e-5
 """Differences below this share of the largest value may be rounding: about a hundred steps of float32."""
 MARGIN = 10.0
-"""How many times the tolerance the images, and fresh weights, must change the answers.
+"""How many times the tolerance the images, and fresh weights, must change the outputs.
 
-The answers to two images are 10 tolerances apart or more, so a constant answer is 5 away from one of them.
+The outputs for two images are 10 tolerances apart or more, so a constant output is 5 away from one of them.
 """
 ENOUGH = 1e-3
-"""Images that change the answers by this share are not searched further: no tolerance is above a tenth of it."""
+"""Images that change the outputs by this share are not searched further: no tolerance is above a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Comparison:
 
     Attributes:
         images: A batch, or modalities by name.
-        expected: What the trained model answers.
-        spread: How far its answers to different images are apart, as a share of the largest value.
+        expected: Outputs of the trained model.
+        spread: How far its outputs for different images are apart, as a share of the largest value.
     """
 
     images: Any
@@ -49,17 +49,17 @@ class Comparison:
 
         Args:
             largest: What rounding may make.
-            untrained: What the same model answers with fresh weights.
+            untrained: Outputs of the same model with fresh weights.
 
         Raises:
-            ComparisonError: If fresh weights answer like the trained ones.
+            ComparisonError: If fresh weights give the outputs of the trained ones.
         """
         apart = self.spread
         if untrained is not None:
             distance = difference(untrained, self.expected)
             if distance < ROUNDING:
                 msg = (
-                    f"Found answers of freshly initialised weights that differ by {distance:.1g} of the largest value from "
+                    f"Found outputs of freshly initialised weights that differ by {distance:.1g} of the largest value from "
                     f"those of the trained ones, expected at least {ROUNDING:g}: the comparison can tell nothing, so "
                     "nothing is written; give the checkpoint of a model that was trained."
                 )
@@ -69,37 +69,37 @@ class Comparison:
 
 
 def find_comparison(model: Callable[[Any], Any], draw: Callable[[float], Any]) -> Comparison:
-    """Search for images that a model answers differently.
+    """Search for images whose outputs differ.
 
     Args:
         model: The trained model, in evaluation mode.
         draw: Draws images of a standard deviation.
 
     Raises:
-        ComparisonError: If it answers all of them alike, or with values that are not finite.
+        ComparisonError: If they are alike for all images, or not finite.
     """
     best: Comparison | None = None
     for scale in SCALES:
         images = draw(scale)
-        expected = answer(model, images)
+        expected = outputs_of(model, images)
         if not all(bool(part.isfinite().all()) for part in expected):
             continue
-        spread = difference(answer(model, flipped(images)), expected)
+        spread = difference(outputs_of(model, flipped(images)), expected)
         if best is None or spread > best.spread:
             best = Comparison(images, expected, spread)
         if spread >= ENOUGH:
             break
     if best is None:
         msg = (
-            "Found NaN or infinity in the answers of the trained model, expected finite values: the comparison can tell "
+            "Found NaN or infinity in the outputs of the trained model, expected finite values: the comparison can tell "
             "nothing, so nothing is written; give an earlier checkpoint."
         )
         raise ComparisonError(msg)
     if best.spread < ROUNDING:
         msg = (
-            f"Found answers of the trained model to different images that differ by {best.spread:.1g} of the largest value, "
-            f"expected at least {ROUNDING:g}: the comparison can tell nothing, so nothing is written; give the checkpoint "
-            "of a model whose answers depend on the image."
+            f"Found outputs of the trained model for different images that differ by {best.spread:.1g} of the largest "
+            f"value, expected at least {ROUNDING:g}: the comparison can tell nothing, so nothing is written; give the "
+            "checkpoint of a model whose outputs depend on the image."
         )
         raise ComparisonError(msg)
     return best
@@ -110,8 +110,8 @@ def flipped(images: Any) -> Any:
     return {name: part.flip(0) for name, part in images.items()} if isinstance(images, Mapping) else images.flip(0)
 
 
-def answer(model: Callable[[Any], Any], images: Any) -> list[Tensor]:
-    """What a model answers, as a flat list of tensors; of a detector every box, however low its score.
+def outputs_of(model: Callable[[Any], Any], images: Any) -> list[Tensor]:
+    """Output of a model, as a flat list of tensors; of a detector every box, however low its score.
 
     Args:
         model: The model, in evaluation mode.
@@ -123,7 +123,7 @@ def answer(model: Callable[[Any], Any], images: Any) -> list[Tensor]:
 
 @contextmanager
 def _all_boxes(model: object) -> Iterator[None]:
-    """Detectors of torchvision leave out boxes of low scores, and would answer nothing on most images."""
+    """Detectors of torchvision leave out boxes of low scores, and would give nothing on most images."""
     parts = [part for part in model.modules() if hasattr(part, "score_thresh")] if isinstance(model, nn.Module) else []
     before = [part.score_thresh for part in parts]
     for part in parts:
@@ -144,7 +144,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference between two answers, as a share of the largest value of its tensor.
+    """Largest difference between two outputs, as a share of the largest value of its tensor.
 
     It is infinite if they differ in shape or are not finite.
     """
