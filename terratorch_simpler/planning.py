@@ -49,7 +49,6 @@ def build_plan(
     """
     blocks = encoder.full_num_blocks
     choice = _choose(config, blocks, measurement, labelled, show_progress)
-    _check_target_of(config, choice, blocks)
     parameters = encoder.num_parameters()
     shape: InputShape | None = (data or {}).get("input_shape", encoder.input_shape)
     macs = None if shape is None else count_macs(encoder, shape)
@@ -72,9 +71,11 @@ def build_plan(
         verdict=choice.verdict,
     )
     if measurement is None and labelled is None:
+        _check_target_of(config, choice.kept_blocks, blocks)
         return plan
     overview = compare_alternatives(encoder, config.criterion, config.bounds, choice, measurement, shape)
     kept, verdict = _settle(config, choice, _judge(encoder, config, choice, measurement, overview), blocks)
+    _check_target_of(config, kept, blocks)
     target = max(config.target_depth(blocks), kept[-1] + 1)
     plan = replace(
         plan,
@@ -163,6 +164,8 @@ def _settle(
     depth = num_blocks
     if config.on_unsettled == "half":
         depth = half_depth(num_blocks, config.criterion.allowed(num_blocks, config.bounds))
+        if "label_sets" in choice.details:  # one that is settled may need more
+            depth = max(depth, len(choice.kept_blocks))
     reason = (
         f"The criterion '{config.criterion.name}' chose {len(choice.kept_blocks)} of {num_blocks} blocks; on_unsettled "
         f"'{config.on_unsettled}' keeps {depth}."
@@ -179,13 +182,13 @@ def _with_maps(plan: SlimmingPlan, measurement: Measurement, target: int) -> Sli
     return replace(plan, maps=statistics.solve(spans), overview={**(plan.overview or {}), "repaired": explained})
 
 
-def _check_target_of(config: SelectionConfig, choice: Choice, num_blocks: int) -> None:
-    """Refuse a choice that keeps more than the recovery target.
+def _check_target_of(config: SelectionConfig, kept: tuple[int, ...], num_blocks: int) -> None:
+    """Refuse to keep more than the recovery target.
 
     Raises:
         DepthError: If it does.
     """
-    target, last = config.target_depth(num_blocks), choice.kept_blocks[-1] + 1
+    target, last = config.target_depth(num_blocks), kept[-1] + 1
     if config.recovery != "none" and config.recovery_target != "best" and target < last:
         msg = (
             f"Found recovery_target {target}, and the criterion '{config.criterion.name}' keeps block {last - 1}, which "

@@ -26,6 +26,7 @@ from terratorch_simpler.lightning.task import batch_normalizer
 from terratorch_simpler.plan import Verdict
 from terratorch_simpler.report import plan_figure, report_page
 from terratorch_simpler.report.summary import reasons
+from terratorch_simpler.selection_config import SelectionConfig
 from tests import cli_runner
 from tests.extras import needs_peft
 
@@ -180,6 +181,48 @@ def test_bounds_limit_best_and_choice():
     labelled = planted(0, 2, 8, 8)
     assert choose(labelled, max_depth=2).details["probe"]["best_depth"] == 2
     assert len(choose(labelled, min_depth=4).kept_blocks) == 4
+
+
+def test_a_depth_that_alone_is_allowed_has_no_verdict():
+    for labelled in (planted(0, 2, 8, 8), planted(5, 5, 5, 5), {"a": planted(0, 2, 8, 8), "b": planted(5, 5, 5, 5)}):
+        states = torch.ones(5, 5, dtype=torch.float64)
+        choice = Probe().choose(Statistics(states, states, states, labelled), 4, Bounds(2, 2))
+        assert choice.kept_blocks == (0, 1)
+        assert choice.verdict is None
+
+
+def test_a_better_depth_beyond_the_bounds_is_named():
+    reason = choose(planted(0, 2, 8, 1), max_depth=2).verdict.reasons[-1]
+    assert re.search(r"; beyond the bounds, 3: 1\.000; all 4: ", reason)
+    assert "beyond" not in choose(planted(0, 2, 8, 1), max_depth=3).verdict.reasons[-1]
+
+
+def with_validation(train, validation):
+    return replace(train, validation=validation)
+
+
+def test_places_that_are_left_out_of_the_fits_are_told():
+    train, validation = planted(0, 6, 0), planted(0, 6, 0, seed=1, places=10)
+    groups = Probe(groups="(place[0-9]+)_")
+    verdict = choose(with_validation(train, validation), groups).verdict
+    assert verdict.level == "weak"
+    assert "10 of 12 groups of training images are also in validation, so they were not fitted." in verdict.reasons
+    assert "also in validation" not in str(
+        choose(with_validation(train, planted(0, 6, 0, places=5)), groups).verdict.reasons
+    )
+    every = with_validation(train, planted(0, 6, 0, seed=1))
+    with pytest.raises(LabelsError, match="12 of 12 groups of training images are also in validation and must not be"):
+        choose(every, groups)
+
+
+def test_training_and_validation_have_labels_of_one_kind():
+    images, many = planted(0, 6, kind="classification"), planted(0, 6, kind="multilabel")
+    heights = planted(0, 6, kind="regression", prefix="other")
+    with pytest.raises(LabelsError, match="Training labels are for classification, and validation labels for regression"):
+        choose(with_validation(images, heights))
+    fewer = replace(many, labels=many.labels[:, :2])
+    with pytest.raises(LabelsError, match="are for multilabel of 3 labels, and validation labels for multilabel of 2"):
+        choose(with_validation(many, fewer))
 
 
 def test_validation_places_are_judged_and_never_fitted(monkeypatch):
@@ -437,6 +480,38 @@ def test_few_images_give_more_of_their_patches(monkeypatch, images, patches):
 def label_sets(**sets):
     states = torch.ones(7, 7, dtype=torch.float64)
     return Probe().choose(Statistics(states, states, states, sets), 6, Bounds())
+
+
+def test_half_is_enough_for_all_label_sets():
+    """One set is unsettled, and another needs more than half."""
+    config = SelectionConfig(Probe(), Bounds(), 1.0, "patch", 32, 64, 0, on_unsettled="half")
+    sets = {"sure": planted(0.2, 0.5, 1, 1, 8, 8), "noise": planted(5, 5, 5, 5, 5, 5)}
+    choice = Probe().choose(Statistics.of_labels(sets), 6, Bounds())
+    kept, verdict = planning._settle(config, choice, choice.verdict, 6)
+    assert verdict.level == "unsettled"
+    assert len(kept) == choice.details["label_sets"]["sure"]["depth"] == 5
+    choice = Probe().choose(Statistics.of_labels(sets["noise"]), 6, Bounds())
+    assert planning._settle(config, choice, choice.verdict, 6)[0] == (0, 1, 2)
+
+
+@pytest.mark.parametrize(("train", "validation", "message"), [
+    (torch.full((12, 3), -1), None, "Found no class at all in the labels of the"),
+    (torch.arange(36).reshape(12, 3) % 2, torch.full((4, 3), -1), "Found no class at all in the labels of the"),
+    (torch.arange(12) % 3, torch.rand(4), "Training labels are for classification, and validation labels for regression"),
+])  # fmt: skip
+def test_labels_without_any_value_are_refused(train, validation, message):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2, num_classes=0)
+    batches = [[(torch.randn(len(labels), 3, 32, 32), labels)] for labels in (train, validation) if labels is not None]
+    with pytest.raises(LabelsError, match=message):
+        select_depth(model, batches[0], criterion="probe", validation=(*batches, None)[1], progress=False)
+
+
+def test_two_validation_images_with_values_are_scored():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=2, num_classes=0)
+    train, validation = ([(torch.randn(number, 3, 32, 32), torch.rand(number))] for number in (12, 2))
+    plan = select_depth(model, train, criterion="probe", validation=validation, progress=False)
+    assert plan.overview["probe"]["judged_on"] == "validation"
+    assert plan.verdict.level != "clear"
 
 
 @needs_peft

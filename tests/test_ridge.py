@@ -67,3 +67,34 @@ def test_many_groups_are_left_out_together():
     jackknife(lambda rows: calls.append(int(rows.sum())) or 0.0, torch.arange(100))
     assert len(calls) == MOST_SUBSETS
     assert min(calls) == 96
+
+
+@pytest.mark.parametrize("period", [2, 8, 32])
+def test_the_error_does_not_depend_on_an_order_that_repeats(period):
+    """Groups come as classes in turn, or in rows of a grid: a subset must not be all of one kind."""
+    kind = torch.arange(960) % period
+    values = kind.double() + torch.randn(960, generator=torch.Generator().manual_seed(0)).double() / 10
+    left_out = jackknife(lambda rows: float(values[rows].mean()), torch.arange(960))
+    assert float(jackknife_errors(left_out)) == pytest.approx(float(values.std() / 960**0.5), rel=0.4)
+
+
+def test_r2_does_not_depend_on_the_unit():
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(50, 1, generator=generator).double()
+    predictions = values + torch.randn(50, 1, generator=generator).double()
+    expected = r2_score(values[:, 0], predictions[:, 0])
+    for unit in (1e-12, 1e-4, 1.0, 1e9):
+        for offset in (0, 100 * unit):
+            found = score_predictions("regression", unit * predictions + offset, unit * values + offset)
+            assert found == pytest.approx(expected, abs=1e-6)
+    assert score_predictions("regression", predictions, torch.ones(50, 1).double()) == 0
+    assert score_predictions("regression", predictions[:1], values[:1]) == 0
+
+
+def test_labels_that_do_not_occur_are_left_out_of_map():
+    generator = torch.Generator().manual_seed(3)
+    predictions, labels = torch.randn(40, 3, generator=generator).double(), torch.zeros(40, 3).double()
+    labels[:, :2] = torch.randint(0, 2, (40, 2), generator=generator)
+    expected = average_precision_score(labels[:, :2], predictions[:, :2], average="macro")
+    assert score_predictions("multilabel", predictions, labels) == pytest.approx(expected, abs=1e-6)
+    assert score_predictions("multilabel", predictions, torch.zeros(40, 3)) == 0

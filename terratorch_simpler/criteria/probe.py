@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -151,13 +151,15 @@ class Probe(Criterion):
         def one_more() -> None:
             tell(next(done))
 
-        if not isinstance(statistics.labelled, Mapping):
-            return self._choose(statistics.labelled, num_blocks, allowed, one_more)
-        choices = {}
-        for name, labelled in statistics.labelled.items():
-            with naming(name):
-                choices[name] = self._choose(labelled, num_blocks, allowed, one_more)
-        return _good_enough_for_all(choices)
+        if isinstance(statistics.labelled, Mapping):
+            choices = {}
+            for name, labelled in statistics.labelled.items():
+                with naming(name):
+                    choices[name] = self._choose(labelled, num_blocks, allowed, one_more)
+            choice = _good_enough_for_all(choices)
+        else:
+            choice = self._choose(statistics.labelled, num_blocks, allowed, one_more)
+        return choice if len(allowed) > 1 else replace(choice, verdict=None)  # there was nothing to choose
 
     def _choose(
         self, labelled: LabelledFeatures | None, num_blocks: int, allowed: list[int], one_more: Callable[[], None]
@@ -166,14 +168,14 @@ class Probe(Criterion):
         if labelled is None:
             msg = "There are no labels for criterion 'probe': choose another criterion, or give the data its labels."
             raise LabelsError(msg)
-        result, judged_on = self._probe(labelled, one_more)
+        result, judged_on, weak = self._probe(labelled, one_more)
         metric = METRICS[labelled.kind]
         scores, errors, noise = result.scores, result.errors, result.errors_of_differences
         best, worst = max(allowed, key=lambda c: float(scores[c - 1])), min(allowed, key=lambda c: float(scores[c - 1]))
         from_best = scores[best - 1] - scores
         error_of_worst = noise[best - 1, worst - 1]
         reasons = []
-        if len(allowed) > 1 and from_best[worst - 1] <= NOISE * error_of_worst + TIE:
+        if from_best[worst - 1] <= NOISE * error_of_worst + TIE:
             reasons.append(
                 f"The depths cannot be told apart: best ({best}) and worst ({worst}) differ by "
                 f"{from_best[worst - 1]:.3f} in {metric}, with a standard error of {error_of_worst:.3f}."
@@ -183,7 +185,7 @@ class Probe(Criterion):
                 f"No depth beats the baseline: the best {metric} is {scores[best - 1]:.3f}, with a standard error of "
                 f"{errors[best - 1]:.3f}, and that of a constant prediction {result.baseline:.3f}."
             )
-        settled, weak = not reasons, []
+        settled = not reasons
         depth = int(self._depths(scores[None], noise, allowed)) if settled else half_depth(num_blocks, allowed)
         if settled:
             if result.num_groups < ENOUGH_GROUPS:
@@ -200,6 +202,8 @@ class Probe(Criterion):
                 )
             what = "Smallest depth not distinguishable from the best" if self.rule == "one_standard_error" else "Best depth"
             beside = "" if best in (depth, num_blocks) else f"; the best, {best}: {scores[best - 1]:.3f}"
+            if len(allowed) < num_blocks and (other := int(scores.argmax()) + 1) not in (*allowed, num_blocks):
+                beside += f"; beyond the bounds, {other}: {scores[other - 1]:.3f}"
             reasons.append(
                 f"{what}: {depth} ({metric} {scores[depth - 1]:.3f} ± {errors[depth - 1]:.3f}{beside}; all {num_blocks}: "
                 f"{scores[-1]:.3f})."
@@ -238,15 +242,16 @@ class Probe(Criterion):
             DepthError: If the bounds leave no depth.
             LabelsError: If no probe can be fitted to the labels.
         """
-        scores = self._probe(labelled)[0].scores
+        scores = self._probe(labelled).result.scores
         return max(bounds.within(self.depths(num_blocks), num_blocks), key=lambda depth: float(scores[depth - 1]))
 
-    def _probe(self, labelled: LabelledFeatures, one_more: Callable[[], None] | None = None) -> tuple[ProbeResult, str]:
-        """The result, and what it is judged on; validation images of one place alone have no standard error."""
+    def _probe(self, labelled: LabelledFeatures, one_more: Callable[[], None] | None = None) -> _Judged:
+        """Probe and score; validation images of one place alone have no standard error."""
         train = group_numbers(labelled, self.groups)
         validation = labelled.validation
         if validation is None:
-            return probe_blocks(labelled, train, one_more=one_more), "cross-validation"
+            return _Judged(probe_blocks(labelled, train, one_more=one_more), "cross-validation", [])
+        _check_same_labels(labelled, validation)
         both = LabelledFeatures(
             labelled.features, labelled.labels, torch.cat([labelled.images, validation.images + len(labelled.names)]),
             (*labelled.names, *validation.names), labelled.kind,
@@ -254,10 +259,45 @@ class Probe(Criterion):
         groups = group_numbers(both, self.groups)
         inside, outside = groups[: len(train)], groups[len(train) :]
         if len(outside.unique()) < 2:
-            return probe_blocks(labelled, train, one_more=one_more), "cross-validation"
+            return _Judged(probe_blocks(labelled, train, one_more=one_more), "cross-validation", [])
         apart = ~torch.isin(inside, outside)  # a place is never on both sides
+        groups_in_all = len(inside.unique())
+        shared = groups_in_all - len(inside[apart].unique())
+        if groups_in_all - shared < min(2, groups_in_all):
+            msg = (
+                f"{shared} of {groups_in_all} groups of training images are also in validation and must not be fitted, "
+                "expected at least 2 that are not: use other validation images, or change groups of criterion 'probe'."
+            )
+            raise LabelsError(msg)
+        weak = []
+        if 2 * shared > groups_in_all:
+            weak.append(
+                f"{shared} of {groups_in_all} groups of training images are also in validation, so they were not fitted."
+            )
         rows = LabelledFeatures(labelled.features[:, apart], labelled.labels[apart], kind=labelled.kind)
-        return probe_blocks(rows, inside[apart], validation, outside, one_more), "validation"
+        return _Judged(probe_blocks(rows, inside[apart], validation, outside, one_more), "validation", weak)
+
+
+class _Judged(NamedTuple):
+    """Scores, what they are of, and why they are weak."""
+
+    result: ProbeResult
+    judged_on: str
+    weak: list[str]
+
+
+def _check_same_labels(train: LabelledFeatures, validation: LabelledFeatures) -> None:
+    """Refuse training and validation images whose labels are of two kinds, or of different numbers of labels.
+
+    Raises:
+        LabelsError: If they are.
+    """
+    kinds = [
+        f"{one.kind} of {one.labels.shape[1]} labels" if one.labels.ndim == 2 else one.kind for one in (train, validation)
+    ]
+    if kinds[0] != kinds[1]:
+        msg = f"Training labels are for {kinds[0]}, and validation labels for {kinds[1]}, expected the same: correct one."
+        raise LabelsError(msg)
 
 
 def _good_enough_for_all(choices: Mapping[str, Choice]) -> Choice:

@@ -84,7 +84,7 @@ class LabelledRows(NamedTuple):
             name_of: Gives the name of an image by its number.
         """
         positions = {number: position for position, number in enumerate(dict.fromkeys(self.images.tolist()))}
-        images = torch.tensor([positions[number] for number in self.images.tolist()])
+        images = torch.tensor([positions[number] for number in self.images.tolist()], dtype=torch.int64)
         return LabelledFeatures(self.features, self.labels, images, tuple(map(name_of, positions)), self.kind)
 
 
@@ -348,8 +348,8 @@ class _Rows:
     def joined(self, shared: dict[tuple[int, ...], Tensor], what: str) -> LabelledRows:
         """All rows; ``shared`` holds the features of sets with the same rows, by what they are joined from."""
         labels = torch.cat(self._labels)
-        if labels.ndim == 1 and len(classes := set(labels.unique().tolist())) < 2:
-            raise _one_class(classes, what)
+        if not len(labels) or (labels.ndim == 1 and len(set(labels.unique().tolist())) < 2):
+            raise _one_class(set(labels.unique().tolist()), what)
         key = tuple(map(id, self._features))
         if key not in shared:
             shared[key] = torch.cat(self._features, dim=1)

@@ -289,7 +289,8 @@ class SimplerCallback(Callback):
     ) -> SlimmingPlan:
         config, cache = self._config, None
         if fast_dev_run(trainer):
-            config = replace(config, max_tiles=min(config.max_tiles, FAST_DEV_RUN_TILES))
+            fewest, most = (min(tiles, FAST_DEV_RUN_TILES) for tiles in (config.min_tiles, config.max_tiles))
+            config = replace(config, min_tiles=fewest, max_tiles=most)
         elif self.tiles is not None and self.tiles.index_cache is None and self.output_dir:
             output = folder_of(self.output_dir)
             self.tiles.index_cache = str(output / INDEX_FILE) if isinstance(output, Path) else None

@@ -84,7 +84,9 @@ def select(
         processes.broadcast_from_zero(lambda: labelled.append(collect(trainer, pl_module, config.seed)))
     if config.recovery_target == "best":
         blocks = backbone.full_num_blocks
-        best = processes.broadcast_from_zero(lambda: _best_depth(config.criterion, labelled[0], blocks, config.bounds))
+        best = processes.broadcast_from_zero(
+            lambda: _best_depth(config.criterion, labelled[0], blocks, config.bounds.min_depth)
+        )
         config = replace(config, best_depth=best)
     with ExitStack() as cache_lock:
 
@@ -246,9 +248,10 @@ def _recovery_key(config: SelectionConfig) -> list[object]:
     return [config.recovery, *of_weights, *target]
 
 
-def _best_depth(criterion: Criterion, labelled: LabelledFeatures, num_blocks: int, bounds: Bounds) -> int:
+def _best_depth(criterion: Criterion, labelled: LabelledFeatures, num_blocks: int, min_depth: int | None) -> int:
+    """The target of a recovery, which may be the output of a block that is not kept: ``max_depth`` does not limit it."""
     assert isinstance(criterion, Probe)  # the only one that may be combined with this target
-    return criterion.best_depth(labelled, num_blocks, bounds)
+    return criterion.best_depth(labelled, num_blocks, Bounds(min_depth))
 
 
 def _distill(
