@@ -23,7 +23,7 @@ from tests.extras import needs_peft
 
 MODEL = "vit_tiny_patch16_224"
 COUNTS = {"train": 40, "val": 8, "test": 8}
-COUNTS_OF_SCENES = {"train": 6 * 7, "val": 14, "test": 14}
+COUNTS_OF_SCENES = {"train": 6 * 7, "val": 14, "test": 5 * 7}
 CODES = np.array([[10, 30], [40, 80]])
 
 
@@ -65,36 +65,57 @@ def test_depths_that_some_places_favour_do_not_differ():
     assert stats.f.sf(statistics.f_statistic(scores), 4, 12) < 1e-6
 
 
+def elsewhere_best(found, depths, weights):
+    """Directly: for each seed and fold, the depth that is best in other seeds on other folds, all places weighted."""
+    found = found * weights[:, None, None]
+    chosen = np.empty_like(found[:, 0])
+    for seed, place in np.ndindex(found.shape[0], found.shape[2]):
+        others = [other for other in range(len(found)) if other != seed]
+        elsewhere = [other for other in range(found.shape[2]) if other % 5 != place % 5]
+        score = statistics.score(found[others][:, :depths][:, :, elsewhere].sum(2), True).mean(0)
+        chosen[seed, place] = found[seed, score.argmax(), place]
+    return statistics.score(chosen.sum(1), True)
+
+
 def test_the_reference_is_the_best_depth_of_other_seeds_and_places():
-    found = favoured(7, seeds=3)
-    added = statistics.with_reference(found, 4, True)[:, -1]
-    for seed, place in np.ndindex(3, 7):
-        others = [other for other in range(3) if other != seed]
-        elsewhere = [other for other in range(7) if other % 5 != place % 5]
-        score = statistics.score(found[others][:, :4][:, :, elsewhere].sum(2), True).mean(0)
-        assert (added[seed, place] == found[seed, score.argmax(), place]).all()
+    found = favoured(17, seeds=3)
+    bootstrap = statistics.Bootstrap(found, True, 4, resamples=6)
+    assert bootstrap.measured[:, -1] == pytest.approx(elsewhere_best(found, 4, np.ones(17, int)))
+    weights = np.random.default_rng(0).multinomial(17, np.full(17, 1 / 17), size=6)
+    expected = [elsewhere_best(found, 4, weight) for weight in weights]  # picked anew in every sample
+    assert bootstrap.scores[..., -1] == pytest.approx(np.array(expected))
 
 
 def test_regret_is_zero_on_average_where_no_depth_is_better():
     """Picked by the scores that it is compared with, the best depth would win."""
     lost, picked = [], []
     for seed in range(40):
-        found = favoured(10, seed=seed)
-        scores = statistics.score(statistics.with_reference(found, 5, True).sum(2), True)
+        scores = statistics.Bootstrap(favoured(10, seed=seed), True, 5, resamples=1).measured
         lost.append(statistics.regrets(scores, np.zeros(4, int)).mean())
         picked.append(scores[:, :5].mean(0).max() - scores[:, 0].mean())
     assert abs(np.mean(lost)) < 2.5 * np.std(lost) / 40**0.5
     assert np.mean(picked) > 5 * np.std(picked) / 40**0.5
 
 
-def test_gains_and_regrets_are_differences_of_columns():
+def test_regrets_are_differences_of_columns():
     scores = np.array(
         [[0.9, 0.1, 0.5, 0.7], [0.1, 0.8, 0.4, 0.6], [0.2, 0.6, 0.3, 0.5]]
     )  # two depths, another, the reference
     chosen = np.array([2, 2, 0])
     assert statistics.regrets(scores, chosen) == pytest.approx([0.7 - 0.5, 0.6 - 0.4, 0.5 - 0.2])
     assert statistics.regrets(np.stack([scores, scores]), chosen).shape == (2, 3)
-    assert statistics.gains(scores, chosen, 2) == pytest.approx([0.5 - 0.1, 0.4 - 0.8, 0.2 - 0.6])
+
+
+def test_a_difference_is_paired_by_seed_and_place():
+    found = favoured(10)
+    bootstrap, one, other = statistics.Bootstrap(found, True), np.array([0, 1, 2, 1]), np.full(4, 3)
+    seeds = np.arange(4)
+    value, low, high = bootstrap.difference(one, other)
+    scores = statistics.score(found.sum(2), True)
+    assert value == pytest.approx((scores[seeds, one] - scores[:, 3]).mean())
+    samples = bootstrap.mean(bootstrap.scores[:, seeds, one] - bootstrap.scores[..., 3])
+    assert [low, high] == pytest.approx(np.quantile(samples, [0.025, 0.975]).tolist())
+    assert bootstrap.difference(other, other) == [0, 0, 0]
 
 
 def test_bootstrap_resamples_places_and_seeds():
@@ -239,6 +260,7 @@ def test_fine_tuning_saves_every_run(data, weights, tmp_path):
     assert found["command"].startswith("python -m benchmarks.pretrained_vit.finetune DATA/")
     choices = {row["criterion"]: row for row in found["choices"]}
     assert choices["all blocks"]["score"] == pytest.approx(found["rows"][2]["test_accuracy"][0])
+    assert choices["all blocks"]["gain_on_all_blocks"] == [0, 0, 0]
     assert "half" not in choices  # six blocks were not fine-tuned
     distilled = found["rows"][-1]
     assert distilled["gain_on_same_blocks"][0] == pytest.approx(
@@ -264,17 +286,30 @@ def test_fine_tuning_starts_from_what_recovery_has_found(data, weights, kind):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_rules_of_probe_are_compared_in_the_same_seeds_and_places(data, weights, tmp_path, monkeypatch):
+def test_choices_are_compared_in_the_same_seeds_and_places(data, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(statistics, "LEVEL", 1.0)
     monkeypatch.setattr(statistics, "gate", lambda *_: ([0.1, 0.01], True))
     small = f"{data} --weights {weights} --model {MODEL} --size 32 --seeds 2 --labels 14 --tasks scenes --device cpu"
-    main([*small.split(), "-o", str(tmp_path)])
-    found = json.loads((tmp_path / "pretrained_vit-cpu.json").read_text())
-    regret = {row["criterion"]: row["regret"][0] for row in found["rows"] if "regret" in row}
-    mean = {row["criterion"]: row["mean_regret"] for row in found["regrets"]}
-    assert mean["probe, rule best"][0] == pytest.approx(regret["probe, rule best"])
-    low, high = mean["probe minus probe, rule best"][1:]
-    assert low <= regret["probe"] - regret["probe, rule best"] <= high
+    main([*small.split(), "--train-scenes", "14", "--swapped", "-o", str(tmp_path)])
+    found = json.loads((tmp_path / "pretrained_vit_swapped-cpu.json").read_text())
+    score = {row["criterion"]: row["score"] for row in found["rows"] if "score" in row}
+    assert [row["criterion"] for row in found["differences"]] == [row["criterion"] for row in found["regrets"]]
+    for row in found["differences"]:
+        for other in ("half", "probe", "probe, rule best"):
+            difference = row[f"minus_{other}".replace(" ", "_")]
+            if row["criterion"] == other:
+                assert difference is None
+                continue
+            value, low, high = difference
+            assert low <= value <= high
+            assert value == pytest.approx(score[other] - score[row["criterion"]])  # what regret is against cancels out
+
+
+@pytest.mark.parametrize("arguments", ["--tasks scenes cover --train-scenes 14", "--tasks scenes"])
+def test_only_scenes_are_swapped(data, weights, arguments, capsys):
+    with pytest.raises(SystemExit):
+        main([str(data), "--weights", str(weights), "--swapped", *arguments.split()])
+    assert "--swapped is for scenes: give --tasks scenes and a number of --train-scenes" in capsys.readouterr().err
 
 
 def test_swapped_scenes_are_tested_on_what_was_not_read_before(data):
@@ -331,7 +366,6 @@ def fake(p=1e-3, counts="yes"):
     names = ["probe", "probe, rule best", "all blocks", "half", "a third", "simpler", "angular", "all blocks, width 0.5"]
     rows = [row | {"criterion": name, "kept": "2", "verdict": "unsettled"} | figures for name in names]
     mean = [{"criterion": name, "mean_regret": [0.1, 0.05, 0.2], "cover": [0.1, 0.05, 0.2]} for name in names]
-    mean.append({"criterion": frozen.RULES_COMPARED, "mean_regret": [0.0, -0.1, 0.1], "cover": [0.0, -0.1, 0.1]})
     test = row | {"pretrained_minus_random": [0.1, 0.01], "counts": counts, "F_over_depths": 9.0, "p": p}
     depths = [row | {"weights": "pretrained", "1": [0.4, 0.01], "2": [0.3, 0.01]}]
     return {"tests": [test], "rows": rows, "regrets": mean, "depths": depths}

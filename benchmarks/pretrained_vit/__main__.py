@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 
 from benchmarks import record
-from benchmarks.pretrained_vit.data import TASKS, read_task
+from benchmarks.pretrained_vit.data import SCENES, TASKS, read_task
 from benchmarks.pretrained_vit.encoder import DIGEST, add_arguments, digest, load, read_weights
 from benchmarks.pretrained_vit.frozen import Encoded, encode, mean_regrets, run_task
 
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--swapped", action="store_true", help="splits of scenes change places: other scenes are tested")
     record.add_arguments(parser)
     args = parser.parse_args(arguments)
+    if args.swapped and (args.tasks != [SCENES] or args.train_scenes is None):
+        parser.error("--swapped is for scenes: give --tasks scenes and a number of --train-scenes.")
     state = read_weights(args.weights)
     weights = digest(state)
     print(f"Weights: SHA-256 {weights}, {'as' if weights == DIGEST else 'other than'} DINOv2 ViT-S/14's", flush=True)
@@ -57,10 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tasks[name] = run_task(args, task, encoded[task.scenes])
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     depths, choices, tests = ([row for one in tasks.values() for row in one[key]] for key in ("depths", "choices", "tests"))
-    regrets = mean_regrets(tasks)
-    for title, table in (("Depths", depths), ("Choices", choices), ("Tests", tests), ("Regret", regrets)):
+    regrets, differences = mean_regrets(tasks)
+    shown = {"Depths": depths, "Choices": choices, "Tests": tests, "Regret": regrets, "Differences": differences}
+    for title, table in shown.items():
         record.show(title, table)
-    more = {"depths": depths, "tests": tests, "regrets": regrets, "weights": weights}
+    more = {"depths": depths, "tests": tests, "regrets": regrets, "differences": differences, "weights": weights}
     name = "pretrained_vit_swapped" if args.swapped else "pretrained_vit"
     record.save(name, args, choices, arguments, module="pretrained_vit", **more)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.pretrained_vit.finetune DATA --weights dinov2_vits14.pt
 
 The first n blocks and a linear head on the mean of the LayerNormed patch tokens are trained on a few labelled scenes of
-RSSCN7: AdamW, cosine schedule, flips, float32. The encoder's learning rate is chosen on the validation split from three,
+RSSCN7: AdamW, cosine schedule, flips, float32. The encoder's learning rate is chosen on the validation split from some,
 for every variant on its own, with seed 0; the other seeds use it. What is tested is the last epoch. Beside the first n
 blocks as they are: with LoRA, from random weights, at half the width, and after recovery without labels on all training
 scenes, by a linear map or by distillation, to the output of a block.
@@ -30,7 +30,7 @@ from benchmarks import record
 from benchmarks.pretrained_vit import statistics
 from benchmarks.pretrained_vit.data import SCENES, Task, draw, read_task
 from benchmarks.pretrained_vit.encoder import add_arguments, digest, load, read_weights
-from benchmarks.pretrained_vit.frozen import RULES, choice_figures, choose_without_labels, extract, level, probe_choice
+from benchmarks.pretrained_vit.frozen import RULES, choose_without_labels, extract, level, probe_choice
 from benchmarks.pretrained_vit.recovery import recover
 from benchmarks.pretrained_vit.statistics import Bootstrap
 from terratorch_simpler import prune
@@ -39,8 +39,8 @@ from terratorch_simpler.pruning.width import Narrowing
 BATCH = 10
 RATES = {"random": (3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3)}
 """Learning rates of the encoder that are tried."""
-PRETRAINED_RATES = (3e-6, 1e-5, 3e-5)
-"""The same for all weights of a pretrained encoder."""
+PRETRAINED_RATES = [3e-6, 1e-5, 3e-5]
+"""The same for all weights of a pretrained encoder, by default."""
 HEAD_RATE = 3e-3
 """The head starts at 0 and has few steps: with the encoder's rate it hardly moves."""
 LORA = {"r": 16, "lora_alpha": 16, "target_modules": ["qkv", "fc1", "fc2"]}
@@ -192,7 +192,8 @@ def rows(task: Task, found: dict[Variant, list[Result]]) -> list[dict[str, Any]]
     names = list(found)
     intact = max((one for one in found if one.name == "whole"), key=lambda one: one.blocks)
     counts = count(task, found, "test")
-    scores, bootstrap = statistics.score(counts.sum(2), True), Bootstrap(counts, accuracy=True)
+    bootstrap = Bootstrap(counts, accuracy=True)
+    scores = bootstrap.measured
     errors = bootstrap.mean(bootstrap.scores).std(0)
 
     def gain(variant: Variant, base: Variant) -> list[float] | None:
@@ -245,25 +246,26 @@ def choose(args: argparse.Namespace, state: dict[str, Tensor], task: Task) -> di
     return found
 
 
-def judge(
-    task: Task, found: dict[Variant, list[Result]], chosen: dict[str, tuple[list[int], str]], ranked: bool
-) -> list[dict[str, Any]]:
-    """A line for every choice whose depths were all trained: its score and its gain, and where depths are ranked its regret.
-
-    Regret is against the best of the depths that were trained.
-    """
+def judge(task: Task, found: dict[Variant, list[Result]], chosen: dict[str, tuple[list[int], str]]) -> list[dict[str, Any]]:
+    """A line for every choice whose depths were all trained: its score and its gains on all blocks and on half of them."""
     whole = {variant: results for variant, results in found.items() if variant.name == "whole"}
     depths = [variant.blocks for variant in whole]
-    counts = statistics.with_reference(count(task, whole, "test"), len(depths), True)
-    scores, bootstrap = statistics.score(counts.sum(2), True), Bootstrap(counts, accuracy=True)
+    bootstrap = Bootstrap(count(task, whole, "test"), accuracy=True)
+    columns = {
+        name: np.array([depths.index(depth) for depth in kept])
+        for name, (kept, _) in chosen.items()
+        if set(kept) <= set(depths)
+    }
     table = []
-    for name, (kept, verdict) in chosen.items():
-        if set(kept) <= set(depths):
-            columns = np.array([depths.index(depth) for depth in kept])
-            words = ", ".join(map(str, kept if len(set(kept)) > 1 else kept[:1]))
-            line = {"criterion": name, "kept": words, "verdict": verdict}
-            figures = choice_figures(scores, bootstrap, columns, len(depths))
-            table.append(line | figures | ({} if ranked else {"regret": None}))
+    for name, column in columns.items():
+        kept, verdict = chosen[name]
+        words = ", ".join(map(str, kept if len(set(kept)) > 1 else kept[:1]))
+        line: dict[str, Any] = {"criterion": name, "kept": words, "verdict": verdict}
+        line["score"] = float(np.take_along_axis(bootstrap.measured, column[:, None], 1).mean())
+        for base in ("all blocks", "half"):
+            if base in columns:
+                line[f"gain_on_{base.replace(' ', '_')}"] = bootstrap.difference(column, columns[base])
+        table.append(line)
     return table
 
 
@@ -276,7 +278,7 @@ def run(
     encoder = start(variant, state, args, task)
     for seed in range(args.seeds):
         tried = []
-        for rate in [one.rate for one in results[:1]] or RATES.get(variant.name, PRETRAINED_RATES):
+        for rate in [one.rate for one in results[:1]] or RATES.get(variant.name, args.rates):
             one, model = finetune(encoder, args, task, seed, rate)
             tried.append((one, model))
             line = {"trained": str(variant), "blocks": variant.blocks, "seed": seed, "learning_rate": rate}
@@ -299,6 +301,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--depths", type=int, nargs="+", default=[3, 5, 7, 9, 12], help="from few blocks to all")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=PRETRAINED_RATES,
+        help="learning rates that are tried for pretrained weights",
+    )
     for name, words in {
         "lora": "with LoRA",
         "random": "from random weights",
@@ -328,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         table = rows(task, found)  # saved as soon as depths can be compared: the rest takes long
         test = tests(task, found)
-        choices = judge(task, found, chosen, test.get("counts") == "yes" and test["p"] <= statistics.LEVEL)
+        choices = judge(task, found, chosen)
         more = {"tests": [test], "choices": choices, "runs": runs, "weights": digest(state)}
         name = f"pretrained_vit_finetune_{args.name or args.labels}"
         record.save(name, args, table, arguments, module="pretrained_vit.finetune", **more)

@@ -121,8 +121,8 @@ def run(args: argparse.Namespace, task: Task, state: dict[str, Tensor], labels: 
     recovered = [recover(encoder, task, kind, args.depth, target, args.steps) for kind, target in wanted]
     cases = [run_case(task, last_features(one.encoder, task), labels, args.seeds) for one in recovered]
     counts = np.concatenate([intact.test, *(case.test for case in cases)], axis=1)
-    scores = statistics.score(counts.sum(2), task.scenes)
     bootstrap = statistics.Bootstrap(counts, task.scenes)
+    scores = bootstrap.measured
     rows = []
     for column, ((kind, target), one) in enumerate(zip(wanted, recovered, strict=True), start=blocks):
         gain = (scores[:, column] - scores[:, blocks]).mean()
