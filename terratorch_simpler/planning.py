@@ -75,7 +75,8 @@ def build_plan(
         return plan
     overview = compare_alternatives(encoder, config.criterion, config.bounds, choice, measurement, shape)
     kept, verdict = _settle(config, choice, _judge(encoder, config, choice, measurement, overview), blocks)
-    _check_target_of(config, kept, blocks)
+    if kept == choice.kept_blocks:  # what on_unsettled keeps instead is meant, whatever was to be recovered
+        _check_target_of(config, kept, blocks)
     target = max(config.target_depth(blocks), kept[-1] + 1)
     plan = replace(
         plan,

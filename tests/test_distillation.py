@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from terratorch_simpler import SimplerCallback
 from terratorch_simpler import distillation as module_of_distill
+from terratorch_simpler.criteria import Bounds, Probe
 from terratorch_simpler.distillation import HELD_OUT, STEP_TILES, distill, pruned_copy
 from terratorch_simpler.errors import (
     ConfigurationError,
@@ -385,12 +386,16 @@ def test_a_linear_map_to_another_block(trainer, task, datamodule, tmp_path):
 
 @in_a_run
 @pytest.mark.parametrize("recovery", ["linear", "distill"])
-def test_best_is_the_block_of_the_highest_probe_score(trainer, task, datamodule, tmp_path, recovery):
+def test_best_is_the_block_of_the_highest_probe_score(trainer, task, datamodule, tmp_path, recovery, monkeypatch):
+    """It may come after what is kept: only that is limited by max_depth."""
+    bounds, best_depth = [], Probe.best_depth
+    monkeypatch.setattr(Probe, "best_depth", lambda *args: bounds.append(args[-1]) or best_depth(*args))
     settings = {"criterion": "probe", "recovery": recovery, "recovery_target": "best", "recovery_steps": 2, "max_depth": 11}
     trainer(SimplerCallback(**settings, output_dir=str(tmp_path))).fit(task(), datamodule=datamodule())
     plan = SlimmingPlan.load(tmp_path / "plan.json")
-    best = max(plan.overview["probe"]["best_depth"], plan.depth)
-    assert plan.recovery_target == best
+    assert bounds == [Bounds()]
+    best = max(plan.depth, *(depth for depth, score in plan.scores.items() if score == max(plan.scores.values())))
+    assert plan.recovery_target == (best if best < 12 else None)
     if recovery == "linear":
         assert list(plan.maps) == ([plan.depth] if plan.depth < best else [])
 

@@ -12,13 +12,21 @@ from sklearn.linear_model import Ridge as Reference
 from sklearn.metrics import jaccard_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
-from terratorch_simpler import SimplerCallback, SlimmingPlan, planning, select_depth
+from terratorch_simpler import SimplerCallback, SlimmingPlan, api, planning, select_depth
 from terratorch_simpler.cli import main
 from terratorch_simpler.criteria import Bounds, LabelledFeatures, Probe, Statistics, build_criterion
+from terratorch_simpler.criteria.base import Choice
 from terratorch_simpler.criteria.probe import STRENGTHS, group_numbers, probe_blocks
 from terratorch_simpler.criteria.verdict import ENOUGH_SHARE
 from terratorch_simpler.data import DatamoduleTiles
-from terratorch_simpler.errors import ConfigurationError, DegenerateFeaturesError, FewTilesWarning, LabelsError, TilesError
+from terratorch_simpler.errors import (
+    ConfigurationError,
+    DegenerateFeaturesError,
+    DepthError,
+    FewTilesWarning,
+    LabelsError,
+    TilesError,
+)
 from terratorch_simpler.extraction.labelled import patch_means, read_labels
 from terratorch_simpler.functional.ridge import Ridge
 from terratorch_simpler.lightning.labelled_images import probed_features
@@ -492,6 +500,23 @@ def test_half_is_enough_for_all_label_sets():
     assert len(kept) == choice.details["label_sets"]["sure"]["depth"] == 5
     choice = Probe().choose(Statistics.of_labels(sets["noise"]), 6, Bounds())
     assert planning._settle(config, choice, choice.verdict, 6)[0] == (0, 1, 2)
+
+
+@pytest.mark.parametrize(("on_unsettled", "depth", "target"), [("apply", None, None), ("half", 3, 3), ("intact", 6, None)])
+def test_what_on_unsettled_keeps_is_not_held_against_a_recovery(monkeypatch, on_unsettled, depth, target):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=6, embed_dim=24, num_heads=2, num_classes=0)
+    config = SelectionConfig(
+        Probe(), Bounds(), 1.0, "patch", 32, 64, 0, recovery="distill", recovery_target=3, on_unsettled=on_unsettled
+    )
+    choice = Choice((0, 1, 2, 3), verdict=Verdict("unsettled", ("Because.",)))
+    monkeypatch.setattr(planning, "_choose", lambda *_: choice)
+    arguments = (api._encoder_of(model, None, None), config, None, None, planted(5, 5, 5, 5, 5, 5))
+    if depth is None:
+        with pytest.raises(DepthError, match="Found recovery_target 3, and the criterion 'probe' keeps block 3"):
+            planning.build_plan(*arguments)
+        return
+    plan = planning.build_plan(*arguments)
+    assert (plan.depth, plan.recovery_target) == (depth, target)
 
 
 @pytest.mark.parametrize(("train", "validation", "message"), [

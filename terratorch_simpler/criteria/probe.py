@@ -92,8 +92,8 @@ class Probe(Criterion):
 
     name = "probe"
     description = (
-        "Keeps the blocks up to where a ridge probe predicts the labels as well as at the best depth. Lines are standard "
-        "errors over groups; the dotted line is the score of a constant prediction."
+        "Keeps the fewest blocks whose ridge probe scores within a standard error of the best depth (rule best: that one). "
+        "Lines are standard errors over groups; the dotted line is the score of a constant prediction."
     )
     needs_labels = True
     probes_labels = True

@@ -75,8 +75,8 @@ class SimplerCallback(Callback):
             the subfolder ``simpler`` of ``trainer.log_dir``, or of ``default_root_dir`` where no logger has a folder.
         seed: Same data and seed give the same plan.
         on_unsettled: What to do where the verdict is unsettled, which means that the data support no depth: "apply" takes
-            the choice all the same and warns with the reasons, "half" keeps half of the blocks, "intact" all of them, and
-            "error" writes the report and ends the run.
+            the choice all the same and warns with the reasons, "half" keeps half of the blocks, "intact" all of them,
+            whatever ``max_depth`` says, and "error" writes the report and ends the run.
         export: At the end of fit, write the best checkpoint as plain TerraTorch config and checkpoint into the subfolder
             ``plain`` of that folder.
 
