@@ -4,6 +4,7 @@ import copy
 import inspect
 import random
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from terratorch_simpler import (
     prune,
     select_depth,
 )
+from terratorch_simpler.data.batches import BatchTiles
 from terratorch_simpler.extraction import random_state_kept, token_sampling
 from terratorch_simpler.functional.hsic import linear_cka
 from terratorch_simpler.lightning.task import batch_normalizer
@@ -693,3 +695,27 @@ def test_the_page_runs():
     assert {
         name for row in re.findall(r"^\| (`.*?) \| ", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
     } >= arguments
+
+
+def test_images_without_a_pixel_do_not_use_up_max_tiles():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=6, embed_dim=24, num_heads=2)
+    images = land(256, size=32)[:, :3].clone()
+    images[::2] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = select_depth(model, images.split(16), min_tiles=96, max_tiles=96, progress=False)
+    assert plan.tiles_seen == 96
+    assert plan.data["skipped"]["nodata"] >= 96
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+def test_a_mask_counts_for_all_frames(frames):
+    shape = (2, 4, frames, 8, 8) if frames else (2, 4, 8, 8)
+    image, mask = torch.zeros(shape), torch.ones(2, 8, 8, dtype=torch.bool)
+    mask[0, :4] = False
+    (batch,) = BatchTiles([{"image": image, "valid": mask}], 2, 1)
+    assert batch["valid"].shape == ((2, frames, 8, 8) if frames else (2, 8, 8))
+    assert torch.equal(batch["valid"].flatten(0, -3)[0], mask[0])
+    assert torch.equal(batch["valid"][1], torch.ones_like(batch["valid"][1]))
+    with pytest.raises(TilesError, match=r"a mask 'valid' of shape \(2, 4, 4\), expected \(2,"):
+        list(BatchTiles([{"image": image, "valid": mask[:, :4, :4]}], 2, 1))

@@ -107,7 +107,8 @@ def test_every_training_image_once(folder):
     assert [len(batch["index"]) for batch in batches] == [5, 5, 2]
     assert len(tiles) == COUNT
     for batch in batches:
-        assert set(batch) == {"image", "valid", "index", "position"}
+        assert set(batch) == {"image", "valid", "index", "position", "path"}
+        assert batch["path"] == [tiles.name_of(number) for number in batch["index"]]
         assert batch["image"].dtype == torch.float32
         assert (batch["valid"].dtype, batch["valid"].shape) == (torch.bool, (len(batch["index"]), SIZE, SIZE))
     found = one_by_one(batches)
@@ -334,7 +335,7 @@ def test_classification_streams_images_without_labels(classes):
     datamodule = classification(classes, train_transform=train, check_stackability=False)
     tiles = DatamoduleTiles(datamodule)
     batches = list(tiles)
-    assert {key for batch in batches for key in batch} == {"image", "valid", "index", "position"}
+    assert {key for batch in batches for key in batch} == {"image", "valid", "index", "position", "path"}
     found = one_by_one(batches)
     assert sorted(tile[0] for tile in found) == list(range(COUNT))
     for number, image, _ in found:

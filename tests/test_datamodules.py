@@ -1,6 +1,7 @@
 """A row for every datamodule class of the installed TerraTorch: streamed as its dataset reads it, or refused."""
 
 import copy
+import os
 import random
 
 import numpy as np
@@ -147,6 +148,15 @@ def test_parts_of_one_file_are_told_apart(tmp_path):
     whole = file_stat(tmp_path / "data.tacozip")
     assert first[1:] == second[1:] == whole[1:]
     assert whole.size == 10
+
+
+def test_tiles_of_one_image_are_of_one_file(made):
+    """The verdict takes what is of one file as one place."""
+    tiles = DatamoduleTiles(made("TilingDataModuleWrapper"))
+    paths = [path for batch in tiles for path in batch["path"]]
+    assert len(paths) == len(tiles)
+    assert 1 < len(set(paths)) < len(paths)
+    assert all(os.path.isfile(path) for path in paths)
 
 
 def test_tiling_leaves_its_cache_alone(made, tmp_path):

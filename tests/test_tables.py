@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from terratorch_simpler.plan import Verdict, format_score
-from terratorch_simpler.report import full_table, plan_table
-from terratorch_simpler.report.summary import change, percent, score, short
+from terratorch_simpler.report import full_table, plan_table, report_page
+from terratorch_simpler.report.summary import change, criteria, percent, reasons, score, short
 from terratorch_simpler.report.table import Column, FittedTable
 from terratorch_simpler.sweep import COLUMNS
 from terratorch_simpler.sweep.rows import sweep_table
@@ -80,6 +80,33 @@ def test_what_matters_least_is_left_out_of_a_sweep_first(width, there, gone):
     text = printed(TABLES["sweep"], width=width)
     assert [words for words in there if words not in text] == []
     assert [words for words in gone if words in text] == []
+
+
+def test_only_what_is_the_plan_is_called_chosen():
+    assert "chosen" in printed(full_table(PLAN))
+    for other in (replace(PLAN, kept_blocks=(0, 1, 4)), replace(PLAN, width=0.5)):
+        text = printed(full_table(other))
+        assert "chosen" not in text
+        assert "as many blocks" in text
+
+
+def test_with_a_budget_no_other_depth_is_called_better():
+    scores = {2: 0.1, 3: 0.2, 4: 0.3}
+    assert "best 0.300" in " ".join(reasons(replace(PLAN, scores=scores)))
+    budget = {"name": "block_influence", "args": {"drop_blocks": 3}}
+    assert "best" not in " ".join(reasons(replace(PLAN, scores=scores, criterion=budget)))
+
+
+def test_what_a_criterion_chose_is_shown_whatever_is_kept():
+    """on_unsettled: half keeps another number of blocks than the criterion."""
+    kept = replace(PLAN, kept_blocks=(0, 1, 2, 3))
+    assert {each.name: len(each.kept) for each in criteria(kept)}["simpler"] == 3
+    assert "none would keep exactly the same blocks" in report_page(kept)  # knee keeps four
+    assert "were given the depth that simpler chose" in report_page(kept)
+
+
+def test_a_width_in_the_page_builds_the_same_encoder():
+    assert f"backbone_width: {1 / 3!r}" in report_page(replace(PLAN, width=1 / 3))
 
 
 def test_criteria_are_rows():

@@ -290,6 +290,21 @@ def test_dates_are_put_in_order_not_names(tmp_path):
             assert np.array_equal(image[:, frame], source.read())
 
 
+def test_files_of_one_place_and_date_are_no_time_series(tmp_path):
+    """Bands in files of their own, or an image that was processed again."""
+    for date in ("20210101", "20210202"):
+        for band in ("B02", "B03", "B04"):
+            write(tmp_path / f"T32TQM_{date}_{band}.tif", draw(1, 8, 8))
+    arguments = {"tile_size": 8, "num_frames": 2, "filename_regex": r"(?P<tile>T\w{5})_(?P<date>\d{8})_(?P<band>B\d\d)"}
+    tiles = GeoTiffTiles(str(tmp_path), **arguments)
+    ((_, path, _, image, _),) = one_by_one(tiles)
+    assert Path(path).stem == "T32TQM_20210101_B02"
+    for frame, date in enumerate(("20210101", "20210202")):
+        with rasterio.open(tmp_path / f"T32TQM_{date}_B02.tif") as source:
+            assert np.array_equal(image[:, frame], source.read())
+    assert tiles.skipped == {"same place and date as another file": 4}
+
+
 def test_place_is_the_tile_of_the_name_where_it_has_one(tmp_path):
     for name in ("HLS.S30.T32TQM.2020035.v1", "HLS.L30.T32TQM.2020031.v2", "HLS.S30.T31TAA.2020031.v1"):
         write(tmp_path / f"{name}.tif", draw(1, 8, 8))

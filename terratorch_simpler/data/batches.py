@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from terratorch_simpler.errors import TilesError
 IMAGE_KEYS = ("image", "pixel_values")
 """The second is what image processors of transformers call it."""
 TARGET_KEYS = ("mask", "label", "labels")
+MOST_STREAMED = 8
+"""Images that are streamed for each that is wanted, where most hold no pixel to use: an iterable may have no end."""
 
 
 class BatchTiles:
@@ -26,7 +29,7 @@ class BatchTiles:
 
     Args:
         batches: The iterable; a generator can be streamed only once.
-        max_tiles: Most tiles that are streamed.
+        max_tiles: Most tiles that are wanted; up to eight times as many are streamed if some hold nodata only.
         fewest: Fewest tiles that are enough.
         labels: Whether to hand on labels: the second of a pair, or ``mask``, ``label`` or ``labels`` of a dictionary. They
             are a tensor, or a dictionary of label sets by name.
@@ -52,8 +55,8 @@ class BatchTiles:
         return {}
 
     def __len__(self) -> int:
-        """Most tiles there can be; how many there are shows when the iterable ends."""
-        return self._max_tiles
+        """Most images that are streamed for those that can be used; how many there are shows when the iterable ends."""
+        return min(sys.maxsize, MOST_STREAMED * self._max_tiles)
 
     def __iter__(self) -> Iterator[Batch]:
         """Stream the tiles.
@@ -116,9 +119,7 @@ def _tiles(batch: Any, first: int, labels: bool) -> Batch:
         image, valid = dict(image), torch.ones(size, 1, 1, dtype=torch.bool)
     else:
         image, valid = _without_nan(image)
-        own = given.get("valid")
-        if isinstance(own, Tensor) and own.shape == valid.shape:
-            valid &= own.cpu().bool()
+        valid &= _own_mask(given.get("valid"), valid)
     positions = list(range(first, first + len(valid)))
     numbers = given.get("index")
     known = isinstance(numbers, list) and len(numbers) == len(valid) and all(type(number) is int for number in numbers)
@@ -131,6 +132,22 @@ def _tiles(batch: Any, first: int, labels: bool) -> Batch:
         several = isinstance(target, Mapping)
         tiles["target"] = {name: _on_cpu(part) for name, part in target.items()} if several else _on_cpu(target)
     return tiles
+
+
+def _own_mask(own: object, valid: Tensor) -> Tensor:
+    """The mask of the batch, if it has one, in the shape of ``valid``: one mask counts for all frames."""
+    if not isinstance(own, Tensor):
+        return torch.ones_like(valid)
+    mask = own.cpu().bool()
+    if mask.ndim == 3 and valid.ndim == 4:
+        mask = mask[:, None]
+    if mask.ndim != valid.ndim or mask.shape[0] != valid.shape[0] or mask.shape[-2:] != valid.shape[-2:]:
+        msg = (
+            f"batches yielded a mask 'valid' of shape {tuple(own.shape)}, expected {tuple(valid.shape)}, one of the pixels "
+            "of every image: correct or remove it."
+        )
+        raise TilesError(msg)
+    return mask.expand_as(valid)
 
 
 def _on_cpu(labels: Any) -> Any:

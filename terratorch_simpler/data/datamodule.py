@@ -337,7 +337,7 @@ class _Images(Dataset[dict[str, Any]]):
         inputs = {key: value for key, value in sample.items() if key not in NOT_INPUTS}
         targets = [sample[key] for key in ("label", "mask") if self._labels and key in sample]
         target = {"target": targets[0]} if targets else {}
-        return {**inputs, **target, "valid": valid, "index": index, "position": position}
+        return {**inputs, **target, "valid": valid, "index": index, "position": position, "path": self._file(index)}
 
     def _read(self, index: int) -> tuple[dict[str, Any], Tensor]:
         sample = _as_tensors(self._unfilled[index])
@@ -566,6 +566,6 @@ def _shapes(sample: dict[str, Any]) -> object:
 
 
 def _collate(run: Sequence[dict[str, Any]]) -> Batch:
-    numbers = ("index", "position")
-    inputs = default_collate([{key: value for key, value in sample.items() if key not in numbers} for sample in run])
-    return {**inputs, **{name: [sample[name] for sample in run] for name in numbers}}
+    lists = ("index", "position", "path")
+    inputs = default_collate([{key: value for key, value in sample.items() if key not in lists} for sample in run])
+    return {**inputs, **{name: [sample[name] for sample in run] for name in lists}}

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -172,7 +173,7 @@ class TileIndex:
         if filename_regex is None:
             return [(path,) for path in self.headers], {}
         pattern = re.compile(filename_regex, re.VERBOSE)
-        dated: dict[object, list[tuple[object, str]]] = {}
+        dated: dict[object, dict[datetime, str]] = {}
         days: dict[str, tuple[int, int]] = {}
         for path in self.headers:
             folder, name = os.path.split(path)
@@ -188,11 +189,13 @@ class TileIndex:
             days[path] = (moment.year, moment.timetuple().tm_yday - 1)
             start, end = match.span("date")
             place = match.groupdict().get("tile") or (folder.replace(date, ""), name[:start] + name[end:])
-            dated.setdefault(place, []).append((moment, path))
+            if dated.setdefault(place, {}).setdefault(moment, path) != path:  # a band by itself, or processed again
+                del days[path]
+                self._skip(path, "same place and date as another file", bad=False)
         self._drop_skipped()
         series = []
         for files in dated.values():
-            ordered = [path for _, path in sorted(files)]
+            ordered = [files[moment] for moment in sorted(files)]
             for start in range(0, len(ordered), num_frames):
                 frames = tuple(ordered[start : start + num_frames])
                 if len(frames) < num_frames:

@@ -178,7 +178,8 @@ def _label_sets(plan: SlimmingPlan) -> dict[str, Any]:
 
 def _agreement(plan: SlimmingPlan, criteria: list[Criterion]) -> str:
     others = [criterion for criterion in criteria if not criterion.chosen]
-    alike = [criterion.name for criterion in others if criterion.kept == tuple(plan.kept_blocks)]
+    [own] = [criterion for criterion in criteria if criterion.chosen]
+    alike = [criterion.name for criterion in others if criterion.kept == own.kept]
     sizes = sorted({len(criterion.kept) for criterion in criteria})
     spread = f"from {sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]} in all of them"
     silent = [f" {summary.printable(name)} has no answer here." for name in (plan.overview or {}).get("no_answer", {})]
@@ -186,7 +187,7 @@ def _agreement(plan: SlimmingPlan, criteria: list[Criterion]) -> str:
     return (
         f"Of {len(others)} other {'criterion' if len(others) == 1 else 'criteria'}, asked on the same tiles, "
         f"{len(alike) or 'none'}{names} would keep exactly the same blocks. The number of kept blocks: {spread}. "
-        f"Criteria with a budget were given that of the chosen depth.{''.join(silent)}"
+        f"Criteria with a budget were given the depth that {summary.printable(own.name)} chose.{''.join(silent)}"
     )
 
 
@@ -333,7 +334,7 @@ def _caveats(plan: SlimmingPlan) -> list[str]:
 def _reproduce(plan: SlimmingPlan) -> dict[str, Any]:
     kept = list(plan.kept_blocks)
     keep = len(kept) if summary.is_prefix(kept) else kept
-    width = "" if plan.width == 1.0 else f"\nbackbone_width: {plan.width:g}"
+    width = "" if plan.width == 1.0 else f"\nbackbone_width: {plan.width!r}"
     name = summary.printable(plan.backbone)
     by_plan = f"backbone: simpler_{name}\nbackbone_plan: plan.json"
     by_hand = f"backbone: simpler_{name}\nbackbone_keep: {keep}{width}"

@@ -103,11 +103,12 @@ def probed(plan: SlimmingPlan) -> Mapping[str, Any] | None:
 
 
 def criteria(plan: SlimmingPlan) -> list[Criterion]:
-    """Every criterion that was asked: the one of the plan first, those that do not score depths last."""
+    """What every criterion chose: that of the plan first, whatever ``on_unsettled`` made of it; without scores last."""
     own = str(plan.criterion["name"])
     probe = probed(plan)
-    found = [Criterion(own, tuple(plan.kept_blocks), dict(plan.scores) if plan.scores else None, True, probe)]
     others = (plan.overview or {"criteria": {}})["criteria"]
+    kept = others[own]["kept_blocks"] if own in others else plan.kept_blocks
+    found = [Criterion(own, tuple(kept), dict(plan.scores) if plan.scores else None, True, probe)]
     found += [
         Criterion(name, tuple(other["kept_blocks"]), other["scores"] or None, False)
         for name, other in sorted(others.items(), key=lambda item: (not item[1]["scores"], item[0]))
@@ -191,7 +192,8 @@ def reasons(plan: SlimmingPlan) -> list[str]:
     depth, probe, sets = len(plan.kept_blocks), probed(plan), label_sets(plan)
     parts = [f"criterion {plan.criterion['name']}"]
     if plan.scores is not None and depth in plan.scores:
-        other = max((s for d, s in plan.scores.items() if d != depth), default=None)
+        budget = plan.criterion["args"].get("drop_blocks") is not None  # fewer dropped blocks always score higher
+        other = None if budget else max((s for d, s in plan.scores.items() if d != depth), default=None)
         beside = "" if other is None else f", {'next best' if other <= plan.scores[depth] else 'best'} {score(other)}"
         error = None if probe is None else probe["errors"].get(depth)
         parts.append(f"score {score(plan.scores[depth], error)}{beside}")

@@ -184,7 +184,9 @@ def _depth_table(plan: SlimmingPlan) -> FittedTable:
         for key, rank, name, cell in known
         if any(getattr(depth, key) is not None for depth in found)
     ]
-    columns.append(Column("", ["chosen" if depth.chosen else "" for depth in found], words=True))
+    same = summary.is_prefix(plan.kept_blocks) and plan.width == 1
+    mark = "chosen" if same else "as many blocks as the plan"
+    columns.append(Column("", [mark if depth.chosen else "" for depth in found], words=True))
     return FittedTable(columns, "First blocks kept", [number for number, depth in enumerate(found) if depth.chosen])
 
 
