@@ -104,7 +104,7 @@ def describe_selection(
         "data": source.describe(),
         "changed": source.modification_fingerprint(),
         "seen": _hash_tiles(source, normalize, tiles, tiles if every_tile else SAMPLED_TILES),
-        "criterion": [type(criterion).__module__, criterion.name, repr(criterion.args)],
+        "criterion": [type(criterion).__module__, type(criterion).__qualname__, repr(sorted(vars(criterion).items()))],
         "bounds": repr(bounds),
     }
 

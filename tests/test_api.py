@@ -719,3 +719,21 @@ def test_a_mask_counts_for_all_frames(frames):
     assert torch.equal(batch["valid"][1], torch.ones_like(batch["valid"][1]))
     with pytest.raises(TilesError, match=r"a mask 'valid' of shape \(2, 4, 4\), expected \(2,"):
         list(BatchTiles([{"image": image, "valid": mask[:, :4, :4]}], 2, 1))
+
+
+def test_blocks_that_a_configuration_names_are_renumbered(tmp_path):
+    """VitDet says which blocks have windows; a saved model is built from what it says."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.VitDetConfig(
+        hidden_size=32, num_hidden_layers=6, num_attention_heads=2, image_size=32, patch_size=8,
+        window_block_indices=[0, 1, 3, 4], window_size=2, residual_block_indices=[],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.VitDetModel(config).eval()
+    prune(model, [0, 2, 5])
+    assert model.config.window_block_indices == [0]
+    model.save_pretrained(tmp_path)
+    again = transformers.VitDetModel.from_pretrained(tmp_path).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(images).last_hidden_state, again(images).last_hidden_state)

@@ -9,11 +9,13 @@ import weakref
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from terratorch.models import EncoderDecoderFactory
 from terratorch.models.decoders import UperNetDecoder
 from terratorch.registry import BACKBONE_REGISTRY
 
+from terratorch_simpler import prune
 from terratorch_simpler.errors import CheckpointError, DepthError, PlanError, UnsupportedEncoderError
 from terratorch_simpler.indices import feature_position
 from terratorch_simpler.models.backbone import SimplerBackbone
@@ -402,3 +404,43 @@ def test_checkpoint_of_another_width_is_refused(build):
 def test_checkpoint_without_simpler_is_refused(build):
     with pytest.raises(CheckpointError, match="holds 'prithvi_eo_v2_tiny_tl' without 'simpler_'"):
         build().load_state_dict(build("prithvi_eo_v2_tiny_tl").state_dict())
+
+
+def test_learned_rotary_frequencies_follow_their_blocks():
+    """Some models of timm learn them for every block."""
+    size = {"img_size": 64, "depth": 6, "embed_dim": 96, "num_heads": 3}
+    torch.manual_seed(0)
+    plain = timm.create_model("vit_small_patch16_rope_mixed_224", **size).eval()
+    with torch.no_grad():
+        plain.rope.freqs.normal_(0, 2)
+        for name, parameter in plain.named_parameters():
+            if "gamma" in name:
+                parameter.fill_(0.5)
+    backbone = BACKBONE_REGISTRY.build("simpler_timm_vit_small_patch16_rope_mixed_224", pretrained=False, **size).eval()
+    backbone.encoder.model.load_state_dict(plain.state_dict(), strict=False)
+    frequencies = backbone.encoder.model.rope.freqs
+    backbone.prune_depth([0, 3, 5])
+    prune(plain, [0, 3, 5])
+    assert backbone.encoder.model.rope.freqs is frequencies  # an optimizer may hold it
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = plain.forward_intermediates(images, indices=[2], intermediates_only=True)[-1]
+        torch.testing.assert_close(backbone(images)[-1], expected)
+        intact = BACKBONE_REGISTRY.build("simpler_timm_vit_small_patch16_rope_mixed_224", pretrained=False, **size).eval()
+        intact.load_state_dict(backbone.state_dict())
+        assert torch.equal(intact(images)[-1], backbone(images)[-1])
+        state = backbone.state_dict()  # as earlier versions saved it, which had no frequencies dropped
+        first = state["encoder.model.rope.freqs"]
+        state["encoder.model.rope.freqs"] = torch.cat([first, first], dim=1)
+        intact.load_state_dict(state)
+        assert torch.equal(intact.encoder.model.rope.freqs, first)
+        intact.match_checkpoint(intact.pruned_state._replace(kept=tuple(range(6))))
+        assert intact.encoder.model.rope.freqs.shape[1] == 6
+
+
+def test_a_plan_that_no_longer_holds_is_forgotten(build):
+    backbone = build(embed_dim=48, num_heads=3)
+    backbone.slim(SlimmingPlan(backbone.name, 12, (0, 1, 2, 3), {"name": "fixed", "args": {}}))
+    assert backbone.plan is not None
+    backbone.prune_depth([0, 2])
+    assert backbone.plan is None

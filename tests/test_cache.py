@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from terratorch_simpler import GeoTiffTiles, SimplerCallback, SlimmingPlan, cache
-from terratorch_simpler.cache import PlanCache, hash_of_weights
+from terratorch_simpler.cache import PlanCache, describe_selection, hash_of_weights
+from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.data import DatamoduleTiles
+from terratorch_simpler.data.batches import BatchTiles
 from terratorch_simpler.errors import ConfigurationError, SimplerWarning
+from terratorch_simpler.lightning import selection as lightning_selection
+from terratorch_simpler.selection_config import SelectionConfig
 from tests import datamodules
 from tests.cli_runner import CONTEXT, Command, config
 from tests.extras import needs_peft
@@ -385,3 +390,37 @@ def _small(build, _built=[]):  # noqa: B006  built once for all examples
     if not _built:
         _built.append(build(embed_dim=48, num_heads=3, depth=2))
     return _built[0]
+
+
+def test_settings_that_no_weight_shows_are_part_of_the_key(build):
+    """The wavelengths of DOFA; of distilled adapters their scale; and the arguments of a criterion of one's own."""
+
+    def encoder(**arguments):
+        return lightning_selection._encoder_key(SimpleNamespace(hparams={"model_args": arguments}))
+
+    one = encoder(backbone="simpler_dofa", backbone_model_bands=["RED", "GREEN"], decoder="UNetDecoder")
+    assert one != encoder(backbone="simpler_dofa", backbone_model_bands=["GREEN", "RED"], decoder="UNetDecoder")
+    assert one == encoder(backbone_model_bands=["RED", "GREEN"], backbone_ckpt_path="elsewhere.pt", decoder="FCNDecoder")
+    assert lightning_selection._encoder_key(SimpleNamespace()) == "[]"
+
+    config = SelectionConfig(Simpler(), Bounds(), 1.0, "patch", 32, 64, 0, recovery="distill")
+    keys = []
+    for options in ({"lora_alpha": 8}, {"lora_alpha": 64}, {"lora_alpha": 8, "use_rslora": True}, {"lora_alpha": 8}):
+        adapter = SimpleNamespace(to_dict=lambda options=options: options | {"target_modules": {"qkv", "fc1"}})
+        keys.append(lightning_selection._recovery_key(config, SimpleNamespace(peft_config={"default": adapter})))
+    assert keys[0] == keys[3]
+    assert len({json.dumps(key) for key in keys}) == 3
+
+    class Mine(Simpler):
+        def __init__(self, depth):
+            self.depth = depth
+
+    backbone, images = _small(build), land(40).split(8)
+    source = BatchTiles([{"image": batch} for batch in images], 40, 32)
+    described = [
+        describe_selection(backbone, source, criterion, Bounds(), 40, lambda inputs: inputs)["criterion"]
+        for criterion in (Mine(2), Mine(3), Mine(2), Simpler())
+    ]
+    assert described[0] == described[2]
+    assert described[0] != described[1]
+    assert described[0][1] != described[3][1]

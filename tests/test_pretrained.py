@@ -81,12 +81,16 @@ def test_a_repaired_checkpoint(build, tmp_path):
     same(build(seed=1, ckpt_path=path, **SMALL), trained)
     plan.save(tmp_path / "plan.json")
     same(build(seed=1, ckpt_path=path, plan=str(tmp_path / "plan.json"), **SMALL), trained)
+    without = saved(build(keep=list(kept), **SMALL), tmp_path / "without.ckpt")
+    with pytest.raises(CheckpointError, match=r"pruned as backbone_plan \(.*\) says, and lack its recovery maps"):
+        build(ckpt_path=without, plan=str(tmp_path / "plan.json"), **SMALL)
 
 
 def test_one_of_the_widths_that_were_trained(build, tmp_path):
     trained = build(keep=5, width=0.5, **SMALL)
     trained.mark_trained_widths([0.25, 0.5])
     path = saved(trained, tmp_path / "pruned.ckpt")
+    trained.mark_trained_widths(())  # training that starts from the file is at one width
     same(build(seed=1, ckpt_path=path, **SMALL), trained)
     narrow = build(seed=1, ckpt_path=path, width=0.25, **SMALL)
     trained.set_width(0.25)

@@ -303,6 +303,7 @@ def test_choices_are_compared_in_the_same_seeds_and_places(data, weights, tmp_pa
             value, low, high = difference
             assert low <= value <= high
             assert value == pytest.approx(score[other] - score[row["criterion"]])  # what regret is against cancels out
+    assert "- With `rule: best` its mean regret is " in sentences("pretrained_vit_swapped-cpu", found)
 
 
 @pytest.mark.parametrize("arguments", ["--tasks scenes cover --train-scenes 14", "--tasks scenes"])
@@ -366,27 +367,35 @@ def fake(p=1e-3, counts="yes"):
     names = ["probe", "probe, rule best", "all blocks", "half", "a third", "simpler", "angular", "all blocks, width 0.5"]
     rows = [row | {"criterion": name, "kept": "2", "verdict": "unsettled"} | figures for name in names]
     mean = [{"criterion": name, "mean_regret": [0.1, 0.05, 0.2], "cover": [0.1, 0.05, 0.2]} for name in names]
+    differences = [
+        {"criterion": name, "minus_half": [0.0, -0.1, 0.1], "minus_probe,_rule_best": [0.05, 0.01, 0.1]} for name in names
+    ]
     test = row | {"pretrained_minus_random": [0.1, 0.01], "counts": counts, "F_over_depths": 9.0, "p": p}
     depths = [row | {"weights": "pretrained", "1": [0.4, 0.01], "2": [0.3, 0.01]}]
-    return {"tests": [test], "rows": rows, "regrets": mean, "depths": depths}
+    return {"tests": [test], "rows": rows, "regrets": mean, "differences": differences, "depths": depths}
 
 
 def test_sentences_rank_nothing_without_an_f_test():
     said = sentences("pretrained_vit-cpu", fake())
     assert "depth 1 for land cover with 16 labelled images (0.400 ± 0.010; all 2: 0.300 ± 0.010)" in said
     assert "SIMPLER keeps 2 blocks, and its verdict is unsettled: mean regret 0.100 (0.050 to 0.200)" in said
-    assert "overlap, so they are not ranked" in said
+    assert "Regret minus that one: `probe` 0.000 (-0.100 to 0.100), not told apart, `probe` with `rule: best`" in said
+    assert "0.100 (0.050 to 0.200); that of the default minus this one is 0.050 (0.010 to 0.100).\n" in said
+    assert "no mean over tasks counts" not in said
     for without in (fake(p=0.2), fake(counts="no")):
         said = sentences("pretrained_vit-cpu", without)
         assert "mean regret" not in said
+        assert "which no mean over tasks counts: land cover with 16 labelled images 0.100 (0.050 to 0.200)" in said
         assert "SIMPLER keeps" not in said
         assert "SIMPLER, gain on all blocks: land cover with 16 labelled images -0.100 (-0.200 to 0.100). The" in said
+        assert "(-0.200 to 0.100) with half, since unsettled, in 1 of 1 draws. The" in said
     assert "not ranked for land cover with 16 labelled images (p = 0.2)" in sentences("pretrained_vit-cpu", fake(p=0.2))
 
 
 def test_sentences_of_fine_tuning_follow_the_intervals():
     rows = [
         {"trained": "whole", "blocks": 3, "test_accuracy": [0.6, 0.01], "gain_on_all_blocks": [0.1, 0.05, 0.2]},
+        {"trained": "whole", "blocks": 6, "test_accuracy": [0.5, 0.01], "gain_on_all_blocks": [0.0, -0.05, 0.2]},
         {"trained": "whole", "blocks": 12, "test_accuracy": [0.5, 0.01], "gain_on_all_blocks": None},
     ]
     distilled = {
@@ -397,12 +406,17 @@ def test_sentences_of_fine_tuning_follow_the_intervals():
         "gain_on_same_blocks": [0.1, 0.02, 0.18],
     }
     choices = [
-        {"criterion": "probe", "kept": "3", "regret": [0.0, -0.1, 0.1], "gain_on_all_blocks": [0.1, 0.05, 0.2]},
-        {"criterion": "half", "kept": "6", "regret": None, "gain_on_all_blocks": [0.0, -0.05, 0.2]},
+        {
+            "criterion": "probe",
+            "kept": "3",
+            "gain_on_all_blocks": [0.1, 0.05, 0.2],
+            "gain_on_half": [0.1, -0.05, 0.2],
+        },
+        {"criterion": "half", "kept": "6", "gain_on_all_blocks": [0.0, -0.05, 0.2], "gain_on_half": [0.0, 0.0, 0.0]},
     ]
     runs = [{"trained": "whole", "blocks": 3, "seed": 0, "learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4)]
-    runs += [{**run, "blocks": 12} for run in runs]
-    for row, rate in zip(rows, ("1e-05", "3e-05"), strict=True):
+    runs = [{**run, "blocks": blocks} for run in runs for blocks in (3, 6, 12)]
+    for row, rate in zip(rows, ("1e-05", "3e-05", "3e-05"), strict=True):
         row["learning_rate"] = rate
     found = {"tests": [{"F_over_depths": 9.0, "p": 0.01}], "rows": rows, "runs": runs, "choices": choices}
     found["rows"] = [*rows, distilled]
@@ -411,8 +425,11 @@ def test_sentences_of_fine_tuning_follow_the_intervals():
     gain = "gain on all blocks 0.200 (0.050 to 0.300), on the same blocks as they are 0.100 (0.020 to 0.180)"
     assert f"- After a distillation to block 7: 3 blocks 0.700 ± 0.010 ({gain})." in said
     assert "- Choices gain on all blocks: probe (keeps 3) 0.100 (0.050 to 0.200) and half (keeps 6) 0.000" in said
-    assert "- Regret: probe 0.000 (-0.100 to 0.100). All" in said
+    assert "- On half of the blocks: probe 0.100 (-0.050 to 0.200), not told apart.\n" in said
     assert "chose the lowest or highest learning rate at depth 3:" in said
     said = sentences("pretrained_vit_finetune_70-cpu", found | {"tests": [{"F_over_depths": 1.0, "p": 0.4}]})
-    assert "- The depths cannot be told apart (F test, p = 0.4), so they are not ranked.\n" in said
+    assert "- The depths are not shown to differ (F test, p = 0.4), so they are not ranked.\n" in said
     assert "Above" not in said
+    said = sentences("pretrained_vit_finetune_recovery-cpu", found | {"rows": [rows[0], rows[2]]})
+    assert "- 3 blocks gain 0.100 (0.050 to 0.200) on all.\n" in said
+    assert "F test" not in said

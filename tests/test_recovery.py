@@ -592,3 +592,13 @@ def test_graphs_answer_as_the_repaired_model(build, tmp_path):
     torch.testing.assert_close(exported.module()(images)[-1], answer(backbone, images), rtol=0, atol=1e-5)
     compiled = torch.compile(backbone, backend="eager")
     assert torch.equal(answer(compiled, images), answer(backbone, images))
+
+
+def test_blocks_after_a_map_add_in_the_precision_of_the_others(build):
+    backbone = small(build)
+    backbone.slim(plan_of(backbone, (0, 2, 3), {1: RecoveryWeights(torch.eye(48), torch.eye(48))}))
+    found = []
+    backbone.register_block_hooks(lambda tokens: found.append(tokens.dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        backbone(torch.randn(1, *backbone.input_shape))
+    assert set(found) == {torch.float32}

@@ -17,6 +17,7 @@ from terratorch_simpler.cli import main
 from terratorch_simpler.errors import CheckpointError, ConfigurationError
 from terratorch_simpler.export.outputs import difference, outputs_of
 from terratorch_simpler.functional.hsic import full_float32
+from terratorch_simpler.lightning.callback import backbones_of
 from terratorch_simpler.models.state import state_in
 from tests.cli_runner import Command, config
 from tests.extras import needs_peft
@@ -344,3 +345,13 @@ def test_averaged_weights_of_a_run_that_resumes_say_their_widths(task, datamodul
     assert state_in(fit(0, 1, []), "test").trained_widths == ()
     resumed = fit(1, 2, [SlimmableTraining([0.5, 1.0])], ckpt_path=tmp_path / "0.ckpt")
     assert state_in(resumed, "test").trained_widths == (0.5, 1.0)
+
+
+def test_a_fit_at_one_width_holds_no_narrower_ones(trainer, task, datamodule, tmp_path):
+    """Their slices are no longer trained: neither a resumed run nor an export may take them for it."""
+    module = task(backbone_embed_dim=48, backbone_num_heads=3, backbone_keep=3)
+    module.model.encoder.mark_trained_widths((0.5, 1.0))
+    averaged = EMAWeightAveraging(decay=0.9)
+    trainer(SimplerCallback(), averaged, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=datamodule())
+    assert module.model.encoder.trained_widths == ()
+    assert all(copy.trained_widths == () for copy in backbones_of(averaged))

@@ -352,3 +352,11 @@ def test_the_figure_draws_every_depth_and_names_the_controls():
     axes = sweep_figure(rows).axes[0]
     assert {text.get_text() for text in axes.texts} == {"1", "2", "3"}
     assert {"small", "width 1", "chosen by a criterion"} <= set(axes.get_legend_handles_labels()[1])
+
+
+def test_a_criterion_picks_what_it_chose_whatever_is_kept():
+    """on_unsettled: half keeps others."""
+    overview = {"criteria": {"simpler": {"kept_blocks": [0, 1, 2], "scores": None}}}
+    plan = plan_of(6, kept=(0, 1), overview=overview)
+    picked = {len(each.kept): each.chosen_by for each in list_variants(plan, 1, [1.0]) if each.chosen_by}
+    assert picked == {3: ("simpler",)}

@@ -27,12 +27,15 @@ def frozen(found: Results) -> list[str]:
     tests = found["tests"]
     apart = [row for row in tests if row["counts"] == "yes" and row["p"] <= LEVEL]
     lines = [_gate(tests), _f_test([row for row in tests if row["counts"] == "yes"]), *_gained(found["rows"])]
+    lines += _not_counted(found["rows"], [row for row in tests if row not in apart])
     if not apart:
         return lines
     mean = {row["criterion"]: row for row in found["regrets"]}
+    less = {row["criterion"]: row for row in found["differences"]}
     choices = [row for row in found["rows"] if any(_case(row) == _case(test) for test in apart)]
     lines += [_best(found, apart), _intact(mean, choices)]
-    lines += [_simpler(mean, choices), _probe(mean, choices), _shares(mean), _gaps(mean, choices), _width(choices)]
+    lines += [_simpler(mean, choices), _probe(mean, choices), _rules(mean, less), _half(mean, less)]
+    lines += [_gaps(mean, less, choices), _width(choices)]
     return lines
 
 
@@ -40,7 +43,7 @@ def _gate(tests: Sequence[Results]) -> str:
     passed = [row for row in tests if row["counts"] == "yes"]
     out = [f"{_case(row)} ({_error(row['pretrained_minus_random'])})" for row in tests if row["counts"] != "yes"]
     line = f"Pretraining matters, on the validation split, in {len(passed)} of {len(tests)} cases."
-    return line + (f" What fails has no best depth and no regret: {_list(out)}." if out else "")
+    return line + (f" What fails has no best depth: {_list(out)}." if out else "")
 
 
 def _f_test(tests: Sequence[Results]) -> str:
@@ -58,12 +61,32 @@ def _gained(rows: Sequence[Results]) -> list[str]:
         of_name = [row for row in rows if row["criterion"] == name]
         above = [row for row in of_name if row["gain_on_all_blocks"][1] > 0]
         below = [row for row in of_name if row["gain_on_all_blocks"][2] < 0]
-        parts = [f"{_case(row)} {_interval(row['gain_on_all_blocks'])}" for row in of_name]
+        parts = [f"{_case(row)} {_interval(row['gain_on_all_blocks'])}{_fallback(row)}" for row in of_name]
         line = (
             f"{words}, gain on all blocks: {_list(parts)}. The interval is above 0 in {len(above)} of {len(of_name)} cases"
         )
         lines.append(f"{line}, and below in {len(below)}.")
     return lines
+
+
+def _fallback(row: Results) -> str:
+    """How often ``probe`` did not choose, and kept half."""
+    verdicts = (row["verdict"] or "").split(", ")
+    if row["criterion"] != "probe" or "unsettled" not in verdicts:
+        return ""
+    return f" with half, since unsettled, in {verdicts.count('unsettled')} of {len(verdicts)} draws"
+
+
+def _not_counted(rows: Sequence[Results], tests: Sequence[Results]) -> list[str]:
+    """Regret of ``probe`` in cases that are in no mean."""
+    parts = [
+        f"{_case(row)} {_interval(row['regret'])}"
+        for row in rows
+        if row["criterion"] == "probe" and any(_case(row) == _case(test) for test in tests)
+    ]
+    if not parts:
+        return []
+    return [f"Regret of `probe` where a case fails the gate or the F test, which no mean over tasks counts: {_list(parts)}."]
 
 
 def _best(found: Results, apart: Sequence[Results]) -> str:
@@ -116,24 +139,38 @@ def _probe(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
     )
 
 
-def _shares(mean: Mapping[str, Results]) -> str:
-    probe = mean["probe"]["mean_regret"]
+def _rules(mean: Mapping[str, Results], less: Mapping[str, Results]) -> str:
+    """The rules of ``probe``, by what they differ in the same seeds and places."""
+    best, difference = mean["probe, rule best"]["mean_regret"], less["probe"]["minus_probe,_rule_best"]
+    line = f"With `rule: best` its mean regret is {_interval(best)}; that of the default minus this one is "
+    return f"{line}{_interval(difference)}{_told_apart(difference)}."
+
+
+def _half(mean: Mapping[str, Results], less: Mapping[str, Results]) -> str:
+    """Choices against half of the blocks, which nothing chose."""
     parts = []
-    for name, words in (("half", "Half of the blocks"), ("a third", "a third of them")):
-        regret = mean[name]["mean_regret"]
-        parts.append(f"{words} has a mean regret of {_interval(regret)}")
-    alike = all(_overlap(probe, mean[name]["mean_regret"]) for name in ("half", "a third"))
-    line = f"{' and '.join(parts)}, without any choice."
-    return line + (" These intervals and that of `probe` overlap, so they are not ranked." if alike else "")
+    for name, words in (
+        ("probe", "`probe`"),
+        ("probe, rule best", "`probe` with `rule: best`"),
+        ("simpler", "SIMPLER"),
+        ("a third", "a third of the blocks"),
+    ):
+        difference = less[name]["minus_half"]
+        parts.append(f"{words} {_interval(difference)}{_told_apart(difference)}")
+    regret = _interval(mean["half"]["mean_regret"])
+    return f"Half of the blocks, which nothing chose, has a mean regret of {regret}. Regret minus that one: {_list(parts)}."
 
 
-def _gaps(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
+def _told_apart(difference: Sequence[float]) -> str:
+    return ", not told apart" if difference[1] <= 0 <= difference[2] else ""
+
+
+def _gaps(mean: Mapping[str, Results], less: Mapping[str, Results], choices: Sequence[Results]) -> str:
     names = [name for name in ("angular", "block_influence", "cka_intervals") if name in mean]
-    parts = [f"`{name}` {_interval(mean[name]['mean_regret'])}" for name in names]
-    above = [name for name in names if mean[name]["mean_regret"][1] > mean["half"]["mean_regret"][2]]
-    line = f"With a budget of half of the blocks, mean regrets are {_list(parts)}."
-    if above:
-        line += f" {len(above)} of the {len(names)} intervals lie wholly above that of the first half."
+    parts = [f"`{name}` {_interval(less[name]['minus_half'])}" for name in names]
+    above = [name for name in names if less[name]["minus_half"][1] > 0]
+    line = f"With a budget of half of the blocks, regrets minus that of the first half are {_list(parts)}."
+    line += f" {len(above)} of the {len(names)} intervals are above 0."
     clear = [row for row in choices if row["criterion"] in names and row["verdict"] == "clear"]
     if clear:  # without labels a choice is the same for any number of them
         distinct = {(row["criterion"], row["task"]): row for row in clear}
@@ -168,8 +205,10 @@ def finetuned(found: Results) -> list[str]:
     whole = sorted((row for row in found["rows"] if row["trained"] == "whole"), key=lambda row: row["blocks"])
     *pruned, intact = whole
     lines += _edges(whole, found["runs"])
-    if test["p"] > LEVEL:
-        lines.append(f"The depths cannot be told apart (F test, p = {test['p']:.2g}), so they are not ranked.")
+    if len(whole) == 2:  # one gain, with its interval, needs no test of all depths
+        lines.append(f"{pruned[0]['blocks']} blocks gain {_interval(pruned[0]['gain_on_all_blocks'])} on all.")
+    elif test["p"] > LEVEL:
+        lines.append(f"The depths are not shown to differ (F test, p = {test['p']:.2g}), so they are not ranked.")
     else:
         gains = _list([f"{row['blocks']} {_interval(row['gain_on_all_blocks'])}" for row in pruned])
         better = [str(row["blocks"]) for row in pruned if row["gain_on_all_blocks"][1] > 0]
@@ -195,18 +234,15 @@ def _compared(row: Results) -> str:
 
 
 def _chosen(choices: Sequence[Results]) -> list[str]:
-    """What choices of a depth lose after fine-tuning, and what they gain on all blocks."""
+    """What choices of a depth gain on all blocks after fine-tuning, and on half of them."""
     told = [row for row in choices if row["criterion"] not in ("simpler, half where unsettled", "all blocks")]
-    ranked = [row for row in told if row.get("regret")]
     lines = []
     if told:
         parts = [f"{row['criterion']} (keeps {row['kept']}) {_interval(row['gain_on_all_blocks'])}" for row in told]
         lines.append(f"Choices gain on all blocks: {_list(parts)}.")
-    if ranked:
-        parts = [f"{row['criterion']} {_interval(row['regret'])}" for row in ranked]
-        alike = all(_overlap(one["regret"], other["regret"]) for one in ranked for other in ranked)
-        line = f"Regret: {_list(parts)}."
-        lines.append(line + (" All intervals overlap, so the choices are not ranked." if alike else ""))
+    if on_half := [row for row in told if row.get("gain_on_half") and row["criterion"] != "half"]:
+        parts = [f"{row['criterion']} {_interval(row['gain_on_half'])}{_told_apart(row['gain_on_half'])}" for row in on_half]
+        lines.append(f"On half of the blocks: {_list(parts)}.")
     return lines
 
 
@@ -261,10 +297,12 @@ def recovered(found: Results) -> list[str]:
 PARTS: dict[str, Callable[[Results], list[str]]] = {
     "pretrained_vit-cpu": frozen,
     "pretrained_vit_finetune_70-cpu": finetuned,
+    "pretrained_vit_finetune_70_longer-cpu": finetuned,
     "pretrained_vit_finetune_700-cpu": finetuned,
     "pretrained_vit_finetune_recovery-cpu": finetuned,
     "pretrained_vit_recovery-cpu": recovered,
     "pretrained_vit_small-cpu": small,
+    "pretrained_vit_swapped-cpu": frozen,
 }
 
 

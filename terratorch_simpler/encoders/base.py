@@ -84,6 +84,10 @@ class EncoderSpec(ABC):
             positions: Positions in the present list; a repeated one becomes a deep copy.
         """
 
+    def dimensions_by_block(self, encoder: nn.Module) -> dict[str, int]:  # noqa: ARG002
+        """Parameters outside of the blocks that hold something for each block, by name, and in which dimension."""
+        return {}
+
     @abstractmethod
     def out_channels(self, encoder: nn.Module) -> list[int]:
         """Channels of the features after each block that the encoder holds."""

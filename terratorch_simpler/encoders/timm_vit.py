@@ -29,11 +29,21 @@ class _VisionTransformerSpec(EncoderSpec):
         return self.model(encoder).blocks
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Select blocks, and update ``feature_info``."""
+        """Select blocks and the rotary frequencies that some EVA models learn for each, and update ``feature_info``."""
         model = self.model(encoder)
+        if getattr(model, "rope_mixed", False):  # the same parameter, which an optimizer may hold
+            model.rope.freqs.data = model.rope.freqs.detach()[:, list(positions)].clone()
+            model.rope.depth = len(positions)
         blocks = select_modules(model.blocks, positions)
         model.blocks = nn.Sequential(*blocks) if isinstance(model.blocks, nn.Sequential) else nn.ModuleList(blocks)
         model.feature_info = [{**model.feature_info[0], "module": f"blocks.{i}"} for i in range(len(blocks))]
+
+    def dimensions_by_block(self, encoder: Any) -> dict[str, int]:
+        """The learned rotary frequencies of some EVA models."""
+        if not getattr(self.model(encoder), "rope_mixed", False):
+            return {}
+        frequencies = self.model(encoder).rope.freqs
+        return {name: 1 for name, parameter in encoder.named_parameters() if parameter is frequencies}
 
     def out_channels(self, encoder: Any) -> list[int]:
         """Width."""
@@ -166,11 +176,3 @@ class TimmModelSpec(_VisionTransformerSpec):
 
     def return_all_features(self, encoder: Any) -> None:
         """Nothing: it returns what it did before."""
-
-    def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Select blocks, and the rotary frequencies that some EVA models learn for every block."""
-        super().select_blocks(encoder, positions)
-        if getattr(encoder, "rope_mixed", False):
-            rope = encoder.rope
-            rope.freqs = nn.Parameter(rope.freqs.detach()[:, list(positions)], rope.freqs.requires_grad)
-            rope.depth = len(positions)

@@ -54,6 +54,7 @@ class TransformersViTSpec(StackSpec):
             config = getattr(part, "config", None)
             if getattr(config, "num_hidden_layers", None) == before:
                 _set_depth(config, before, len(positions))
+                _renumber_blocks(config, positions)
             if len(getattr(part, "stage_names", None) or ()) == before + 1:  # a backbone of a detector or segmenter
                 part.stage_names = part.stage_names[: len(positions) + 1]
                 part.num_features = part.num_features[: len(positions) + 1]
@@ -62,6 +63,13 @@ class TransformersViTSpec(StackSpec):
 def _stack(model: Any) -> nn.ModuleList | None:
     depth = getattr(model.config, "num_hidden_layers", None)
     return next((part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth), None)
+
+
+def _renumber_blocks(config: Any, positions: Sequence[int]) -> None:
+    """Blocks that the configuration names by number, as those with windows in VitDet."""
+    for name, blocks in list(vars(config).items()):
+        if name.endswith("_block_indices") and isinstance(blocks, list | tuple):
+            setattr(config, name, [new for new, old in enumerate(positions) if old in blocks])
 
 
 def _set_depth(config: Any, before: int, after: int) -> None:

@@ -217,6 +217,7 @@ class SimplerCallback(Callback):
         """Restore Lightning's own signal handlers, and check the optimizers."""
         self._release_signals()
         _check_optimizers(trainer, pl_module)
+        _forget_trained_widths(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the best checkpoint, if asked to."""
@@ -319,6 +320,16 @@ class SimplerCallback(Callback):
                 log.info(f"The plan is in {below(output, PLAN_FILE)}, what led to it in {page}.")
         if judge:
             tell_unsettled(plan, self.on_unsettled, reasons_shown=shown)
+
+
+def _forget_trained_widths(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Weights that were trained at several widths, and are now trained at one, no longer hold narrower encoders."""
+    from terratorch_simpler.lightning.slimmable import SlimmableTraining  # which imports this module
+
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, SlimmableTraining) for callback in callbacks):
+        for each in [find_backbone(pl_module), *(copy for callback in callbacks for copy in backbones_of(callback))]:
+            each.mark_trained_widths(())
 
 
 def refuse_copies(own: Callback, trainer: Trainer, backbone: SimplerBackbone) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,9 @@ from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan, package_versions
 from terratorch_simpler.planning import build_plan, describe_tiles, warn_not_compared
 from terratorch_simpler.selection_config import SelectionConfig
+
+WEIGHTS = ("backbone_ckpt_path", "backbone_pretrained")
+"""Arguments of an encoder that its weights show."""
 
 
 @random_state_kept()  # training sees the same random numbers as with a given plan
@@ -171,7 +175,8 @@ def _cache_key(
         **describe_selection(
             backbone, source, config.criterion, config.bounds, config.max_tiles, normalize, every_tile=every_tile
         ),
-        "pass": [config.tokens, config.min_tiles, config.max_tiles, config.seed, *_recovery_key(config)],
+        "pass": [config.tokens, config.min_tiles, config.max_tiles, config.seed, *_recovery_key(config, backbone)],
+        "encoder": _encoder_key(pl_module),
         "on_unsettled": config.on_unsettled,  # plans of before there was a verdict are made again
         "precision": trainer.precision,
         "task": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
@@ -239,11 +244,27 @@ def _stream(
     return measurement
 
 
-def _recovery_key(config: SelectionConfig) -> list[object]:
-    """What a plan depends on of the settings of the recovery; distilled weights also depend on the width."""
+def _encoder_key(pl_module: LightningModule) -> str:
+    """Settings of the encoder that its weights do not show, as the wavelengths of DOFA."""
+    arguments = getattr(pl_module, "hparams", {}).get("model_args") or {}
+    named = arguments.items() if isinstance(arguments, Mapping) else ()
+    return repr(sorted((name, repr(value)) for name, value in named if name.startswith("backbone_") and name not in WEIGHTS))
+
+
+def _recovery_key(config: SelectionConfig, backbone: SimplerBackbone) -> list[object]:
+    """What a plan depends on of the settings of the recovery; distilled weights also on the width and on adapters."""
     if config.recovery == "none":
         return [config.recovery]
-    of_weights = [config.recovery_steps, config.width] if config.recovery == "distill" else []
+    of_weights: list[object] = []
+    if config.recovery == "distill":
+        adapters = getattr(backbone, "peft_config", {})
+        plain = [
+            sorted(
+                (key, sorted(map(str, value)) if isinstance(value, set) else str(value)) for key, value in settings.items()
+            )
+            for settings in (adapters[name].to_dict() for name in sorted(adapters))
+        ]
+        of_weights = [config.recovery_steps, config.width, *plain]
     target = [] if config.recovery_target == "last" else [config.recovery_target]
     return [config.recovery, *of_weights, *target]
 

@@ -258,6 +258,10 @@ class SimplerBackbone(nn.Module):
         self.plan = plan
         return self.kept
 
+    def dimensions_by_block(self) -> dict[str, int]:
+        """Parameters of the encoder, outside of its blocks, that hold something for each, and in which dimension."""
+        return self._spec.dimensions_by_block(self.encoder)
+
     def prune_depth(self, blocks: Sequence[int]) -> None:
         """Drop all other blocks.
 
@@ -406,6 +410,7 @@ class SimplerBackbone(nn.Module):
     def _select_blocks(self, kept: tuple[int, ...]) -> None:
         # A block that was dropped before is restored as a copy of the first one: same sizes, its weights are loaded next.
         self._insert_recovery({})  # recovery maps stand for what is dropped now
+        self._plan = None  # the plan described another state
         positions = {block: position for position, block in enumerate(self._kept)}
         self._spec.select_blocks(self.encoder, [positions.get(block, 0) for block in kept])
         self._set_kept(kept)
@@ -479,6 +484,10 @@ def _match_checkpoint(
         refuse_plain_weights(module, state_dict, prefix)
         return
     state_dict[f"{prefix}{EXTRA_KEY}"] = state.as_tensor()
+    for name, axis in module.dimensions_by_block().items():
+        weight = state_dict.get(f"{prefix}encoder.{name}")
+        if weight is not None and weight.shape[axis] == state.full_num_blocks:  # earlier versions left it as it was
+            state_dict[f"{prefix}encoder.{name}"] = weight.narrow(axis, 0, len(state.kept))
     if state.full_num_blocks == module.full_num_blocks:  # otherwise match_checkpoint has the clearer message
         check_weights(module, state_dict, prefix, state)
     requested = module.width if state.trained_widths else state.width

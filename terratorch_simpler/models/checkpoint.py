@@ -169,8 +169,11 @@ def check_weights(backbone: SimplerBackbone, weights: Mapping[str, Tensor], pref
     inside = f"{prefix}encoder."
     if not any(isinstance(part, FullyShardedDataParallel) for part in backbone.modules()):  # has shards of its weights only
         slimmed = {} if state.width == backbone.width else backbone.at_width(state.width).shapes()
+        by_block = backbone.dimensions_by_block()
         for key, value in backbone.encoder.state_dict(keep_vars=True).items():
             other, shape = weights.get(inside + key), slimmed.get(id(value), value.shape)
+            if key in by_block:  # what blocks it holds is that of the checkpoint
+                shape = torch.Size(len(state.kept) if axis == by_block[key] else size for axis, size in enumerate(shape))
             if other is not None and other.shape != shape:
                 msg = (
                     f"Found '{inside}{key}' of shape {tuple(other.shape)} in the checkpoint, expected {tuple(shape)} of "

@@ -51,9 +51,12 @@ class LinearRecovery(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, N, D)."""
         if self.special is None:
-            return self.patch(tokens)  # type: ignore[no-any-return]
-        first, rest = tokens[..., : self.prefix, :], tokens[..., self.prefix :, :]
-        return torch.cat([self.special(first), self.patch(rest)], dim=-2)
+            mapped = self.patch(tokens)
+        else:
+            first, rest = tokens[..., : self.prefix, :], tokens[..., self.prefix :, :]
+            mapped = torch.cat([self.special(first), self.patch(rest)], dim=-2)
+        # Under autocast blocks add to tokens in single precision, and should after the map as well.
+        return mapped.to(tokens.dtype)  # type: ignore[no-any-return]
 
     # Hooks are methods of this module, so that a copy of a model runs the copy's map.
 

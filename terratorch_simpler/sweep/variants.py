@@ -53,7 +53,7 @@ def list_variants(plan: SlimmingPlan, fewest_blocks: int, widths: Sequence[float
         widths: Kept shares of width.
     """
     picked = {name: tuple(choice["kept_blocks"]) for name, choice in _criteria(plan).items()}
-    picked[plan.criterion["name"]] = tuple(plan.kept_blocks)
+    picked.setdefault(plan.criterion["name"], tuple(plan.kept_blocks))  # on_unsettled may keep others than it picks
     depths = [tuple(range(depth)) for depth in range(fewest_blocks, plan.full_num_blocks + 1)]
     others = sorted({kept for kept in picked.values() if len(kept) >= fewest_blocks} - set(depths))
     return [

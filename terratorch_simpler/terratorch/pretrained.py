@@ -123,6 +123,7 @@ def load_pruned(
             "those of the same encoder: give the settings it was trained with."
         )
         raise CheckpointError(msg) from err
+    backbone.mark_trained_widths(())  # what is trained from them is not trained at several widths
     backbone.pretrained = True
     if keep is not None:
         backbone.prune_depth(resolve_keep(keep, backbone.full_num_blocks))
@@ -130,6 +131,12 @@ def load_pruned(
         loaded = SlimmingPlan.load(plan)
         if (loaded.kept_blocks, loaded.width) != (backbone.kept, backbone.width):
             backbone.slim(loaded)
+        elif loaded.maps and set(loaded.maps) != {before for before, *_ in backbone.pruned_state.recovered}:
+            msg = (
+                f"The weights of backbone_ckpt_path are pruned as backbone_plan ({plan}) says, and lack its recovery maps, "
+                "expected one of them: leave out backbone_plan, or give the weights of the intact encoder."
+            )
+            raise CheckpointError(msg)
     if width != 1:
         backbone.set_width(width)
 
