@@ -262,4 +262,4 @@ def in_process(monkeypatch):
         task.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
         return outputs_of(task, images), untrained
 
-    monkeypatch.setattr(plain, "_answers_without_us", attempt)
+    monkeypatch.setattr(plain, "_outputs_without_us", attempt)

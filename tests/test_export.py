@@ -211,29 +211,29 @@ def heads(state):
 
 
 @pytest.mark.parametrize("format_", ["plain", "pt2"])
-def test_a_model_that_answers_a_constant_is_not_compared(trained, in_process, tmp_path, format_):
+def test_a_model_whose_output_is_constant_is_not_compared(trained, in_process, tmp_path, format_):
     _, config, checkpoint = trained([0], num_classes=2, **SMALL)
     edited(checkpoint, lambda content: [part.zero_() for part in heads(content["state_dict"]) if part.ndim > 1])
     loaded = load_trained(config, checkpoint)
     export = {"plain": lambda: export_plain(loaded, config, tmp_path / "out")}
     export["pt2"] = lambda: export_graph(loaded, "pt2", tmp_path / "out")
-    with pytest.raises(ComparisonError, match=r"to different images that differ by .* the comparison can tell nothing"):
+    with pytest.raises(ComparisonError, match=r"for different images that differ by .* the comparison can tell nothing"):
         export[format_]()
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_answers_nan_is_not_compared(trained, tmp_path):
+def test_a_model_whose_output_is_nan_is_not_compared(trained, tmp_path):
     _, config, checkpoint = trained([0], num_classes=2, **SMALL)
     edited(checkpoint, lambda content: heads(content["state_dict"])[0].fill_(float("nan")))
     with pytest.raises(ComparisonError, match="Found NaN or infinity in the outputs of the trained model"):
         export_plain(load_trained(config, checkpoint), config, tmp_path / "out")
 
 
-def test_a_model_that_answers_like_fresh_weights_is_not_compared(trained, monkeypatch, tmp_path):
+def test_a_model_whose_outputs_are_those_of_fresh_weights_is_not_compared(trained, monkeypatch, tmp_path):
     _, config, checkpoint = trained([0], num_classes=2, **SMALL)
     loaded = load_trained(config, checkpoint)
     alike = loaded.comparison().expected
-    monkeypatch.setattr(plain, "_answers_without_us", lambda *args: (alike, alike))
+    monkeypatch.setattr(plain, "_outputs_without_us", lambda *args: (alike, alike))
     with pytest.raises(ComparisonError, match="Found outputs of freshly initialised weights that differ by 0 of"):
         export_plain(loaded, config, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
@@ -460,9 +460,9 @@ def test_adapters_that_cannot_be_folded_in_are_said(trained, monkeypatch):
         load_trained(config, checkpoint)
 
 
-def test_what_answers_otherwise_is_not_written(trained, monkeypatch, tmp_path):
+def test_what_has_other_outputs_is_not_written(trained, monkeypatch, tmp_path):
     _, config, checkpoint = trained(**STACKS["unet"])
-    monkeypatch.setattr(plain, "_answers_without_us", lambda *args: ([torch.zeros(2, 3, 224, 224)], []))
+    monkeypatch.setattr(plain, "_outputs_without_us", lambda *args: ([torch.zeros(2, 3, 224, 224)], []))
     with pytest.raises(ExportError, match=r"differ by 1 of the largest value, expected at most 1e-05"):
         export_plain(load_trained(config, checkpoint), config, tmp_path / "plain")
     assert list((tmp_path / "plain").iterdir()) == []

@@ -428,7 +428,9 @@ def test_sentences_of_fine_tuning_follow_the_intervals():
     assert "- On half of the blocks: probe 0.100 (-0.050 to 0.200), not told apart.\n" in said
     assert "chose the lowest or highest learning rate at depth 3:" in said
     said = sentences("pretrained_vit_finetune_70-cpu", found | {"tests": [{"F_over_depths": 1.0, "p": 0.4}]})
-    assert "- The depths are not shown to differ (F test, p = 0.4), so they are not ranked.\n" in said
+    assert (
+        "- The depths are not shown to differ (F test, p = 0.4), so they are not ranked. Gains on all 12 blocks: 3 " in said
+    )
     assert "Above" not in said
     said = sentences("pretrained_vit_finetune_recovery-cpu", found | {"rows": [rows[0], rows[2]]})
     assert "- 3 blocks gain 0.100 (0.050 to 0.200) on all.\n" in said

@@ -208,7 +208,11 @@ def finetuned(found: Results) -> list[str]:
     if len(whole) == 2:  # one gain, with its interval, needs no test of all depths
         lines.append(f"{pruned[0]['blocks']} blocks gain {_interval(pruned[0]['gain_on_all_blocks'])} on all.")
     elif test["p"] > LEVEL:
-        lines.append(f"The depths are not shown to differ (F test, p = {test['p']:.2g}), so they are not ranked.")
+        gains = _list([f"{row['blocks']} {_interval(row['gain_on_all_blocks'])}" for row in pruned])
+        lines.append(
+            f"The depths are not shown to differ (F test, p = {test['p']:.2g}), so they are not ranked. Gains on all "
+            f"{intact['blocks']} blocks: {gains}."
+        )
     else:
         gains = _list([f"{row['blocks']} {_interval(row['gain_on_all_blocks'])}" for row in pruned])
         better = [str(row["blocks"]) for row in pruned if row["gain_on_all_blocks"][1] > 0]
