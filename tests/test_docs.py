@@ -241,6 +241,19 @@ def test_readme_is_short_and_holds_what_a_newcomer_asks():
         assert asked in readme
 
 
+def intervals(page):
+    """Figures with intervals, without signs: a page may say loss for a negative gain."""
+    text = re.sub(r"[\s*]+", " ", (ROOT / page).read_text())
+    number = r"[-+]?(\d\.\d{3})"
+    return {tuple(sorted(found)) for found in re.findall(rf"{number} \({number} to {number}\)", text)}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/few_labels.md", "docs/criteria.md"])
+def test_figures_with_intervals_are_those_of_the_evidence(page):
+    assert intervals(page)
+    assert intervals(page) <= intervals("docs/evidence.md")
+
+
 def test_notebooks_are_pages_with_what_they_show(hooks, tmp_path):
     nbformat = pytest.importorskip("nbformat", reason="the extra docs is not installed")
     pytest.importorskip("nbconvert", reason="the extra docs is not installed")

@@ -31,11 +31,11 @@ def frozen(found: Results) -> list[str]:
     if not apart:
         return lines
     mean = {row["criterion"]: row for row in found["regrets"]}
-    less = {row["criterion"]: row for row in found["differences"]}
+    differences = {row["criterion"]: row for row in found["differences"]}
     choices = [row for row in found["rows"] if any(_case(row) == _case(test) for test in apart)]
     lines += [_best(found, apart), _intact(mean, choices)]
-    lines += [_simpler(mean, choices), _probe(mean, choices), _rules(mean, less), _half(mean, less)]
-    lines += [_gaps(mean, less, choices), _width(choices)]
+    lines += [_simpler(mean, choices), _probe(mean, choices), _rules(mean, differences), _half(mean, differences)]
+    lines += [_gaps(mean, differences, choices), _width(choices)]
     return lines
 
 
@@ -139,14 +139,14 @@ def _probe(mean: Mapping[str, Results], choices: Sequence[Results]) -> str:
     )
 
 
-def _rules(mean: Mapping[str, Results], less: Mapping[str, Results]) -> str:
+def _rules(mean: Mapping[str, Results], differences: Mapping[str, Results]) -> str:
     """The rules of ``probe``, by what they differ in the same seeds and places."""
-    best, difference = mean["probe, rule best"]["mean_regret"], less["probe"]["minus_probe,_rule_best"]
+    best, difference = mean["probe, rule best"]["mean_regret"], differences["probe"]["minus_probe,_rule_best"]
     line = f"With `rule: best` its mean regret is {_interval(best)}; that of the default minus this one is "
     return f"{line}{_interval(difference)}{_told_apart(difference)}."
 
 
-def _half(mean: Mapping[str, Results], less: Mapping[str, Results]) -> str:
+def _half(mean: Mapping[str, Results], differences: Mapping[str, Results]) -> str:
     """Choices against half of the blocks, which nothing chose."""
     parts = []
     for name, words in (
@@ -155,7 +155,7 @@ def _half(mean: Mapping[str, Results], less: Mapping[str, Results]) -> str:
         ("simpler", "SIMPLER"),
         ("a third", "a third of the blocks"),
     ):
-        difference = less[name]["minus_half"]
+        difference = differences[name]["minus_half"]
         parts.append(f"{words} {_interval(difference)}{_told_apart(difference)}")
     regret = _interval(mean["half"]["mean_regret"])
     return f"Half of the blocks, which nothing chose, has a mean regret of {regret}. Regret minus that one: {_list(parts)}."
@@ -165,10 +165,10 @@ def _told_apart(difference: Sequence[float]) -> str:
     return ", not told apart" if difference[1] <= 0 <= difference[2] else ""
 
 
-def _gaps(mean: Mapping[str, Results], less: Mapping[str, Results], choices: Sequence[Results]) -> str:
+def _gaps(mean: Mapping[str, Results], differences: Mapping[str, Results], choices: Sequence[Results]) -> str:
     names = [name for name in ("angular", "block_influence", "cka_intervals") if name in mean]
-    parts = [f"`{name}` {_interval(less[name]['minus_half'])}" for name in names]
-    above = [name for name in names if less[name]["minus_half"][1] > 0]
+    parts = [f"`{name}` {_interval(differences[name]['minus_half'])}" for name in names]
+    above = [name for name in names if differences[name]["minus_half"][1] > 0]
     line = f"With a budget of half of the blocks, regrets minus that of the first half are {_list(parts)}."
     line += f" {len(above)} of the {len(names)} intervals are above 0."
     clear = [row for row in choices if row["criterion"] in names and row["verdict"] == "clear"]
@@ -205,16 +205,15 @@ def finetuned(found: Results) -> list[str]:
     whole = sorted((row for row in found["rows"] if row["trained"] == "whole"), key=lambda row: row["blocks"])
     *pruned, intact = whole
     lines += _edges(whole, found["runs"])
+    gains = _list([f"{row['blocks']} {_interval(row['gain_on_all_blocks'])}" for row in pruned])
     if len(whole) == 2:  # one gain, with its interval, needs no test of all depths
         lines.append(f"{pruned[0]['blocks']} blocks gain {_interval(pruned[0]['gain_on_all_blocks'])} on all.")
     elif test["p"] > LEVEL:
-        gains = _list([f"{row['blocks']} {_interval(row['gain_on_all_blocks'])}" for row in pruned])
         lines.append(
             f"The depths are not shown to differ (F test, p = {test['p']:.2g}), so they are not ranked. Gains on all "
             f"{intact['blocks']} blocks: {gains}."
         )
     else:
-        gains = _list([f"{row['blocks']} {_interval(row['gain_on_all_blocks'])}" for row in pruned])
         better = [str(row["blocks"]) for row in pruned if row["gain_on_all_blocks"][1] > 0]
         worse = [str(row["blocks"]) for row in pruned if row["gain_on_all_blocks"][2] < 0]
         line = f"The depths differ (F test, p = {test['p']:.2g}). Gains on all {intact['blocks']} blocks: {gains}."

@@ -348,7 +348,7 @@ class _Rows:
     def joined(self, shared: dict[tuple[int, ...], Tensor], what: str) -> LabelledRows:
         """All rows; ``shared`` holds the features of sets with the same rows, by what they are joined from."""
         labels = torch.cat(self._labels)
-        if not len(labels) or (labels.ndim == 1 and len(set(labels.unique().tolist())) < 2):
+        if labels.unique().numel() < (2 if labels.ndim == 1 else 1):  # labels of an image may be the same for all
             raise _one_class(set(labels.unique().tolist()), what)
         key = tuple(map(id, self._features))
         if key not in shared:
