@@ -355,3 +355,24 @@ def test_a_fit_at_one_width_holds_no_narrower_ones(trainer, task, datamodule, tm
     trainer(SimplerCallback(), averaged, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=datamodule())
     assert module.model.encoder.trained_widths == ()
     assert all(copy.trained_widths == () for copy in backbones_of(averaged))
+
+
+def test_a_run_that_resumes_at_one_width_is_tested_and_holds_no_narrower_ones(scenes, tmp_path):
+    """As users do it: terratorch fit with an optimizer section, resumed without SlimmableTraining, and test after it."""
+    settings = config(scenes, tmp_path, max_depth=4)
+    settings["trainer"].update(limit_train_batches=2, limit_val_batches=1)
+    at_one_width = json.loads(json.dumps(settings))
+    slimmable = {"class_path": "terratorch_simpler.SlimmableTraining", "init_args": {"widths": [0.5, 1.0]}}
+    settings["trainer"]["callbacks"].insert(1, slimmable)
+    assert settings["optimizer"]
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    for run, arguments, widths in (
+        (settings, ["--trainer.max_epochs", "1"], (0.5, 1.0)),
+        (at_one_width, ["--ckpt_path", str(last)], ()),
+    ):
+        fit = Command(tmp_path, run, *arguments)
+        assert fit.wait() == [0], fit.output()[-3000:]
+        assert state_in(torch.load(last, weights_only=True)["state_dict"], "test").trained_widths == widths
+    test = Command(tmp_path, at_one_width, "--ckpt_path", str(last), command="test")
+    assert test.wait() == [0], test.output()[-3000:]
+    assert "test/mIoU" in test.output()
