@@ -413,7 +413,8 @@ def test_modalities_come_without_masks_and_augmentation(modalities, transform):
     tiles = DatamoduleTiles(datamodule)
     seen = {}
     for batch in tiles:
-        assert batch.keys() == {"image", "valid", "index", "position"}
+        assert batch.keys() == {"image", "valid", "index", "position", "path"}
+        assert batch["path"] == [tiles.name_of(number) for number in batch["index"]]
         assert batch["valid"].shape == (len(batch["index"]), 48, 48)
         for index, optical, radar in zip(batch["index"], batch["image"]["S2L2A"], batch["image"]["S1RTC"], strict=True):
             seen[index] = (optical, radar)
@@ -471,7 +472,7 @@ def test_scalar_labels_of_modalities_are_left_out(modalities, tmp_path):
     labels = {f"{split}_label_data_root": str(tmp_path / f"{split}.csv") for split in ("train", "val")}
     datamodule = make(task="classification", label_grep=None, **labels)
     batch = next(iter(DatamoduleTiles(datamodule)))
-    assert batch.keys() == {"image", "valid", "index", "position"}
+    assert batch.keys() == {"image", "valid", "index", "position", "path"}
 
 
 def test_dataset_of_another_name_is_found_through_the_loader():
