@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def asked(settings: argparse.Namespace) -> dict[str, Any]:
+    """Settings without paths."""
+    return {key: value for key, value in vars(settings).items() if not isinstance(value, Path)}
+
+
 def save(
     name: str,
     settings: argparse.Namespace,
@@ -71,19 +77,55 @@ def save(
             del words[words.index(option) : words.index(option) + 2]
     # Where data lie on the machine concerns nobody else.
     words = [f"DATA/{Path(word).name}" if Path(word).is_absolute() else word for word in words]
-    asked = {key: value for key, value in vars(settings).items() if not isinstance(value, Path)}
     found = {
         "benchmark": name,
         "command": shlex.join(["python", "-m", f"benchmarks.{module or name}", *words]),
         "commit": commit(),
         "machine": machine(settings.device),
-        "settings": asked,
+        "settings": asked(settings),
         "rows": [dict(row) for row in rows],
         **more,
     }
     with atomic_write(path) as part:
         part.write_text(json.dumps(found, indent=1, default=str) + "\n")
     return path
+
+
+class Unfinished:
+    """What a long benchmark has found so far: the same command at the same commit on the same machine goes on from it.
+
+    Args:
+        name: Of the benchmark.
+        settings: As for `save`.
+        more: What else results depend on.
+    """
+
+    def __init__(self, name: str, settings: argparse.Namespace, **more: Any) -> None:
+        self._path = settings.output / "unfinished" / f"{name}-{settings.device.type}.json"
+        made = {"settings": asked(settings), "commit": commit(), "machine": machine(settings.device), **more}
+        self._made = json.loads(json.dumps(made, default=str))
+        self._found: dict[str, Any] = {}
+        # What was changed since a commit is not known, so then nothing is taken over.
+        if re.fullmatch("[0-9a-f]+", made["commit"]) and self._path.exists():
+            kept = json.loads(self._path.read_text())
+            self._found = kept["found"] if kept["made"] == self._made else {}
+
+    def __call__(self, key: str, make: Callable[[], Any]) -> Any:
+        """What was found before, or what is made now and kept.
+
+        Args:
+            key: Of one part.
+            make: Gives something that JSON can hold.
+        """
+        if key not in self._found:
+            self._found[key] = make()
+            with atomic_write(self._path) as part:
+                part.write_text(json.dumps({"made": self._made, "found": self._found}))
+        return self._found[key]
+
+    def finish(self) -> None:
+        """Forget it: the results are saved."""
+        self._path.unlink(missing_ok=True)
 
 
 def place(command: str, made: Iterable[Mapping[str, Any]]) -> str:

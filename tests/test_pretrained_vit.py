@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import stats
 from terratorch.registry import BACKBONE_REGISTRY
 
+from benchmarks import record
 from benchmarks.pretrained_vit import finetune, frozen, recovery, statistics
 from benchmarks.pretrained_vit.__main__ import main
 from benchmarks.pretrained_vit.data import Task, read_task
@@ -268,6 +269,63 @@ def test_fine_tuning_saves_every_run(data, weights, tmp_path):
     )
     assert found["rows"][0]["gain_on_same_blocks"] is None
     assert sentences("pretrained_vit_finetune_70-cpu", found)
+
+
+def test_stopped_fine_tuning_goes_on_and_ends_as_if_it_had_not(data, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "commit", lambda: "0123abcdef")
+    run, begin, done, begun = finetune.run, finetune.start, [], []
+
+    def digested(variant, *args):
+        encoder = begin(variant, *args)
+        begun.append((str(variant), digest(encoder.state_dict())))
+        return encoder
+
+    monkeypatch.setattr(finetune, "start", digested)
+
+    def stopped_at(limit):
+        def counted(variant, *args):
+            if len(done) == limit:
+                raise KeyboardInterrupt
+            done.append(str(variant))
+            return run(variant, *args)
+
+        monkeypatch.setattr(finetune, "run", counted)
+
+    def start(folder, seeds=2):
+        small = f"{data} --weights {weights} --model {MODEL} --size 32 --labels 7 --epochs 1 --depths 1 12 --random 1"
+        finetune.main([*small.split(), "--seeds", str(seeds), "--rates", "1e-5", "--device", "cpu", "-o", str(folder)])
+        found = json.loads((folder / "pretrained_vit_finetune_7-cpu.json").read_text())
+        for line in [*found["rows"], *found["runs"]]:
+            assert {"training_s", "s"} & line.keys()
+            for time in ("training_s", "s"):
+                line.pop(time, None)
+        return found
+
+    stopped_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "stopped")
+    stopped_at(None)
+    found = start(tmp_path / "stopped")
+    assert done == ["whole", "whole", "random"]
+    assert not any((tmp_path / "stopped" / "unfinished").iterdir())
+    assert found == start(tmp_path / "whole")
+    assert len(done) == 6  # what is finished is done again
+    assert begun[:3] == begun[3:]  # random weights too
+
+    stopped_at(7)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "other")
+    stopped_at(None)
+    start(tmp_path / "other", seeds=3)  # other settings
+    assert len(done) == 7 + 3
+
+
+@pytest.mark.parametrize(("made_at", "runs"), [("0123abcdef", 1), ("0123abcdef+", 2), ("unknown", 2)])
+def test_results_of_changed_code_are_not_gone_on_from(tmp_path, monkeypatch, made_at, runs):
+    monkeypatch.setattr(record, "commit", lambda: made_at)
+    asked = Namespace(output=tmp_path, device=torch.device("cpu"))
+    made = [record.Unfinished("any", asked)("part", lambda number=number: number) for number in range(2)]
+    assert made == list(range(runs)) + made[:1] * (2 - runs)
 
 
 @pytest.mark.parametrize("kind", ["linear", "distill"])

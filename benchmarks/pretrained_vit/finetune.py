@@ -6,7 +6,7 @@ The first n blocks and a linear head on the mean of the LayerNormed patch tokens
 RSSCN7: AdamW, cosine schedule, flips, float32. The encoder's learning rate is chosen on the validation split from some,
 for every variant on its own, with seed 0; the other seeds use it. What is tested is the last epoch. Beside the first n
 blocks as they are: with LoRA, from random weights, at half the width, and after recovery without labels on all training
-scenes, by a linear map or by distillation, to the output of a block.
+scenes, by a linear map or by distillation, to the output of a block. The same command goes on from where it was stopped.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Result(NamedTuple):
     """
 
     rate: float
-    predicted: dict[str, NDArray[np.int64]]
+    predicted: dict[str, list[int]]
     seconds: float
     trained: int
 
@@ -161,17 +161,17 @@ def finetune(encoder: nn.Module, args: argparse.Namespace, task: Task, seed: int
     return Result(rate, predicted, seconds, sum(part.numel() for group in groups for part in group["params"])), model
 
 
-def predict(model: nn.Module, images: Tensor) -> NDArray[np.int64]:
+def predict(model: nn.Module, images: Tensor) -> list[int]:
     """Classes of images."""
     model.eval()
     with torch.inference_mode():
-        classes: NDArray[np.int64] = torch.cat([model(batch).argmax(1) for batch in images.split(32)]).numpy()
+        classes: list[int] = torch.cat([model(batch).argmax(1) for batch in images.split(32)]).tolist()
     return classes
 
 
 def accuracy(task: Task, result: Result, split: str) -> float:
     """Share of the images of a split whose class is predicted."""
-    return float((result.predicted[split] == task.labels[split][:, 0]).mean())
+    return float((np.array(result.predicted[split]) == task.labels[split][:, 0]).mean())
 
 
 def count(task: Task, found: dict[Variant, list[Result]], split: str) -> NDArray[np.int64]:
@@ -181,7 +181,10 @@ def count(task: Task, found: dict[Variant, list[Result]], split: str) -> NDArray
     by_seed = zip(*found.values(), strict=True)
     return np.array(
         [
-            [statistics.confusion(truth, one.predicted[split], images, len(truth), task.classes) for one in results]
+            [
+                statistics.confusion(truth, np.array(one.predicted[split]), images, len(truth), task.classes)
+                for one in results
+            ]
             for results in by_seed
         ]
     )
@@ -271,10 +274,11 @@ def judge(task: Task, found: dict[Variant, list[Result]], chosen: dict[str, tupl
 
 def run(
     variant: Variant, args: argparse.Namespace, state: dict[str, Tensor], task: Task
-) -> tuple[list[Result], list[dict[str, Any]]]:
-    """Results of a variant by seed, and a line for every run, those of the tuning among them."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Results of a variant by seed as mappings, and a line for every run, those of the tuning among them."""
     results: list[Result] = []
     runs = []
+    torch.manual_seed(0)  # random weights are the same, whatever was trained before
     encoder = start(variant, state, args, task)
     for seed in range(args.seeds):
         tried = []
@@ -288,7 +292,7 @@ def run(
         best, model = max(tried, key=lambda each: accuracy(task, each[0], "val"))
         best.predicted["test"] = predict(model, task.images["test"])
         results.append(best)
-    return results, runs
+    return [one._asdict() for one in results], runs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -328,10 +332,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("linear", "distill"):
         variants += [Variant(name, depth, target) for depth in getattr(args, name) for target in args.targets]
     chosen = choose(args, state, task)
+    name = f"pretrained_vit_finetune_{args.name or args.labels}"
+    unfinished = record.Unfinished(name, args, weights=digest(state))
     found: dict[Variant, list[Result]] = {}
     runs: list[dict[str, Any]] = []
     for variant in variants:
-        found[variant], lines = run(variant, args, state, task)
+        results, lines = unfinished(f"{variant}, {variant.blocks}", lambda one=variant: run(one, args, state, task))
+        found[variant] = [Result(**one) for one in results]
         runs += lines
         if len(found) < len(args.depths):
             continue
@@ -339,8 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         test = tests(task, found)
         choices = judge(task, found, chosen)
         more = {"tests": [test], "choices": choices, "runs": runs, "weights": digest(state)}
-        name = f"pretrained_vit_finetune_{args.name or args.labels}"
         record.save(name, args, table, arguments, module="pretrained_vit.finetune", **more)
+    unfinished.finish()
     record.show("Fine-tuning", table)
     record.show("Choices", choices)
 
