@@ -278,7 +278,6 @@ def run(
     """Results of a variant by seed as mappings, and a line for every run, those of the tuning among them."""
     results: list[Result] = []
     runs = []
-    torch.manual_seed(0)  # random weights are the same, whatever was trained before
     encoder = start(variant, state, args, task)
     for seed in range(args.seeds):
         tried = []
