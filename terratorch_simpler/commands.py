@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from terratorch_simpler import export
 from terratorch_simpler.errors import ConfigurationError, ExportError, SettingsError
 from terratorch_simpler.extraction import progress_bar
-from terratorch_simpler.files import below, written_to
+from terratorch_simpler.files import atomic_folder, below, written_to
 from terratorch_simpler.lightning.callback import SimplerCallback
 from terratorch_simpler.lightning.internals import TunerExitException
 from terratorch_simpler.logger import log
@@ -151,15 +151,16 @@ def run_export(arguments: Namespace, settings: Sequence[str]) -> None:
         plan = export.find_plan(trained, config, arguments.ckpt_path)
         description = export.describe(trained, datamodule, plan, arguments.image_size if graphs else None)
         progress(1)
-        for format_ in graphs:
-            written.append(export.export_graph(trained, format_, folder, arguments.image_size, description))
-            progress(1 + len(written))
-        if plain:  # last, since it takes the model apart
-            _, weights, gap = export.export_plain(trained, config, folder)
-            written.append((weights, gap))
-            progress(1 + len(written))
+        with atomic_folder(folder) as part:  # all formats, or none
+            for format_ in graphs:
+                written.append(export.export_graph(trained, format_, part, arguments.image_size, description))
+                progress(1 + len(written))
+            if plain:  # last, since it takes the model apart
+                _, weights, gap = export.export_plain(trained, config, part)
+                written.append((weights, gap))
+                progress(1 + len(written))
     for path, gap in written:
-        print(f"{path} (outputs differ by at most {gap:.1g} of the largest value)")
+        print(f"{folder / path.name} (outputs differ by at most {gap:.1g} of the largest value)")
     if plain:
         print(folder / export.CONFIG_FILE)
     if export.may_write_card(folder):

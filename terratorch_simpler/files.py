@@ -62,15 +62,37 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         A file of the same name in a temporary folder beside it, so that the final rename is atomic.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for folder in path.parent.glob(f"{PREFIX}*"):
+    with _folder_beside(path.parent) as folder:
+        part = folder / path.name
+        yield part
+        part.replace(path)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The same for several files: they come into a folder together, when all are whole, or not at all.
+
+    Args:
+        path: The folder, which is made if it is missing; other files in it stay.
+
+    Yields:
+        A temporary folder inside, whose files are moved.
+    """
+    with _folder_beside(Path(path)) as folder:
+        yield folder
+        for part in sorted(folder.iterdir()):
+            part.replace(Path(path) / part.name)
+
+
+@contextmanager
+def _folder_beside(parent: Path) -> Iterator[Path]:
+    parent.mkdir(parents=True, exist_ok=True)
+    for folder in parent.glob(f"{PREFIX}*"):
         if _left_behind(folder):
             shutil.rmtree(folder, ignore_errors=True)
     own = f"{PREFIX}{_machine()}-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=own) as name:
-        part = Path(name) / path.name
-        yield part
-        part.replace(path)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=own) as name:
+        yield Path(name)
 
 
 def folder_of(path: str | os.PathLike[str]) -> str | Path:

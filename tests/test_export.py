@@ -476,6 +476,17 @@ def test_what_terratorch_cannot_build_is_not_written(trained, tmp_path):
     assert list((tmp_path / "plain").iterdir()) == []
 
 
+def test_formats_are_written_together_or_not_at_all(trained, monkeypatch, tmp_path):
+    _, config, checkpoint = trained(**STACKS["unet"])
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.pt2").write_text("of an earlier export")
+    monkeypatch.setattr(plain, "_outputs_without_us", lambda *args: ([torch.zeros(2, 3, 224, 224)], []))
+    arguments = ["-c", str(tmp_path / "fit.yaml"), "--ckpt_path", str(checkpoint), "-o", str(tmp_path / "out")]
+    assert cli.main(["export", *arguments, "--formats", "pt2", "plain"]) == 1
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["of an earlier export"]
+
+
 TERRAMIND = {"backbone": "simpler_terramind_v1_tiny", "backbone_modalities": ["S2L2A", "S1RTC"], "necks": NECKS, **UNET}
 
 

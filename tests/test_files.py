@@ -9,7 +9,7 @@ import time
 import pytest
 
 from terratorch_simpler import files
-from terratorch_simpler.files import atomic_write
+from terratorch_simpler.files import atomic_folder, atomic_write
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
@@ -33,6 +33,26 @@ def test_an_error_leaves_the_file_before(tmp_path, error):
         write()
     assert (tmp_path / "a.txt").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_come_into_a_folder_together(tmp_path):
+    (tmp_path / "a.txt").write_text("before")
+    (tmp_path / "other.txt").write_text("stays")
+
+    def write(error=None):
+        with atomic_folder(tmp_path) as folder:
+            (folder / "a.txt").write_text("one")
+            if error:
+                raise error
+            with atomic_write(folder / "b.txt") as part:
+                part.write_text("two")
+
+    with pytest.raises(KeyboardInterrupt):
+        write(KeyboardInterrupt())
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "before", "other.txt": "stays"}
+    write()
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"a.txt": "one", "b.txt": "two", "other.txt": "stays"}
 
 
 def killed_while_writing(folder):

@@ -25,6 +25,7 @@ from terratorch_simpler.extraction.grouped_similarity import GroupedSimilarity
 from terratorch_simpler.report import full_table, plan_figure, plan_markdown, report_page
 from tests.cli_runner import Command, config, together
 from tests.in_memory_tiles import Tiles, land
+from tests.synthetic_features import idle
 
 ANY_DEPTH = Bounds()
 BLOCKS, TILES, ROWS, WIDTH, GROUPS = 12, 64, 4, 48, 8
@@ -250,7 +251,7 @@ def evidence_of(processes, keeper=None, end_after=None):
     from tests.test_distributed import small_backbone
 
     backbone, count = small_backbone(), 400
-    tiles = Tiles(land(count, size=32), batch_size=5 + processes.rank)
+    tiles = Tiles(drifting(count), batch_size=5 + processes.rank)
     inner = tiles.batch
     tiles.batch = lambda positions: {**inner(positions), "path": [f"{position // 7}.tif" for position in positions]}
     sent = 0
@@ -264,7 +265,7 @@ def evidence_of(processes, keeper=None, end_after=None):
 
     config = ExtractionConfig(Simpler(), min_tiles=10_000, max_tiles=10_000)
     found = measure(forward, backbone, tiles, config, processes=processes, partial_result=keeper)
-    return found.evidence, found.votes
+    return found.evidence, (found.votes, found.implausible)
 
 
 def check_same(found, expected):
@@ -274,19 +275,20 @@ def check_same(found, expected):
 
 
 def test_resumed_and_distributed_passes_have_the_same_evidence(tmp_path):
-    expected, votes = evidence_of(Processes())
+    expected, same = evidence_of(Processes())
+    assert of_band(drifting(400)) in same[1]
     assert sum(expected.tiles_of_file) == 400
     assert len(expected.tiles_of_file) == 58
     keeper = PartialResult(tmp_path / "pass.pt")
     with pytest.raises(KeyboardInterrupt):
         evidence_of(Processes(), keeper, 250)
     assert keeper.path.exists()
-    resumed, same_votes = evidence_of(Processes(), PartialResult(tmp_path / "pass.pt"))
+    resumed, others = evidence_of(Processes(), PartialResult(tmp_path / "pass.pt"))
     check_same(resumed, expected)
-    assert same_votes == votes
-    for of_rank, its_votes in together(evidence_of, tmp_path / "two", 2):
+    assert others == same
+    for of_rank, others in together(evidence_of, tmp_path / "two", 2):
         check_same(of_rank, expected)
-        assert its_votes == votes
+        assert others == same
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -319,6 +321,68 @@ def test_an_implausible_band_is_named(build, spoil, named):
     tiles.band_names = ["BLUE", "GREEN", "RED", "NIR", "SWIR", "SWIR2"]
     with pytest.warns(ImplausibleInputWarning, match=r"values of band SWIR \("):
         measure(lambda batch: backbone(batch["image"]), backbone, tiles, config)
+
+
+def drifting(count, size=32):
+    """Images whose band 2 grows from tile to tile: its mean depends on which are counted."""
+    images = land(count, size=size)
+    images[:, 2] += torch.linspace(5, 50, count)[:, None, None]
+    return images
+
+
+def said_of(tiles, backbone, **kwargs):
+    options = {name: kwargs.pop(name) for name in ("min_tiles", "max_tiles") if name in kwargs}
+    config = ExtractionConfig(Simpler(), **{"min_tiles": 10_000, "max_tiles": 10_000, **options})
+    return measure(
+        kwargs.pop("forward", lambda batch: backbone(batch["image"])), backbone, tiles, config, **kwargs
+    ).implausible
+
+
+def of_band(images, valid=None):
+    pixels = images[:, 2].double() if valid is None else images[:, 2].double()[valid]
+    return f"band 2 (0-based) (mean {pixels.mean():.3g}, std {pixels.std(correction=0):.3g})"
+
+
+def running_out_of_memory(backbone, limit):
+    """Memory runs out in the middle of the encoder with more tiles than that."""
+
+    def check(_module, inputs):
+        if len(inputs[0]) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backbone.blocks[2].register_forward_pre_hook(check)
+    return backbone
+
+
+@pytest.mark.filterwarnings("ignore::terratorch_simpler.errors.ImplausibleInputWarning")
+def test_input_is_that_of_the_tiles_that_count(build, tmp_path):
+    def make():
+        return build(embed_dim=48, num_heads=3, depth=6)
+
+    images = drifting(300)
+    expected = of_band(images[:200])
+    for size in (1, 7, 64, 300):
+        assert expected in said_of(Tiles(images, batch_size=size), make(), max_tiles=200)
+    assert expected in said_of(Tiles(images, batch_size=33), running_out_of_memory(make(), 5), max_tiles=200)
+
+    settled = idle(make, range(3, 6))
+    for size in (7, 300):  # it stops after two groups, whatever was read by then
+        assert of_band(images[:128]) in said_of(Tiles(images, batch_size=size), settled, min_tiles=100)
+
+    sent = 0
+
+    def forward(batch):
+        nonlocal sent
+        sent += len(batch["index"])
+        if sent > 150:
+            raise KeyboardInterrupt
+        return backbone(batch["image"])
+
+    backbone, keeper = make(), PartialResult(tmp_path / "pass.pt")
+    with pytest.raises(KeyboardInterrupt):
+        said_of(Tiles(images), backbone, partial_result=keeper, forward=forward)
+    assert keeper.path.exists()
+    assert of_band(images) in said_of(Tiles(images), backbone, partial_result=PartialResult(keeper.path))
 
 
 # --- the plan and its report
@@ -360,8 +424,6 @@ def test_the_verdict_comes_first():
 @pytest.fixture
 def flat(build):
     """A model and images between whose blocks nothing changes."""
-    from tests.synthetic_features import idle
-
     return idle(lambda: build(embed_dim=48, num_heads=3, depth=8), range(8)), land(64, size=32).split(32)
 
 

@@ -25,6 +25,7 @@ from terratorch_simpler.extraction.auto_batch import AutoBatch, float64_device, 
 from terratorch_simpler.extraction.grouped_similarity import GroupedSimilarity
 from terratorch_simpler.extraction.groups import END, TILES_PER_GROUP, Group, GroupPlanner, TileRef
 from terratorch_simpler.extraction.hooks import FeatureExtractor
+from terratorch_simpler.extraction.input_statistics import InputStatistics
 from terratorch_simpler.extraction.partial_result import PartialResult
 from terratorch_simpler.extraction.recovery_statistics import RecoveryStatistics, without_special
 from terratorch_simpler.extraction.token_sampling import Tokens, TokenSample
@@ -91,6 +92,7 @@ class DistributedCollector:
         forward: Sends one batch through the model.
         source: The tiles, all of them.
         config: What to compute.
+        input_statistics: Those of the extractor.
         processes: Ranks that share the tiles.
         partial_result: Where rank 0 saves the pass, and resumes it from.
         progress: Called with the number of tiles so far.
@@ -114,6 +116,7 @@ class DistributedCollector:
         forward: Callable[[Batch], object],
         source: TileSource,
         config: ExtractionConfig,
+        input_statistics: InputStatistics,
         processes: Processes,
         partial_result: PartialResult | None,
         progress: Callable[[int], None],
@@ -129,6 +132,7 @@ class DistributedCollector:
         self._extractor = extractor
         self._auto_batch = AutoBatch(extractor, forward)
         self._config = config
+        self._input_statistics = input_statistics
         self._processes = processes
         self._partial_result = partial_result if processes.first else None
         self._device = float64_device(next(backbone.parameters()).device)
@@ -212,6 +216,9 @@ class DistributedCollector:
                 if self.similarity.tiles(self.accepted) >= config.min_tiles:
                     shares = self.similarity.bootstrap(self.accepted, config.criterion, config.bounds, config.seed)
                     self.converged = shares is not None and max(shares.values()) >= CONVERGED_SHARE
+            end = self._position_after[self.accepted]
+            for tiles in self._processes.all_gather(lambda: self._input_statistics.take(end)):
+                self._input_statistics.count(tiles)
             self._update_partial_result()
         if self.recovery is not None:
             self.recovery.accept(self.accepted)
@@ -240,22 +247,21 @@ class DistributedCollector:
         count = self.accepted
         state = {"position": self._position_after[count], "groups": count, "tiles": self.similarity.tiles(count),
                  "skips": self.skips.state(), "input_shape": self.input_shape,
-                 "files": dict(self.tiles_of_file)}  # fmt: skip
+                 "input_sums": dict(self._input_statistics.sums), "files": dict(self.tiles_of_file)}  # fmt: skip
         with _warn_on_oserror():
             self._partial_result.update({**state, **self.similarity.state(count)})
 
     def _load(self) -> dict[str, Any] | None:
         if self._partial_result is None:
             return None
-        like = {
-            "position": 0, "groups": 0, "tiles": 0, "skips": self.skips.state(), "input_shape": None, "files": {}
-        }  # fmt: skip
+        like = {"position": 0, "groups": 0, "tiles": 0, "skips": self.skips.state(), "input_shape": None,
+                "input_sums": {}, "files": {}}  # fmt: skip
         state = self._partial_result.load({**like, **self.similarity.state(0)})
         if state is None:
             return None
         consistent = state["position"] >= state["tiles"] > 0 and GroupedSimilarity.is_consistent(state)
         consistent = consistent and _adds_up(state["files"], state["tiles"])
-        if not (consistent and _is_input_shape(state["input_shape"])):
+        if not (consistent and _is_input_shape(state["input_shape"]) and _are_input_sums(state["input_sums"])):
             self._partial_result.warn_corrupt("sums that do not add up")
             return None
         return state
@@ -269,6 +275,7 @@ class DistributedCollector:
         self.skips.resume(state["skips"])
         self.tiles_of_file = Counter(state["files"])
         self.input_shape = state["input_shape"]
+        self._input_statistics.sums = dict(state["input_sums"])
         if self._processes.first:  # the sums are over all ranks
             self.similarity.load_state(state)
 
@@ -357,6 +364,18 @@ def _is_input_shape(value: object) -> bool:
     if isinstance(value, dict):
         return bool(value) and all(isinstance(part, tuple) and _is_input_shape(part) for part in value.values())
     return isinstance(value, tuple) and len(value) in (3, 4) and all(type(n) is int and 0 < n <= 2**16 for n in value)
+
+
+def _are_input_sums(value: dict[object, object]) -> bool:
+    """Whether it can be the sums over pixels by modality."""
+    return all(
+        isinstance(name, str)
+        and isinstance(sums, Tensor)
+        and sums.ndim == 2
+        and len(sums) == 3
+        and sums.dtype == torch.double
+        for name, sums in value.items()
+    )
 
 
 @contextmanager

@@ -126,7 +126,7 @@ class FeatureExtractor(Generic[Sampled]):
         self._inputs = inputs = args[0] if args else next(iter(kwargs.values()))
         check_input(self.backbone, inputs)
         if self._input_statistics is not None:
-            self._input_statistics.add(inputs, self._batch["valid"])
+            self._input_statistics.add(inputs, self._batch["valid"], self._batch["position"])
         if isinstance(inputs, Mapping):
             images = {name: part for name, part in inputs.items() if isinstance(part, Tensor) and part.ndim >= 4}
             self.input_shape = {name: tuple(part.shape[1:]) for name, part in images.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,24 +20,33 @@ PIXELS_ACROSS = 64
 MOST_NAMED = 12
 
 
+Sums: TypeAlias = dict[str, Tensor]
+"""By modality, "" if there are none; (3, C): number of pixels of every band, their sum, and that of their squares."""
+
+
 class InputStatistics:
-    """Sums over the valid pixels of every band, on the device of the images: nothing waits for it before the end.
+    """Sums over the valid pixels of every band of the tiles that count, whichever batches they came in.
+
+    Sums of a tile stay on the device of the images until it is known whether it counts: nothing waits for them before.
 
     Attributes:
         names: Names of the bands, of one image or of each modality, where they are known.
+        sums: Sums over the tiles that count, float64, on the CPU.
     """
 
     def __init__(self, names: Sequence[str] | Mapping[str, Sequence[str]] = ()) -> None:
         self.names = names
-        self._sums: dict[str, Tensor] = {}  # by modality, "" if there are none; (3, C): pixels, their sum, that of squares
+        self.sums: Sums = {}
+        self._of_tiles: dict[int, Sums] = {}  # by position in the stream
 
-    def add(self, images: Tensor | Mapping[str, object], valid: Tensor) -> None:
-        """Add the images of a batch.
+    def add(self, images: Tensor | Mapping[str, object], valid: Tensor, positions: Sequence[int]) -> None:
+        """Add the images of a batch; a tile that comes again, since memory ran out, is not added twice.
 
         Args:
             images: What reaches the encoder, (B, C, ...), or that of each modality by name; frames may be images of their
                 own, so that there is a multiple of B.
             valid: Valid pixels of the B tiles, (B, H, W) or (B, T, H, W), on the CPU.
+            positions: Of the B tiles in the stream.
         """
         for name, image in (images if isinstance(images, Mapping) else {"": images}).items():
             if not isinstance(image, Tensor) or image.ndim < 4 or not image.is_floating_point():
@@ -43,13 +54,31 @@ class InputStatistics:
             pixels, mask = _sampled(image, valid)
             pixels = pixels.double() if pixels.device.type != "mps" else pixels.float()
             mask = mask.to(pixels.device, non_blocking=pixels.is_cuda).to(pixels.dtype)
-            axes = tuple(axis for axis in range(pixels.ndim) if axis != 1)
             seen = torch.where(mask > 0, pixels, 0)  # NaN in nodata times 0 would be NaN
-            sums = torch.stack([mask.expand_as(pixels).sum(axes), seen.sum(axes), seen.square().sum(axes)])
-            self._sums[name] = self._sums.get(name, 0) + sums
+            sums = torch.stack([one.flatten(2).sum(2) for one in (mask.expand_as(pixels), seen, seen.square())], dim=1)
+            for position, of_tile in zip(positions, sums, strict=True):
+                self._of_tiles.setdefault(position, {})[name] = of_tile
+
+    def take(self, end: float) -> list[tuple[int, Sums]]:
+        """Positions and sums, on the CPU, of the tiles before a position of the stream; they are no longer held here."""
+        positions = sorted(position for position in self._of_tiles if position < end)
+        taken: list[tuple[int, Sums]] = [(position, {}) for position in positions]
+        for name in dict.fromkeys(name for position in positions for name in self._of_tiles[position]):
+            sums = [self._of_tiles[position][name] for position in positions]
+            for (_, of_tile), one in zip(taken, torch.stack(sums).cpu().double(), strict=True):
+                of_tile[name] = one
+        for position in positions:
+            del self._of_tiles[position]
+        return taken
+
+    def count(self, tiles: Iterable[tuple[int, Sums]]) -> None:
+        """Add tiles that count, of all ranks, in the order of the stream."""
+        for _, of_tile in sorted(tiles, key=itemgetter(0)):
+            for name, one in of_tile.items():
+                self.sums[name] = self.sums[name] + one if name in self.sums else one
 
     def warn_implausible(self, processes: Processes) -> str | None:
-        """Warn, on rank 0, of bands whose mean or standard deviation no normalized image has; all ranks take part.
+        """Warn, on rank 0, of bands whose mean or standard deviation no normalized image has.
 
         Returns:
             The same in a sentence, on all ranks; None if there are no such bands.
@@ -57,10 +86,8 @@ class InputStatistics:
         Warns:
             ImplausibleInputWarning: If there are any.
         """
-        of_ranks = processes.all_gather(lambda: {name: sums.cpu().double() for name, sums in self._sums.items()})
         wrong = []
-        for name in dict.fromkeys(name for sums in of_ranks for name in sums):
-            pixels, total, squares = torch.stack([sums[name] for sums in of_ranks if name in sums]).sum(dim=0)
+        for name, (pixels, total, squares) in self.sums.items():
             mean = total / pixels
             std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
             bad = (mean.abs() > LARGEST_MEAN) | (std < SMALLEST_STD) | (std > LARGEST_STD)

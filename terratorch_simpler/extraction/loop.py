@@ -122,7 +122,7 @@ def measure(
         FeatureExtractor(backbone, stop_after, sampler, input_statistics=input_statistics) as extractor,
     ):
         collector = DistributedCollector(
-            extractor, forward, source, config, processes, partial_result, progress or (lambda _: None)
+            extractor, forward, source, config, input_statistics, processes, partial_result, progress or (lambda _: None)
         )
         with _saved_on_error(collector), open_stream(collector.shard) as stream:
             batches = waiting.timed(stream)

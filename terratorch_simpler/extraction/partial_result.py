@@ -16,8 +16,9 @@ from terratorch_simpler.errors import SimplerWarning
 from terratorch_simpler.files import atomic_write, load_tensors
 
 FORMAT = "terratorch-simpler/unfinished"
-VERSION = 2
-"""2 holds the similarity by three conventions and the tiles of every file; a file of version 1 is ignored."""
+VERSION = 3
+"""Since 2 with the similarity by three conventions and the tiles of every file, since 3 with sums over the pixels; a file of
+another version is ignored."""
 SECONDS_BETWEEN = 60.0
 """How often a running pass is saved."""
 
