@@ -51,7 +51,7 @@ def table(name: str, results: Path) -> str:
     if name == STUDY:
         path = results / STUDY / "tables.md"
         if not path.exists():
-            raise SystemExit(f"Found no {path}, expected the study's results: run make study.")
+            raise SystemExit(f"There is no {path}, expected the study's results: run make study.")
         return path.read_text() + "\n"
     stem, _, part = name.partition("/")
     found = _read(stem, results)
@@ -68,7 +68,7 @@ def table(name: str, results: Path) -> str:
 def _read(stem: str, results: Path) -> dict[str, Any]:
     path = results / f"{stem}.json"
     if not path.exists():
-        raise SystemExit(f"Found no {path}, expected the results of a benchmark: run make bench.")
+        raise SystemExit(f"There is no {path}, expected the results of a benchmark: run make bench.")
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 

@@ -138,6 +138,6 @@ def readme_section(heading: str) -> str:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
     if found is None:
-        msg = f"Found no section '{heading}' in README.md, expected one: change the page that asks for it."
+        msg = f"There is no section '{heading}' in README.md, expected one: change the page that asks for it."
         raise ValueError(msg)
     return LINK.sub(r"../\g<0>", found[1].strip())

@@ -68,7 +68,7 @@ class PlanCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            msg = f"Found plan_cache {self.folder} ({err}), expected a folder to write to: change plan_cache."
+            msg = f"Could not write to plan_cache {self.folder} ({err}), expected a folder to write to: change plan_cache."
             raise ConfigurationError(msg) from err
         with _locked(path.with_suffix(".lock")):
             yield path, _load(path, backbone)

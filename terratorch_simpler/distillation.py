@@ -314,9 +314,7 @@ class _Tiles:
             if not missing:
                 break
         if not found:
-            msg = (
-                f"Found too few tiles to hold some out, expected at least {HELD_OUT}: give more tiles, or recovery: linear."
-            )
+            msg = f"There are too few tiles to hold some out, expected at least {HELD_OUT}: give more, or recovery: linear."
             raise RecoveryError(msg)
         return found
 
@@ -340,9 +338,7 @@ class _Tiles:
                         yield step
                         step, missing = [], STEP_TILES
             if not found:
-                msg = (
-                    "Found no tiles to train on, expected some beside those held out: give more tiles, or recovery: linear."
-                )
+                msg = "There are no tiles to train on, expected some beside those held out: give more, or recovery: linear."
                 raise RecoveryError(msg)
 
     def _split(self, held_out: bool) -> Iterator[Batch]:

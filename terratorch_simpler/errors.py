@@ -64,11 +64,11 @@ class UnsettledError(SimplerError, RuntimeError):
 
 
 class RecoveryError(SimplerError, ValueError):
-    """Dropped blocks cannot be replaced by a linear map: too few tokens, or an encoder where none fits."""
+    """A recovery is not possible: too few tokens or tiles, values that are not finite, or an encoder where none fits."""
 
 
 class OutOfMemoryError(SimplerError, RuntimeError):
-    """Not even one tile fits into the memory of the device."""
+    """Not even one tile, or for a distillation not both encoders, fit into the memory of the device."""
 
 
 class ProcessError(SimplerError, RuntimeError):
@@ -76,7 +76,7 @@ class ProcessError(SimplerError, RuntimeError):
 
 
 class TilesError(SimplerError, ValueError):
-    """There are too few usable tiles, or they do not fit the encoder."""
+    """Tiles cannot be used: too few, not fitting the encoder, or wrong arguments of GeoTiffTiles."""
 
 
 class TooFewTilesError(TilesError):
@@ -109,7 +109,7 @@ class UntrainedEncoderWarning(SimplerWarning):
 
 
 class UnsettledWarning(SimplerWarning):
-    """The criterion does not know: its choice is taken, or replaced as ``on_unsettled`` says."""
+    """The data do not support any one depth: the choice is taken, or replaced as ``on_unsettled`` says."""
 
 
 class ImplausibleInputWarning(SimplerWarning):

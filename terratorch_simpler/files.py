@@ -161,7 +161,7 @@ def check_folder(option: str, path: str | os.PathLike[str], *, local: bool = Fal
         raise
     except Exception as err:  # OSError, or whatever a remote file system raises: no such protocol, no credentials
         reason = " ".join(str(err).split()) or type(err).__name__
-        msg = f"Found {option} {path} ({reason}), expected a folder to write to: change {option}."
+        msg = f"Could not write to {option} {path} ({reason}), expected a folder to write to: change {option}."
         raise ConfigurationError(msg) from err
 
 

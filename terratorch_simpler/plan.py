@@ -177,7 +177,7 @@ class Overview(TypedDict):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the criterion knows: ``str(verdict)`` reads like "clear: 7 of 12 blocks".
+    """How reliable a choice is: ``str(verdict)`` reads like "clear: 7 of 12 blocks".
 
     Attributes:
         level: How sure it is.
@@ -231,7 +231,8 @@ class SlimmingPlan:
         scores: Score of every depth that the criterion can judge; of several label sets, for the one that asks for most
             blocks.
         similarity: Similarity S of the intact encoder's blocks, L x L.
-        votes: Share of bootstrap resamples that choose each depth; None with too few groups of tiles.
+        votes: Share of bootstrap resamples that choose each depth; None with too few groups of tiles, for criteria with
+            labels and for ``fixed``.
         tiles_seen: Tiles the similarity was measured on.
         rows_seen: Rows of tokens drawn from them.
         parameters: Parameters of the encoder, ``before`` and ``after``.
@@ -249,7 +250,8 @@ class SlimmingPlan:
             many ``groups``; standard ``errors`` of the scores by depth; the ``baseline``, a constant prediction;
             ``best_depth``; and the score of the ``intact`` encoder. ``label_sets``, in its place where labels came by name:
             the same of each, with its ``scores``, the ``depth`` that it asks for and the ``level`` of its verdict.
-        verdict: Whether the criterion knows, and why; None if the depth was given by hand, and in plans of earlier versions.
+        verdict: How reliable the choice is, and why; None if the depth was given by hand or only one was allowed, and in
+            plans of earlier versions.
         maps: The linear maps by the state before the range they stand for (0 is the input of the first block, l the output
             of block l), where recovery is linear; in a file of their own beside plan.json.
         weights: The trained weights of the pruned encoder, by name, where recovery is distill; in that file as well.
@@ -360,7 +362,7 @@ class SlimmingPlan:
                 raise ValueError(f"larger than {LARGEST_FILE:,} bytes")
             raw = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
         except (OSError, ValueError, RecursionError) as err:
-            msg = f"Found no readable plan at {path} ({err}), expected the plan.json of an earlier run: check the path."
+            msg = f"There is no readable plan at {path} ({err}), expected the plan.json of an earlier run: check the path."
             raise PlanError(msg) from err
         plan = cls.from_dict(raw, source=str(path))
         if plan.recovery == "none":

@@ -314,7 +314,7 @@ def cut_off(pattern: str):
         again = lab.start(place)
         if again.wait() == [0]:
             raise Lost("a damaged checkpoint was taken")
-        if "Found no readable checkpoint at" not in again.output():
+        if "There is no readable checkpoint at" not in again.output():
             raise Lost(f"not clear: {again.output()[-2000:]}")
         (place / "checkpoints" / "last.ckpt").unlink()
         lab.check_again(place, fresh=None)

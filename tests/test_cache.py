@@ -249,7 +249,7 @@ def test_a_plan_of_another_encoder_in_its_place_is_not_applied(choose, tmp_path)
 
 def test_a_folder_that_cannot_be_made_is_said_before_streaming(choose, streams, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match=r"Found plan_cache .*expected a folder to write to"):
+    with pytest.raises(ConfigurationError, match=r"Could not write to plan_cache .*expected a folder to write to"):
         choose(plan_cache=str(tmp_path / "file" / "cache"))
     assert not streams
 

@@ -325,7 +325,7 @@ def test_an_encoder_behind_a_layer_that_changes_the_bands(trainer, datamodule):
 def test_loaders_without_a_datamodule_need_tiles(trainer, task, datamodule, scenes):
     data = datamodule()
     data.setup("fit")
-    with pytest.raises(ConfigurationError, match="Found neither a datamodule nor tiles, expected one of them"):
+    with pytest.raises(ConfigurationError, match="There is neither a datamodule nor tiles, expected one of them"):
         trainer(SimplerCallback()).fit(task(), train_dataloaders=data.train_dataloader())
     tiles = GeoTiffTiles(str(scenes / "images"), tile_size=64, means=[1000.0] * 6, stds=[500.0] * 6)
     module = task()
@@ -622,6 +622,10 @@ def test_export_that_cannot_work_is_refused_before_streaming(trainer, datamodule
         trainer(SimplerCallback(export=True), enable_checkpointing=True).fit(terramind, datamodule=datamodule())
     with pytest.raises(ConfigurationError, match="Found export: true without checkpoints"):
         trainer(SimplerCallback(export=True)).fit(task(), datamodule=datamodule())
+    with pytest.raises(ConfigurationError, match="Found export: true with recovery: linear, expected another"):
+        trainer(SimplerCallback(export=True, recovery="linear"), enable_checkpointing=True).fit(
+            task(), datamodule=datamodule()
+        )
 
 
 def test_export_without_the_command_line_writes_the_task(trainer, datamodule, task, tmp_path):

@@ -347,7 +347,7 @@ def test_light_commands_import_nothing_heavy(tmp_path, args):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(Exception, match="Found no readable plan"):
+    with pytest.raises(Exception, match="There is no readable plan"):
         main(["show", str(tmp_path / "none.json"), "--debug"])
 
 

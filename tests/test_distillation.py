@@ -192,7 +192,7 @@ def test_steps_are_of_32_tiles_in_the_order_of_the_source():
 
 
 def test_too_few_tiles_say_so(build):
-    with pytest.raises(RecoveryError, match="Found too few tiles to hold some out, expected at least 8"):
+    with pytest.raises(RecoveryError, match="There are too few tiles to hold some out, expected at least 8"):
         train(small(build), Tiles(land(6)), range(3), target=6)
 
 
@@ -364,7 +364,7 @@ def test_weights_that_are_not_those_of_the_plan_are_refused(build, tmp_path, how
     else:
         broken = {name: weight.clone().fill_(torch.nan) for name, weight in found.weights.items()}
         dataclasses.replace(plan, weights=broken).save(tmp_path / "plan.json")
-    with pytest.raises(PlanError, match=r"Found no readable weights at .*plan\.recovery\.pt .* recovery distill"):
+    with pytest.raises(PlanError, match=r"There are no readable weights at .*plan\.recovery\.pt .* recovery distill"):
         SlimmingPlan.load(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="Found a plan with recovery distill and no weights"):
         small(build).slim(dataclasses.replace(plan, weights=None))

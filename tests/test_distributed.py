@@ -135,7 +135,7 @@ def fail_in(rank: int, number: int, how: str):
     if (rank, number) != (1, 3):
         return number
     if how == "ours":
-        raise TilesError("Found too few tiles.")
+        raise TilesError("There are too few tiles.")
     if how == "foreign":
         raise KeyError("bands")
     if how == "killed":
@@ -152,8 +152,8 @@ def fail_in(rank: int, number: int, how: str):
 def test_an_error_of_ours_ends_all_with_its_own_type(tmp_path):
     found = together(failing, tmp_path, 3, "ours")
     assert {type(one) for one in found} == {TilesError}
-    assert str(found[1]) == "Found too few tiles."
-    assert str(found[0]) == str(found[2]) == "In process 1 of 3: Found too few tiles."
+    assert str(found[1]) == "There are too few tiles."
+    assert str(found[0]) == str(found[2]) == "In process 1 of 3: There are too few tiles."
 
 
 def test_a_foreign_error_is_told_and_raised_where_it_is(tmp_path):
@@ -322,7 +322,7 @@ def test_one_failing_process_ends_the_job_with_a_message_in_the_first(tiles_for_
 def test_training_images_that_are_missing_on_one_machine_are_said(tiles_for_many, tmp_path):
     command, status = fit(tmp_path, tiles_for_many, 2, before=fewer_images_in_the_second_process)
     assert status == [1, 1]
-    assert "Found other training images in process 1" in command.output()
+    assert "Found other training images on rank 1" in command.output()
 
 
 def fewer_images_in_the_second_process(rank):

@@ -189,7 +189,7 @@ def test_links_lead_to_the_same_file_in_the_site(hooks, page, link, expected):
 def test_sections_of_the_readme_that_do_not_exist_are_refused(hooks):
     assert "SimplerCallback" in hooks.readme_section("Quick start")
     assert "](../docs/encoders.md" in hooks.readme_section("Encoders")
-    with pytest.raises(ValueError, match="Found no section 'Three lines'"):
+    with pytest.raises(ValueError, match="There is no section 'Three lines'"):
         hooks.readme_section("Three lines")
 
 

@@ -309,7 +309,7 @@ def linears(*widths):
         (linears(4, 4, 5), [4] * 3, "Found block 2 of other weights than block 0 at backbone_block_path 'blocks'"),
         (linears(4), [4], "Found 1 block at backbone_block_path 'blocks', expected at least two equal blocks"),
         (linears(4, 4, 4), [4, 4], r"Found 2 features \(out_channels\) of Strange with 3 blocks"),
-        (linears(4, 4, 4), None, "Found no out_channels in Strange"),
+        (linears(4, 4, 4), None, "There is no out_channels in Strange"),
     ],
 )
 def test_blocks_that_cannot_be_cut_are_refused(blocks, channels, message):

@@ -545,7 +545,7 @@ def test_without_the_extra_no_onnx_is_written(trained, tmp_path, monkeypatch, pa
     monkeypatch.setitem(sys.modules, "onnxscript", types.ModuleType("onnxscript"))
     monkeypatch.setitem(sys.modules, package, None)  # as if not installed
     _, config, checkpoint = trained(**STACKS["unet"])
-    with pytest.raises(ExportError, match=rf"Found no package {package}, .*: install terratorch-simpler\[onnx\]"):
+    with pytest.raises(ExportError, match=rf"There is no package {package}, .*: install terratorch-simpler\[onnx\]"):
         export_graph(load_trained(config, checkpoint), "onnx", tmp_path)
     assert not (tmp_path / "model.onnx").exists()
 
@@ -580,14 +580,14 @@ def test_detection_cannot_be_a_graph(trained, tmp_path):
 
 def test_wrong_checkpoints_are_said(trained, tmp_path):
     _, config, checkpoint = trained(**STACKS["unet"])
-    with pytest.raises(CheckpointError, match="Found no readable checkpoint at"):
+    with pytest.raises(CheckpointError, match="There is no readable checkpoint at"):
         load_trained(config, tmp_path / "none.ckpt")
     content = checkpoint.read_bytes()
     (tmp_path / "half.ckpt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match="Found no readable checkpoint at"):
+    with pytest.raises(CheckpointError, match="There is no readable checkpoint at"):
         load_trained(config, tmp_path / "half.ckpt")
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match="Found no state_dict with hyper_parameters"):
+    with pytest.raises(CheckpointError, match="There is no state_dict with hyper_parameters"):
         load_trained(config, tmp_path / "other.ckpt")
     saved = torch.load(checkpoint, weights_only=True)
     saved["hyper_parameters"]["model_args"]["backbone"] = "prithvi_eo_v2_tiny_tl"
@@ -598,7 +598,7 @@ def test_wrong_checkpoints_are_said(trained, tmp_path):
     torch.save(saved, tmp_path / "classes.ckpt")
     with pytest.raises(CheckpointError, match="do not fit the model"):
         load_trained(config, tmp_path / "classes.ckpt")
-    with pytest.raises(ConfigurationError, match=r"Found no model\.class_path"):
+    with pytest.raises(ConfigurationError, match=r"There is no model\.class_path"):
         load_trained({}, checkpoint)
     with pytest.raises(ConfigurationError, match=r"Found model\.class_path 'terratorch\.tasks\.Nothing'"):
         load_trained({"model": {"class_path": "terratorch.tasks.Nothing"}}, checkpoint)
@@ -636,6 +636,6 @@ def test_graphs_of_every_family(family, tmp_path, monkeypatch, capfd):
         if format_ in family.graphs:
             assert export_graph(loaded, format_, tmp_path)[1] < 1e-5
         else:
-            with pytest.raises(ExportError, match=r"cannot trace to|Found no input shape for"):
+            with pytest.raises(ExportError, match=r"cannot trace to|There is no input shape for"):
                 export_graph(loaded, format_, tmp_path)
     assert backbone.terratorch_kwargs() is not None or not family.exports

@@ -21,7 +21,7 @@ MISTAKES = {
     f"{CALLBACK}.min_tiles": ("many", "SimplerCallback got 'many' for min_tiles, expected a whole number"),
     f"{CALLBACK}.on_unsettled": ("stop", "got 'stop' for on_unsettled, expected one of 'apply', 'half', 'intact', 'error'"),
     f"{CALLBACK}.criterion": ("cka", "Found criterion 'cka', expected one of angular, block_influence"),
-    f"{CALLBACK}.plan": ("gone.json", "Found no readable plan at gone.json"),
+    f"{CALLBACK}.plan": ("gone.json", "There is no readable plan at gone.json"),
     "trainer.callbacks.0.class_path": (
         "terratorch_simpler.SimplerCalback",
         "terratorch_simpler has no class 'SimplerCalback' (did you mean 'SimplerCallback'?)",
@@ -107,7 +107,7 @@ def test_a_mistake_in_a_config_is_one_sentence_and_status_2(settings, capsys, ke
         ("plan", ["--data.init_args.batch_size", "four"], "got 'four' for batch_size, expected a whole number"),
         ("sweep", ["--widths", "2"], "--widths takes shares above 0 and up to 1"),
         ("export", ["--ckpt_path", "gone.ckpt", "-o", "out"], "The checkpoint gone.ckpt does not exist"),
-        ("export", ["--ckpt_path", "config.yaml", "-o", "out"], "Found no readable checkpoint at config.yaml"),
+        ("export", ["--ckpt_path", "config.yaml", "-o", "out"], "There is no readable checkpoint at config.yaml"),
         ("export", ["--ckpt_path", "config.yaml", "-o", "config.yaml/out"], "expected a folder to write to"),
     ],
 )
@@ -145,7 +145,7 @@ def test_weights_that_cannot_be_fetched(settings, capsys, monkeypatch, tmp_path,
 def test_weights_that_do_not_exist(settings, capsys):
     settings["model"]["init_args"]["model_args"] |= {"backbone_pretrained": True, "backbone_ckpt_path": "gone.pt"}
     assert main(["plan", "-c", written(settings)]) == 2
-    assert "Found no file gone.pt, expected one with weights: change backbone_ckpt_path" in said(capsys)
+    assert "There is no file gone.pt, expected one with weights: change backbone_ckpt_path" in said(capsys)
 
 
 def test_a_checkpoint_of_another_task_is_not_exported(settings, capsys):

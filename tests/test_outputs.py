@@ -57,14 +57,18 @@ def nothing_is_streamed(monkeypatch):
 def test_a_folder_that_cannot_be_written_to_is_refused_before_streaming(trainer, task, datamodule, tmp_path, option):
     (tmp_path / "file").write_text("in the way")
     callback = SimplerCallback(**{option: str(tmp_path / "file" / "out")})
-    with pytest.raises(ConfigurationError, match=rf"Found {option} .*out \(.+\), expected a folder to write to: change"):
+    with pytest.raises(
+        ConfigurationError, match=rf"Could not write to {option} .*out \(.+\), expected a folder to write to: change"
+    ):
         trainer(callback).fit(task(), datamodule=datamodule())
 
 
 @pytest.mark.usefixtures("nothing_is_streamed")
 def test_a_file_system_that_is_unknown_is_refused_before_streaming(trainer, task, datamodule, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"Found output_dir nowhere://x \(Protocol not known: nowhere.*expected a"):
+    with pytest.raises(
+        ConfigurationError, match=r"Could not write to output_dir nowhere://x \(Protocol not known: nowhere.*expected a"
+    ):
         trainer(SimplerCallback(output_dir="nowhere://x")).fit(task(), datamodule=datamodule())
     assert not (tmp_path / "nowhere:").exists()
 

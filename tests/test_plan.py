@@ -207,7 +207,7 @@ def test_text_of_a_plan_file(tmp_path):
 
 
 def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(PlanError, match="Found no readable plan at"):
+    with pytest.raises(PlanError, match="There is no readable plan at"):
         SlimmingPlan.load(tmp_path / "none.json")
 
 

@@ -95,7 +95,7 @@ def test_masks_of_a_resized_image_are_resized_to_the_nearest_pixel():
 
 
 @pytest.mark.parametrize(("target", "message"), [
-    (None, "Found no mask and no label in the data"),
+    (None, "There is no mask and no label in the data"),
     (torch.zeros(2, 4, 4), r"no whole numbers \(regression\)"),
     (torch.zeros(2, 1), r"no whole numbers \(regression\)"),
     (torch.zeros(2, 7), r"Found labels of shape \(7,\) for an image \(multi-label"),
@@ -207,7 +207,7 @@ def test_one_class_is_refused_with_and_without_the_model(build):
     for look in (lambda: collect(build(), source), lambda: check_labels(source, None, "images")):
         with pytest.raises(LabelsError, match="Found only class 2 in the labels of the images, expected two classes"):
             look()
-    with pytest.raises(LabelsError, match="Found no class at all in the labels of the images"):
+    with pytest.raises(LabelsError, match="There is no class at all in the labels of the images"):
         check_labels(source, 2, "images")
 
 
@@ -268,7 +268,7 @@ def test_regression_is_refused(trainer, task, scenes):
 
 
 def test_without_a_datamodule_there_are_no_labels(trainer, task):
-    with pytest.raises(LabelsError, match="Found no datamodule, expected one with labels"):
+    with pytest.raises(LabelsError, match="There is no datamodule, expected one with labels"):
         check_split(trainer(), task(), "train", 0)
 
 

@@ -520,8 +520,8 @@ def test_what_on_unsettled_keeps_is_not_held_against_a_recovery(monkeypatch, on_
 
 
 @pytest.mark.parametrize(("train", "validation", "message"), [
-    (torch.full((12, 3), -1), None, "Found no class at all in the labels of the"),
-    (torch.arange(36).reshape(12, 3) % 2, torch.full((4, 3), -1), "Found no class at all in the labels of the"),
+    (torch.full((12, 3), -1), None, "There is no class at all in the labels of the"),
+    (torch.arange(36).reshape(12, 3) % 2, torch.full((4, 3), -1), "There is no class at all in the labels of the"),
     (torch.arange(12) % 3, torch.rand(4), "Training labels are for classification, and validation labels for regression"),
 ])  # fmt: skip
 def test_labels_without_any_value_are_refused(train, validation, message):
@@ -744,7 +744,7 @@ def test_what_the_command_does_where_nothing_is_settled(config, tmp_path, monkey
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda image, _: image, "Found no mask and no label in the data, expected one of them"),
+        (lambda image, _: image, "There is no mask and no label in the data, expected one of them"),
         (lambda image, label: (image, torch.zeros_like(label)), "Found only class 0 in the labels of the batches"),
         (lambda image, label: {"image": image, "mask": label, "filename": ["a.tif"] * len(image)},
          "Labelled rows come from 1 group, expected at least 2 for cross-validation"),

@@ -376,7 +376,9 @@ def test_maps_that_are_not_those_of_the_plan_are_refused(build, tmp_path, how):
         wrong = {"NaN": patch * float("nan"), "width": patch[:-1], "not a tensor": 3, "code": print}[how]
         content["maps"][3]["patch"] = wrong
         torch.save(content, path)
-    with pytest.raises(PlanError, match=r"Found no readable maps at .*plan\.recovery\.pt \(.*\), expected those of a plan"):
+    with pytest.raises(
+        PlanError, match=r"There are no readable maps at .*plan\.recovery\.pt \(.*\), expected those of a plan"
+    ):
         SlimmingPlan.load(tmp_path / "plan.json")
 
 
@@ -421,8 +423,8 @@ def test_checkpoints_bring_their_maps(build, into):
         ({"repaired": [[3, 48, 1], [8, 47, 1]]}, "has 'repaired' "),
         ({"repaired": [[3, 2**40, 1], [8, 2**40, 1]]}, "has 'repaired' "),
         ({"repaired": [[3, 48, 1.5], [8, 48, 1]]}, "has '"),
-        ({"repaired": [[3, 16384, 1], [8, 16384, 1]]}, "Found no map of 16384 x 16384"),
-        ({"recovery.3.patch.weight": None}, r"Found no map of 48 x 48 for 'recovery\.3'"),
+        ({"repaired": [[3, 16384, 1], [8, 16384, 1]]}, "There is no map of 16384 x 16384"),
+        ({"recovery.3.patch.weight": None}, r"There is no map of 48 x 48 for 'recovery\.3'"),
         ({"kept_blocks": [0, 1, 2, 6, 8]}, "has 'repaired' "),
     ],
 )

@@ -229,7 +229,7 @@ def test_a_queue_that_does_not_answer_is_said(monkeypatch, tmp_path, caplog):
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     requeue_job()
-    assert "Found no way to call scontrol" in caplog.text
+    assert "Could not call scontrol" in caplog.text
     (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "scontrol").chmod(0o755)
     requeue_job()

@@ -121,7 +121,7 @@ def test_the_same_rows_of_every_block_are_embedded_and_not_too_many(monkeypatch)
 
 
 @pytest.mark.parametrize(("found", "error", "message"), [
-    (statistics(torch.zeros(3, 0, 2), None), LabelsError, "Found no labels for criterion 'sls'"),
+    (statistics(torch.zeros(3, 0, 2), None), LabelsError, "There are no labels for criterion 'sls'"),
     (toy(9, 9, rows=30), LabelsError, "Found 30 rows with labels for criterion 'sls', expected more than 30"),
     (statistics(torch.randn(2, 50, 4), torch.zeros(50).long()), LabelsError, "Found 1 classes in 50 rows"),
     (statistics(torch.randn(2, 50, 4), torch.arange(50)), LabelsError, "Found 50 classes in 50 rows"),
@@ -226,7 +226,7 @@ def test_a_plan_from_tuned_adapters_is_applied_to_a_new_run(tuned, places, tmp_p
 
 @needs_peft
 @pytest.mark.parametrize(("content", "message"), [
-    (b"nothing", "Found no readable checkpoint at"),
+    (b"nothing", "There is no readable checkpoint at"),
     ({"state_dict": {}}, "has no 'kept_blocks', expected one written with a 'simpler_' backbone"),
     ({"state_dict": {INNER + "kept_blocks": torch.arange(12), INNER + "total_blocks": torch.tensor(12)}},
      "that do not fit the model"),
@@ -270,7 +270,7 @@ def test_without_labels_nothing_is_streamed(datamodule, trainer, task, tmp_path,
 
     data.setup = without_labels
     made = task()
-    with pytest.raises(LabelsError, match="Found no mask and no label in the data"):
+    with pytest.raises(LabelsError, match="There is no mask and no label in the data"):
         trainer(SimplerCallback(criterion="sls", output_dir=str(tmp_path))).fit(made, datamodule=data)
     assert find_backbone(made).num_blocks == 12
     assert not list(tmp_path.glob("*.json"))

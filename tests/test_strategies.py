@@ -84,10 +84,10 @@ def test_shape_of_a_checkpoint_folder(tmp_path, trainer, task, datamodule, name)
 
 @pytest.mark.parametrize("content", [{}, {"callbacks": {}}, {"callbacks": {"x": 3}}, {"callbacks": [1]}])
 def test_checkpoint_folder_that_tells_no_shape_is_refused(tmp_path, content):
-    with pytest.raises(CheckpointError, match=r"Found no kept blocks in "):
+    with pytest.raises(CheckpointError, match=r"There are no kept blocks in "):
         read_pruned_state(tmp_path, Reader())
     torch.save(content, tmp_path / "meta.pt")
-    with pytest.raises(CheckpointError, match=r"Found no kept blocks in "):
+    with pytest.raises(CheckpointError, match=r"There are no kept blocks in "):
         read_pruned_state(tmp_path, Reader())
 
 

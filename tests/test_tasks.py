@@ -450,7 +450,9 @@ def test_tasks_of_whole_models_are_refused(trainer, tmp_path, name):
     task = a_whole_model(name)
     run = trainer(SimplerCallback(output_dir=str(tmp_path / "simpler")))
     run.strategy.connect(task)
-    with pytest.raises(ConfigurationError, match=f"^Found no SimplerBackbone in {name}, expected one .* 'simpler_': write"):
+    with pytest.raises(
+        ConfigurationError, match=f"^There is no SimplerBackbone in {name}, expected one .* 'simpler_': write"
+    ):
         run.callbacks[0].setup(run, task, "fit")
     assert not (tmp_path / "simpler").exists()
 

@@ -185,7 +185,7 @@ def strange(kind, tmp_path):
         ("text", r"text\.pt cannot be read as weights .*expected a state dict"),
         ("list", r"list\.pt cannot be read as weights .*expected a state dict"),
         ("numbers", r"numbers\.pt holds no tensors by name \(its keys: epoch, lr\), expected a state dict"),
-        ("missing", r"Found no file .*missing\.pt, expected one with weights: change backbone_ckpt_path"),
+        ("missing", r"There is no file .*missing\.pt, expected one with weights: change backbone_ckpt_path"),
     ],
 )
 def test_other_files_are_refused_in_a_sentence(tmp_path, kind, message):

@@ -332,7 +332,7 @@ class Evil:
 @pytest.mark.parametrize("content", [{"state_dict": Evil()}, {"state_dict": {}, "hyper_parameters": Evil()}, Evil(), [1], 3])
 def test_code_in_a_checkpoint_is_not_run(files, capsys, content):
     torch.save(content, files / "evil.ckpt")
-    with pytest.raises(CheckpointError, match=r"^Found no "):
+    with pytest.raises(CheckpointError, match=r"^There (is|are) no "):
         read_checkpoint(files / "evil.ckpt")
     assert "ran" not in capsys.readouterr().out
 
@@ -340,7 +340,7 @@ def test_code_in_a_checkpoint_is_not_run(files, capsys, content):
 def test_state_that_is_no_state(files):
     for state in ({"a": 1}, [torch.ones(1)], torch.ones(2), None):
         torch.save({"state_dict": state}, files / "odd.ckpt")
-        with pytest.raises(CheckpointError, match=r"Found no state_dict in|has no 'kept_blocks'"):
+        with pytest.raises(CheckpointError, match=r"There is no state_dict in|has no 'kept_blocks'"):
             read_pruned_state(files / "odd.ckpt", None)
 
 

@@ -71,7 +71,9 @@ def download(packages: Iterable[str], python: str, folder: Path) -> None:
         for made in set(folder.iterdir()) - before:
             if not made.name.endswith("-none-any.whl"):
                 made.unlink()
-                raise SystemExit(f"Found no wheel of {source.name}, expected one for Python {python}: take another version.")
+                raise SystemExit(
+                    f"There is no wheel of {source.name}, expected one for Python {python}: take another version."
+                )
 
 
 def main(arguments: list[str] | None = None) -> None:

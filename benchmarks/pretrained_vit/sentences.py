@@ -206,8 +206,11 @@ def finetuned(found: Results) -> list[str]:
     *pruned, intact = whole
     lines += _edges(whole, found["runs"])
     gains = _list([f"{row['blocks']} {_interval(row['gain_on_all_blocks'])}" for row in pruned])
-    if len(whole) == 2:  # one gain, with its interval, needs no test of all depths
-        lines.append(f"{pruned[0]['blocks']} blocks gain {_interval(pruned[0]['gain_on_all_blocks'])} on all.")
+    if len(whole) == 2:  # one gain, which the interval tells and the test more cautiously
+        gain = _interval(pruned[0]["gain_on_all_blocks"])
+        lines.append(
+            f"{pruned[0]['blocks']} blocks gain {gain} on all; the F test over these two gives p = {test['p']:.2g}."
+        )
     elif test["p"] > LEVEL:
         lines.append(
             f"The depths are not shown to differ (F test, p = {test['p']:.2g}), so they are not ranked. Gains on all "

@@ -121,7 +121,7 @@ def _some_rows(labelled: LabelledFeatures | None) -> LabelledFeatures:
         LabelsError: If there are no labels, of one class only, or too few rows.
     """
     if labelled is None:
-        msg = "Found no labels for criterion 'sls', expected some: choose another criterion, or give the data its labels."
+        msg = "There are no labels for criterion 'sls', expected some: choose another one, or give the data its labels."
         raise LabelsError(msg)
     order = torch.randperm(len(labelled.labels), generator=torch.Generator().manual_seed(0))[:MOST_ROWS].sort().values
     rows = LabelledFeatures(labelled.features[:, order], labelled.labels[order])

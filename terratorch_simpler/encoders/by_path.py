@@ -138,8 +138,8 @@ class BlockPathSpec(EncoderSpec):
                 frames = int(size[0]) if not isinstance(size, int) and len(size) == 3 else 1
                 return frames, rows, columns
         msg = (
-            f"Found no patch_size in {type(encoder).__name__}, expected one that says which pixels a token shows: give one "
-            "of its modules the attribute patch_size."
+            f"There is no patch_size in {type(encoder).__name__}, expected one that says which pixels a token shows: give "
+            "one of its modules the attribute patch_size."
         )
         raise UnsupportedEncoderError(msg)
 
@@ -168,7 +168,7 @@ def _channels(encoder: Any) -> list[int]:
         return [channels]
     if not channels:
         msg = (
-            f"Found no out_channels in {type(encoder).__name__}, expected the channels of its features: TerraTorch's "
+            f"There is no out_channels in {type(encoder).__name__}, expected the channels of its features: TerraTorch's "
             "factories need it, too."
         )
         raise UnsupportedEncoderError(msg)

@@ -146,7 +146,7 @@ def _write_onnx(
         import onnxruntime
         import onnxscript  # noqa: F401  the exporter needs it
     except ImportError as err:
-        msg = f"Found no package {err.name}, expected it for ONNX: install terratorch-simpler[onnx]."
+        msg = f"There is no package {err.name}, expected it for ONNX: install terratorch-simpler[onnx]."
         raise ExportError(msg) from err
     inputs = list(description.inputs)
     with warnings.catch_warnings():

@@ -59,22 +59,29 @@ def check_expressible(backbone: SimplerBackbone) -> None:
         raise ExportError(msg)
 
 
-def check_export_option(backbone: SimplerBackbone, width: float, *, has_checkpoints: bool) -> None:
+def check_export_option(backbone: SimplerBackbone, width: float, recovery: str = "none", *, has_checkpoints: bool) -> None:
     """Refuse ``export: true`` of a fit whose model cannot be exported as plain TerraTorch.
 
     Args:
         backbone: The encoder, before or after pruning.
         width: The width it gets.
+        recovery: The recovery it gets; what it has already is known.
         has_checkpoints: Whether the fit writes checkpoints.
 
     Raises:
-        ConfigurationError: If the model is slimmed in width, its family has no setting for the depth, or there are no
-            checkpoints.
+        ConfigurationError: If the model is slimmed in width or gets linear maps, its family has no setting for the depth,
+            or there are no checkpoints.
     """
     if width != 1:
         msg = (
             "Found export: true with a width below 1.0, expected 1.0, since TerraTorch has no setting for the width of "
             "attention heads: remove export, and use terratorch-simpler export --formats onnx or pt2 afterwards."
+        )
+        raise ConfigurationError(msg)
+    if recovery == "linear" or backbone.pruned_state.recovered:
+        msg = (
+            "Found export: true with recovery: linear, expected another recovery, since TerraTorch has no layer for a "
+            "linear map: remove export, and use terratorch-simpler export --formats onnx or pt2 afterwards."
         )
         raise ConfigurationError(msg)
     if backbone.terratorch_kwargs() is None:

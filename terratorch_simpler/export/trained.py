@@ -83,7 +83,7 @@ class Trained:
         shape = self.backbone.input_shape
         if shape is None:
             msg = (
-                f"Found no input shape for '{self.backbone.name}', expected bands and size to compare outputs on: an "
+                f"There is no input shape for '{self.backbone.name}', expected bands and size to compare outputs on: an "
                 "encoder described by its block path cannot be exported; write an encoder spec (docs/extend.md)."
             )
             raise ExportError(msg)
@@ -229,7 +229,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     content = read_checkpoint(path)
     if not {"state_dict", "hyper_parameters"} <= content.keys():
         msg = (
-            f"Found no state_dict with hyper_parameters in {path}, expected a checkpoint written by terratorch fit: give "
+            f"There is no state_dict with hyper_parameters in {path}, expected a checkpoint written by terratorch fit: give "
             "one of these."
         )
         raise CheckpointError(msg)
@@ -240,7 +240,7 @@ def _task_class(config: Mapping[str, Any]) -> type[LightningModule]:
     model = config.get("model")
     path = model.get("class_path") if isinstance(model, Mapping) else None
     if not isinstance(path, str):
-        msg = "Found no model.class_path in the config, expected the task that was trained: give the config of the fit."
+        msg = "There is no model.class_path in the config, expected the task that was trained: give the config of the fit."
         raise ConfigurationError(msg)
     module, _, name = path.rpartition(".")
     try:

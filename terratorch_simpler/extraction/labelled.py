@@ -150,7 +150,7 @@ def read_targets(batch: Batch, ignore_index: int | None) -> Tensor:
         )
         raise LabelsError(msg)
     if not isinstance(target, Tensor):
-        msg = "Found no mask and no label in the data, expected one of them: give the datamodule its labels."
+        msg = "There is no mask and no label in the data, expected one of them: give the datamodule its labels."
         raise LabelsError(msg)
     if target.ndim in (2, 4) and target.shape[1] == 1:
         target = target[:, 0]
@@ -201,8 +201,8 @@ def check_labels(batches: Iterable[Batch], ignore_index: int | None, what: str) 
 
 
 def _one_class(classes: set[int], what: str) -> LabelsError:
-    found = f"only class {next(iter(classes))}" if classes else "no class at all"
-    return LabelsError(f"Found {found} in the labels of the {what}, expected two classes at least: check labels and masks.")
+    found = f"Found only class {next(iter(classes))}" if classes else "There is no class at all"
+    return LabelsError(f"{found} in the labels of the {what}, expected two classes at least: check labels and masks.")
 
 
 def collect_labelled(

@@ -45,8 +45,9 @@ FAST_DEV_RUN_TILES = 64
 class SimplerCallback(Callback):
     """Chooses from unlabeled tiles how much of the encoder to keep, and prunes it, before fit.
 
-    The choice is made once. A run that resumes takes the blocks and width of its checkpoint; an encoder that is pruned
-    already (``backbone_keep``, ``backbone_plan``) is left as it is.
+    The choice is made once. A run that resumes takes the blocks and width of its checkpoint. For an encoder that is pruned
+    already (``backbone_keep``, ``backbone_plan``, ``backbone_width``, a pruned ``backbone_ckpt_path``) no depth is chosen;
+    only ``width`` is applied.
 
     Args:
         tiles: Unlabeled tiles to stream; by default the datamodule's training images, without labels or augmentation.
@@ -179,11 +180,11 @@ class SimplerCallback(Callback):
         self._check_export(trainer, backbone, backbone.width)  # that of a plan or a checkpoint
         self._backbone = backbone
 
-    def _check_export(self, trainer: Trainer, backbone: SimplerBackbone, width: float) -> None:
+    def _check_export(self, trainer: Trainer, backbone: SimplerBackbone, width: float, recovery: str = "none") -> None:
         if self.export and not fast_dev_run(trainer):
             from terratorch_simpler.export import check_export_option
 
-            check_export_option(backbone, width, has_checkpoints=trainer.checkpoint_callback is not None)
+            check_export_option(backbone, width, recovery, has_checkpoints=trainer.checkpoint_callback is not None)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone) -> None:
         checkpoint, weights_only = checkpoint_to_resume(trainer)
@@ -200,6 +201,8 @@ class SimplerCallback(Callback):
         else:
             if self._config.width != 1:
                 backbone.at_width(self._config.width)  # refuses layers that cannot be slimmed, before anything is streamed
+            if self.plan is None:
+                self._check_export(trainer, backbone, self._config.width, self._config.recovery)
             self._apply_plan(trainer, pl_module, backbone)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002

@@ -150,7 +150,7 @@ def labelled_source(trainer: Trainer, split: Split, seed: int) -> DatamoduleTile
     """
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is None:
-        msg = "Found no datamodule, expected one with labels: only the images of a datamodule have labels."
+        msg = "There is no datamodule, expected one with labels: only the images of a datamodule have labels."
         raise LabelsError(msg)
     return DatamoduleTiles(datamodule, seed, split, labels=True)
 

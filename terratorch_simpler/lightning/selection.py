@@ -148,14 +148,14 @@ def _open_source(
     if tiles is not None:
         return processes.broadcast_from_zero(lambda: tiles.index_files())  # rank 0 opens the files
     if datamodule is None:
-        msg = "Found neither a datamodule nor tiles, expected one of them to stream: give SimplerCallback tiles."
+        msg = "There is neither a datamodule nor tiles, expected one of them to stream: give SimplerCallback tiles."
         raise ConfigurationError(msg)
     source: TileSource = processes.run_all(lambda: DatamoduleTiles(datamodule, seed))
     data = processes.all_gather(lambda: source.describe())
     for rank, other in enumerate(data):
         if other != data[0]:
             msg = (
-                f"Found other training images in process {rank} ({other}) than in process 0 ({data[0]}), expected the same "
+                f"Found other training images on rank {rank} ({other}) than on rank 0 ({data[0]}), expected the same "
                 "files everywhere: look for data that was not copied to every machine."
             )
             raise TilesError(msg)

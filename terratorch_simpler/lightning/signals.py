@@ -72,7 +72,7 @@ def requeue_job() -> None:
     try:
         status = subprocess.run(["scontrol", "requeue", job], check=False).returncode
     except OSError as err:
-        log.warning(f"Found no way to call scontrol ({err}), expected it to queue job {job} again: submit it by hand.")
+        log.warning(f"Could not call scontrol ({err}), which would queue job {job} again: submit it by hand.")
         return
     if status:
         log.warning(f"Found status {status} from scontrol requeue {job}, expected 0: submit the job by hand.")

@@ -46,8 +46,8 @@ def task_forward(
     # A datamodule without such a transform normalises while it reads (Sen4Map).
     if _evaluation_transform(trainer, source) is None and isinstance(source, GeoTiffTiles) and source.means is None:
         warnings.warn(
-            "Found neither means in tiles nor a normalisation in the datamodule, expected one of them, since the encoder "
-            "was trained on normalised pixels: give tiles means and stds.",
+            "There are neither means in tiles nor a normalisation in the datamodule, expected one of them, since the "
+            "encoder was trained on normalised pixels: give tiles means and stds.",
             SimplerWarning,
             stacklevel=2,
         )

@@ -525,9 +525,9 @@ def find_backbone(module: nn.Module) -> SimplerBackbone:
         raise ConfigurationError(msg)
     arguments = getattr(module, "hparams", {}).get("model_args") or {}
     name = arguments.get("backbone") if isinstance(arguments, dict) else None
-    named = f"backbone '{name}'" if isinstance(name, str) else "no SimplerBackbone"
+    found = f"Found backbone '{name}'" if isinstance(name, str) else "There is no SimplerBackbone"
     msg = (
-        f"Found {named} in {type(module).__name__}, expected one whose name starts with 'simpler_': write "
+        f"{found} in {type(module).__name__}, expected one whose name starts with 'simpler_': write "
         f"backbone: simpler_{name if isinstance(name, str) else '<name>'}."
     )
     raise ConfigurationError(msg)

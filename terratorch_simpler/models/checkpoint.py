@@ -45,7 +45,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except Exception as err:  # a damaged file raises anything: RuntimeError, EOFError, UnpicklingError, ...
         raise _unreadable(path, err) from err
     if not isinstance(content, dict):
-        msg = f"Found no state_dict in {path}, expected a checkpoint written by terratorch fit: give one of these."
+        msg = f"There is no state_dict in {path}, expected a checkpoint written by terratorch fit: give one of these."
         raise CheckpointError(msg)
     return content
 
@@ -194,8 +194,8 @@ def check_weights(backbone: SimplerBackbone, weights: Mapping[str, Tensor], pref
         weight = weights.get(f"{prefix}recovery.{before}.patch.weight")
         if weight is None or weight.shape != (width, width):
             msg = (
-                f"Found no map of {width} x {width} for '{prefix}recovery.{before}' in the checkpoint, expected one, since "
-                "it records a recovery map: the checkpoint is damaged, take an earlier one."
+                f"There is no map of {width} x {width} for '{prefix}recovery.{before}' in the checkpoint, expected one, "
+                "since it records a recovery map: the checkpoint is damaged, take an earlier one."
             )
             raise CheckpointError(msg)
 
@@ -213,7 +213,7 @@ def _state_in_folder(folder: Path) -> PrunedState:
                 if isinstance(state, Mapping) and {KEPT_KEY, DEPTH_KEY} <= state.keys():
                     return state_of_callback(state, str(folder))
     msg = (
-        f"Found no kept blocks in {folder}, expected a folder that FSDP or DeepSpeed has written "
+        f"There are no kept blocks in {folder}, expected a folder that FSDP or DeepSpeed has written "
         "in a run with SimplerCallback: give a checkpoint file."
     )
     raise CheckpointError(msg)
@@ -222,13 +222,13 @@ def _state_in_folder(folder: Path) -> PrunedState:
 def _weights(content: object, path: object) -> Mapping[str, Any]:
     weights = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping):
-        msg = f"Found no state_dict in {path}, expected a checkpoint written by terratorch fit: give one of these."
+        msg = f"There is no state_dict in {path}, expected a checkpoint written by terratorch fit: give one of these."
         raise CheckpointError(msg)
     return weights
 
 
 def _unreadable(path: object, err: Exception) -> CheckpointError:
     return CheckpointError(
-        f"Found no readable checkpoint at {path} ({' '.join(str(err).split())[:120]}), expected one written by terratorch "
-        "fit: check the path, or take an earlier one."
+        f"There is no readable checkpoint at {path} ({' '.join(str(err).split())[:120]}), expected one written by "
+        "terratorch fit: check the path, or take an earlier one."
     )

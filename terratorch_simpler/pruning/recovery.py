@@ -164,8 +164,8 @@ def _readable(path: Path, what: str, recovery: str) -> Iterator[None]:
     except Exception as err:  # a damaged file raises anything
         why = " ".join(str(err).split())[:120]
         msg = (
-            f"Found no readable {what} at {path} ({why}), expected those of a plan with recovery {recovery}: keep the file "
-            "beside its plan, or make the plan again."
+            f"There are no readable {what} at {path} ({why}), expected those of a plan with recovery {recovery}: keep the "
+            "file beside its plan, or make the plan again."
         )
         raise PlanError(msg) from err
 

@@ -181,7 +181,7 @@ def kept_words(plan: SlimmingPlan) -> str:
 
 
 def verdict_words(plan: SlimmingPlan) -> str | None:
-    """Whether the criterion knows, and why, in one line; None without a verdict."""
+    """How reliable the choice is, and why, in one line; None without a verdict."""
     if plan.verdict is None:
         return None
     return printable(" ".join([f"{plan.verdict}.", *plan.verdict.reasons]), LONGEST_VERDICT)

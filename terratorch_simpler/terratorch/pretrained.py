@@ -60,7 +60,7 @@ def check_files(arguments: Mapping[str, Any]) -> None:
     for argument in FILE_ARGUMENTS:
         value = arguments.get(argument)
         if isinstance(value, str) and ":" not in value and Path(value).suffix in SUFFIXES and not Path(value).exists():
-            msg = f"Found no file {value}, expected one with weights: change backbone_{argument}."
+            msg = f"There is no file {value}, expected one with weights: change backbone_{argument}."
             raise CheckpointError(msg)
 
 

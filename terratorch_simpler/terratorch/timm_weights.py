@@ -100,7 +100,7 @@ def load_file(encoder: Any, name: str, path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        msg = f"Found no file {path}, expected one with weights: change backbone_ckpt_path."
+        msg = f"There is no file {path}, expected one with weights: change backbone_ckpt_path."
         raise CheckpointError(msg)
     try:
         content: Mapping[str, Any] = load_state_dict(str(path), weights_only=True)
