@@ -7,6 +7,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,17 +16,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from terratorch_simpler import export
+from terratorch_simpler.distributed import Processes
 from terratorch_simpler.errors import ConfigurationError, ExportError, SettingsError
 from terratorch_simpler.extraction import progress_bar
 from terratorch_simpler.files import atomic_folder, below, written_to
 from terratorch_simpler.lightning.callback import SimplerCallback
-from terratorch_simpler.lightning.internals import TunerExitException
+from terratorch_simpler.lightning.internals import TunerExitException, fast_dev_run
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import find_backbone
 from terratorch_simpler.models.checkpoint import load_at_full_depth
 from terratorch_simpler.plan import PLAN_FILE
 from terratorch_simpler.sweep import Sweep, SweepSettings
 from terratorch_simpler.terratorch.command_line import build_run, read_settings
+
+LONGEST_SWEEP = timedelta(days=7)
 
 
 class _Planned(TunerExitException):
@@ -102,9 +106,10 @@ def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> None:
     ours.announces = False
 
     def stop(trainer: Trainer, task: LightningModule) -> None:
-        if sweep is not None and ours.written is not None and trainer.is_global_zero:
-            with written_to(ours.written) as folder:
-                ours.written_files += sweep.run(trainer, task, folder)
+        if sweep is not None and (output := ours.written) is not None:
+            # A launcher ends all ranks as soon as one of them has ended, so all wait for rank 0.
+            with Processes.of_run(LONGEST_SWEEP) as processes:
+                ours.written_files += processes.broadcast_from_zero(lambda: _swept(sweep, trainer, task, output))
         raise _Planned
 
     callbacks.insert(callbacks.index(ours) + 1, _InSetup(stop))
@@ -114,6 +119,8 @@ def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> None:
     if not is_overridden("training_step", cli.model):  # tasks that only predict can be pruned as well
         cli.model.training_step = lambda *_args: None
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    if fast_dev_run(cli.trainer) or not cli.trainer.is_global_zero:
+        return
     if ours.written is None:
         msg = (
             "The encoder is pruned already, expected an intact one: remove backbone_keep, backbone_plan and backbone_width."
@@ -121,6 +128,11 @@ def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> None:
         raise ConfigurationError(msg)
     for name in sorted(ours.written_files, key=lambda name: (name == PLAN_FILE, name)):
         print(below(ours.written, name))
+
+
+def _swept(sweep: Sweep, trainer: Trainer, task: LightningModule, output: str | Path) -> list[str]:
+    with written_to(output) as folder:
+        return sweep.run(trainer, task, folder)
 
 
 def run_export(arguments: Namespace, settings: Sequence[str]) -> None:

@@ -334,6 +334,27 @@ def test_show_takes_a_plan_its_folder_or_the_log_folder(tmp_path, capsys, place)
         assert "first 2 of 3 blocks kept" in said.out
 
 
+@pytest.mark.parametrize("command", [["plan"], ["sweep", "--repeats", "1"]], ids=["plan", "sweep"])
+def test_several_devices_wait_for_the_one_that_writes(config, tmp_path, command):
+    """Lightning's launcher ends all processes as soon as one of them has failed."""
+    script = Path(sys.executable).with_name("terratorch-simpler")  # which the launcher starts again for the other device
+    arguments = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    made = [str(script), *command, "-c", str(config), "-o", str(tmp_path / "out"), *arguments]
+    done = subprocess.run(made, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "pruned already" not in done.stderr
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "plan.json" in written
+    assert ("sweep.csv" in written) == (command[0] == "sweep")
+    assert done.stdout.count(str(tmp_path / "out" / "plan.json")) == 1
+
+
+def test_plan_in_a_quick_try_writes_nothing(config, tmp_path, capsys):
+    assert main(["plan", "-c", str(config), "-o", str(tmp_path / "out"), "--trainer.fast_dev_run", "true"]) == 0
+    assert "pruned already" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("args", [["show", "plan.json"], ["--version"], ["sweep", "--help"]])
 def test_light_commands_import_nothing_heavy(tmp_path, args):
     SlimmingPlan("vit", 3, (0, 1), {"name": "fixed", "args": {}}).save(tmp_path / "plan.json")

@@ -18,6 +18,7 @@ from terratorch_simpler.errors import CheckpointError, ConfigurationError
 from terratorch_simpler.export.outputs import difference, outputs_of
 from terratorch_simpler.functional.hsic import full_float32
 from terratorch_simpler.lightning.callback import backbones_of
+from terratorch_simpler.models.backbone import find_backbone
 from terratorch_simpler.models.state import state_in
 from tests.cli_runner import Command, config
 from tests.extras import needs_peft
@@ -240,6 +241,50 @@ def test_a_config_with_one_of_the_widths_predicts_at_it(trained, scenes, tmp_pat
     served = LightningInferenceModel.from_config(str(tmp_path / "deploy.yaml"), str(checkpoint))
     assert served.model.model.encoder.width == 0.5
     assert difference(outputs_of(served.model.eval(), images()), answer_at(module, 0.5)) < 1e-6
+
+
+class TellsWidth(Callback):
+    """Writes the width of the encoder that is used."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def tell(self, _trainer, pl_module):
+        with open(self.path, "a") as file:
+            file.write(f"{find_backbone(pl_module).width:g}\n")
+
+    on_test_start = on_validation_start = on_predict_start = tell
+
+
+def test_terratorch_evaluates_at_the_width_of_the_config(scenes, tmp_path):
+    """Lightning's command line replaces all arguments of the model by those of the fit."""
+    settings = config(scenes, tmp_path, max_depth=4)
+    settings["trainer"].update(limit_train_batches=2, limit_val_batches=1, max_epochs=1)
+    fitted = json.loads(json.dumps(settings))
+    fitted["trainer"]["callbacks"].insert(
+        1, {"class_path": "terratorch_simpler.SlimmableTraining", "init_args": {"widths": WIDTHS}}
+    )
+    fit = Command(tmp_path, fitted)
+    assert fit.wait() == [0], fit.output()[-3000:]
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    tells = {"class_path": "tests.test_slimmable.TellsWidth", "init_args": {"path": str(tmp_path / "widths.txt")}}
+    settings["trainer"].update(callbacks=[*settings["trainer"]["callbacks"], tells])
+    settings["trainer"].update(limit_val_batches=1, limit_test_batches=1, limit_predict_batches=1)
+    asked = json.loads(json.dumps(settings))
+    asked["model"]["init_args"]["model_args"]["backbone_width"] = 0.5
+    on_command_line = ["--model.init_args.model_args.backbone_width", "0.25"]
+    for run, command, arguments in (
+        (settings, "test", []),
+        (asked, "test", []),
+        (asked, "validate", on_command_line),
+    ):
+        done = Command(tmp_path / command, run, "--ckpt_path", str(checkpoint), *arguments, command=command)
+        assert done.wait() == [0], done.output()[-3000:]
+    assert (tmp_path / "widths.txt").read_text().split() == ["1", "0.5", "0.25"]
+    asked["model"]["init_args"]["model_args"]["backbone_width"] = 0.3
+    refused = Command(tmp_path / "refused", asked, "--ckpt_path", str(checkpoint), command="test")
+    assert refused.wait() == [1]
+    assert "trained at widths 0.25, 0.5, 1 for" in " ".join(refused.output().split())
 
 
 def test_a_run_goes_on_at_all_widths(trained, trainer, task, datamodule):

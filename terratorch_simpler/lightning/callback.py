@@ -286,7 +286,8 @@ class SimplerCallback(Callback):
                 processes.broadcast_from_zero(lambda: self._check_folders(trainer, log_dir))
                 plan = self._select(trainer, pl_module, backbone, processes)
             # A plan that was given is not judged again.
-            processes.broadcast_from_zero(lambda: self._report(trainer, plan, log_dir, judge=path is None))
+            reported = processes.broadcast_from_zero(lambda: self._report(trainer, plan, log_dir, judge=path is None))
+            self.written, self.written_files = reported
 
     def _select(
         self, trainer: Trainer, pl_module: LightningModule, backbone: SimplerBackbone, processes: Processes
@@ -302,7 +303,11 @@ class SimplerCallback(Callback):
             cache = PlanCache(self.plan_cache, every_tile=self.plan_cache_every_tile)
         return select(trainer, pl_module, backbone, self.tiles, config, processes, cache)
 
-    def _report(self, trainer: Trainer, plan: SlimmingPlan, log_dir: str | None, judge: bool) -> None:
+    def _report(
+        self, trainer: Trainer, plan: SlimmingPlan, log_dir: str | None, judge: bool
+    ) -> tuple[str | Path | None, list[str]]:
+        """Show and write it; the folder, or None, and the names of the files."""
+        output, files = None, []
         refused = judge and self.on_unsettled == "error" and is_unsettled(plan)
         shown = log.isEnabledFor(logging.INFO)
         if shown:
@@ -314,8 +319,7 @@ class SimplerCallback(Callback):
             )
         else:
             output = self._output(trainer, log_dir)
-            self.written_files = write_report(trainer, plan, output, report_only=refused)
-            self.written = output
+            files = write_report(trainer, plan, output, report_only=refused)
             page = below(output, PAGE_FILE)
             if refused:
                 log.info(f"The report is in {page}.")
@@ -323,6 +327,7 @@ class SimplerCallback(Callback):
                 log.info(f"The plan is in {below(output, PLAN_FILE)}, what led to it in {page}.")
         if judge:
             tell_unsettled(plan, self.on_unsettled, reasons_shown=shown)
+        return output, files
 
 
 def _forget_trained_widths(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,6 +22,7 @@ from terratorch_simpler.errors import ConfigurationError, SimplerWarning, Unsupp
 from terratorch_simpler.indices import resolve_width
 from terratorch_simpler.lightning.internals import asked_with_prefix
 from terratorch_simpler.models.backbone import SimplerBackbone
+from terratorch_simpler.terratorch.config_width import width_of_config
 from terratorch_simpler.terratorch.deployment import keep_import
 from terratorch_simpler.terratorch.hub import weights_at_hand
 from terratorch_simpler.terratorch.pretrained import check_files, check_loaded, load_pruned, pop_pruned_weights, read_files
@@ -119,6 +120,8 @@ class SimplerSource:
             _warn_of_bands(name, kwargs.get("bands") or kwargs.get("model_bands") or ())
         keep_import()
         keep, out_indices = _parsed(keep), _parsed(out_indices)
+        asked = width_of_config()  # rather than that of the fit whose checkpoint is evaluated
+        width = width if asked is None else asked
         width = 1.0 if width is None else resolve_width(_parsed(width))  # before weights are fetched
         if "pretrained" in kwargs:
             kwargs["pretrained"] = _parsed(kwargs["pretrained"])  # 'false' would be taken for true
