@@ -136,7 +136,7 @@ def build():
 
     def build_backbone(name: str = "simpler_prithvi_eo_v2_tiny_tl", seed: int = 0, **kwargs) -> SimplerBackbone:
         torch.manual_seed(seed)
-        return BACKBONE_REGISTRY.build(name, pretrained=False, **kwargs).eval()
+        return BACKBONE_REGISTRY.build(name, **{"pretrained": "ckpt_path" in kwargs, **kwargs}).eval()
 
     return build_backbone
 

@@ -271,7 +271,8 @@ built: dict[str, tuple[SimplerBackbone, torch.Tensor]] = {}
 def _wrapped(family: Family, seed: int, **more: Any) -> SimplerBackbone:
     torch.manual_seed(seed)
     with family.before():
-        return BACKBONE_REGISTRY.build(f"simpler_{family.name}", pretrained=False, **{**family.kwargs, **more}).eval()
+        arguments = {"pretrained": "ckpt_path" in more, **family.kwargs, **more}
+        return BACKBONE_REGISTRY.build(f"simpler_{family.name}", **arguments).eval()
 
 
 # --- the table of docs/encoders.md

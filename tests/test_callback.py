@@ -28,6 +28,7 @@ from terratorch_simpler.errors import (
     DepthError,
     FewTilesWarning,
     PlanError,
+    SimplerWarning,
     SkippedTilesWarning,
     TilesError,
     UntrainedEncoderWarning,
@@ -352,6 +353,63 @@ def test_few_blocks_need_a_depth_by_hand(trainer, task, datamodule):
     module = task(**arguments)
     trainer(SimplerCallback(criterion="fixed", drop_blocks=2), fast_dev_run=True).fit(module, datamodule=datamodule())
     assert module.model.encoder.num_blocks == 2
+
+
+@pytest.mark.parametrize("given", ["keep", "plan"])
+def test_all_blocks_given_by_hand_stay(given, trainer, task, datamodule, tmp_path, monkeypatch):
+    monkeypatch.setattr("terratorch_simpler.lightning.callback.select", lambda *a, **k: pytest.fail("selected"))
+    path = SlimmingPlan("prithvi_eo_v2_tiny_tl", 12, tuple(range(12)), {"name": "fixed", "args": {}}).save(
+        tmp_path / "p.json"
+    )
+    module = task(**{"keep": {"backbone_keep": 12}, "plan": {"backbone_plan": str(path)}}[given])
+    trainer(SimplerCallback(criterion="fixed", drop_blocks=9)).fit(module, datamodule=datamodule())
+    assert module.model.encoder.num_blocks == 12
+
+
+@pytest.mark.parametrize("built", [{"backbone_width": 0.5}, {"backbone_keep": 6}, {"backbone_keep": 4}])
+def test_a_plan_for_an_encoder_that_is_built_otherwise_is_refused(built, trainer, task, datamodule, tmp_path):
+    path = SlimmingPlan("prithvi_eo_v2_tiny_tl", 12, (0, 1, 2, 3), {"name": "fixed", "args": {}}).save(tmp_path / "p.json")
+    module, run = task(**built), trainer(SimplerCallback(plan=str(path)), fast_dev_run=True)
+    if built == {"backbone_keep": 4}:  # as the plan says
+        run.fit(module, datamodule=datamodule())
+        assert module.model.encoder.num_blocks == 4
+        return
+    with pytest.raises(
+        ConfigurationError, match=r"Found both plan .*p\.json \(4 blocks at width 1\) and an encoder that is built"
+    ):
+        run.fit(module, datamodule=datamodule())
+
+
+def test_a_quick_try_of_a_recovery_is_quick_and_sees_enough_tiles(trainer, task, datamodule, monkeypatch):
+    seen = []
+
+    class Selected(Exception):
+        pass
+
+    def select(*args):
+        seen.append(args[4])
+        raise Selected
+
+    monkeypatch.setattr("terratorch_simpler.lightning.callback.select", select)
+    for recovery in ("none", "linear", "distill"):
+        with pytest.raises(Selected):
+            trainer(SimplerCallback(recovery=recovery), fast_dev_run=True).fit(task(), datamodule=datamodule())
+    assert [(config.min_tiles, config.max_tiles) for config in seen] == [(64, 64), (256, 256), (64, 64)]
+    assert all(config.recovery_steps == 2 for config in seen)
+
+
+def test_hooks_of_a_datamodule_that_are_not_called_are_named(trainer, task, datamodule, recwarn):
+    data = datamodule()
+    trainer(SimplerCallback(), fast_dev_run=True).fit(task(), datamodule=data)
+    assert not [warning for warning in recwarn if "is not called while" in str(warning.message)]
+
+    class OwnHook(type(data)):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return super().on_after_batch_transfer(batch, dataloader_idx)
+
+    data.__class__ = OwnHook
+    with pytest.warns(SimplerWarning, match=r"OwnHook\.on_after_batch_transfer is not called while tiles are compared"):
+        trainer(SimplerCallback(), fast_dev_run=True).fit(task(), datamodule=data)
 
 
 def test_given_plan_is_applied_without_streaming(trainer, task, datamodule, tmp_path, monkeypatch):

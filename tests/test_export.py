@@ -604,6 +604,22 @@ def test_wrong_checkpoints_are_said(trained, tmp_path):
         load_trained({"model": {"class_path": "terratorch.tasks.Nothing"}}, checkpoint)
 
 
+def test_dinov3_is_loaded_without_the_file_it_was_trained_from(trained, tmp_path):
+    family = next(family for family in FAMILIES if family.key == "dinov3")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    with family.before():
+        _, config, checkpoint = trained(
+            [0, 1],
+            backbone="simpler_dinov3_vits16",
+            backbone_ckpt_path=str(tmp_path / "weights.pth"),
+            decoder="FCNDecoder",
+            decoder_channels=16,
+            num_classes=3,
+        )
+        (tmp_path / "weights.pth").unlink()
+        assert load_trained(config, checkpoint).backbone.kept == (0, 1)
+
+
 class _Encoder(torch.nn.Module):
     """An encoder as a model."""
 

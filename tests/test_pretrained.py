@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from terratorch.registry import BACKBONE_REGISTRY
 
-from terratorch_simpler.errors import CheckpointError, ConfigurationError, DepthError
+from terratorch_simpler.errors import CheckpointError, ConfigurationError, DepthError, SimplerWarning
 from tests import cli_runner
 from tests.checkpoints import as_buffers
 from tests.extras import needs_peft
@@ -46,6 +46,17 @@ def test_a_pruned_checkpoint_rebuilds_its_shape(family, width, tmp_path):
     rebuilt = wrapped(family, seed=1, ckpt_path=path)
     same(rebuilt, trained)
     assert rebuilt.pretrained is True
+
+
+def test_not_pretrained_takes_the_pruned_state_and_no_weights(build, tmp_path):
+    """For a run from random weights of the same blocks and width, as a control."""
+    trained = build(keep=[0, 3, 4], width=0.5, **SMALL)
+    path = saved(trained, tmp_path / "pruned.ckpt")
+    with pytest.warns(SimplerWarning, match="backbone_pretrained is false, so only blocks and width are taken from"):
+        control = build(seed=1, ckpt_path=path, pretrained=False, **SMALL)
+    assert control.pruned_state == trained.pruned_state
+    assert control.pretrained is False
+    same(control, build(seed=1, keep=[0, 3, 4], width=0.5, **SMALL))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

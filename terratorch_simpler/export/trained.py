@@ -264,11 +264,14 @@ def backbone_arguments(model_args: Mapping[str, Any]) -> tuple[dict[str, Any], s
 
 def _without_downloads(model_args: dict[str, Any] | None) -> None:
     """The weights come from the checkpoint."""
-    for settings, prefix in ((model_args or {}, "backbone_"), ((model_args or {}).get("backbone_kwargs") or {}, "")):
+    model_args = {} if model_args is None else model_args
+    for settings, prefix in ((model_args, "backbone_"), (model_args.get("backbone_kwargs") or {}, "")):
         for key in (f"{prefix}pretrained", "pretrained"):
             if key in settings:
                 settings[key] = False
-        settings.pop(f"{prefix}ckpt_path", None)  # which may be gone by now
+        file = settings.pop(f"{prefix}ckpt_path", None)  # which may be gone by now
+        if file is not None and str(model_args.get("backbone")).startswith(f"{PREFIX}dinov3"):
+            settings[f"{prefix}ckpt_path"] = None  # it insists on the argument
         settings.pop(f"{prefix}plan", None)  # the checkpoint knows its shape
 
 

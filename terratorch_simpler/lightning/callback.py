@@ -40,6 +40,10 @@ from terratorch_simpler.terratorch.factories import check_factory
 INDEX_FILE = "tiles.json"
 PLAIN_FOLDER = "plain"
 FAST_DEV_RUN_TILES = 64
+FAST_DEV_RUN_TILES_OF_MAPS = 256
+"""A linear map needs more tokens than its width: 16 of each tile, three in four of which it is fitted to, are 3072."""
+FAST_DEV_RUN_STEPS = 2
+"""Of a distillation."""
 
 
 class SimplerCallback(Callback):
@@ -195,15 +199,31 @@ class SimplerCallback(Callback):
                 )
             backbone.match_checkpoint(state)
             log.info(f"Resuming with {_size(backbone)} as in {checkpoint}; nothing is selected again.")
-        elif backbone.num_blocks < backbone.full_num_blocks or backbone.width < 1:
+        elif backbone.blocks_given or backbone.num_blocks < backbone.full_num_blocks or backbone.width < 1:
+            self._check_plan(backbone)
             backbone.set_width(min(self._config.width, backbone.width))
-            log.info(f"{backbone.name} is pruned already to {_size(backbone)}; nothing is selected.")
+            log.info(f"{backbone.name} is built with {_size(backbone)}; nothing is selected.")
         else:
             if self._config.width != 1:
                 backbone.at_width(self._config.width)  # refuses layers that cannot be slimmed, before anything is streamed
             if self.plan is None:
                 self._check_export(trainer, backbone, self._config.width, self._config.recovery)
             self._apply_plan(trainer, pl_module, backbone)
+
+    def _check_plan(self, backbone: SimplerBackbone) -> None:
+        """Refuse a plan for an encoder whose blocks or width are given otherwise."""
+        if self.plan is None:
+            return
+        with Processes.of_run() as processes:
+            path = self.plan
+            plan = processes.broadcast_from_zero(lambda: SlimmingPlan.load(path))
+        if (plan.kept_blocks, plan.width) != (backbone.kept, backbone.width):
+            msg = (
+                f"Found both plan {self.plan} ({len(plan.kept_blocks)} blocks at width {plan.width:g}) and an encoder that "
+                f"is built with {_size(backbone)}, expected one of them: remove plan, or backbone_keep, backbone_plan, "
+                "backbone_width and the pruned backbone_ckpt_path."
+            )
+            raise ConfigurationError(msg)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Fit the state of the optimizers to the pruned model."""
@@ -294,8 +314,10 @@ class SimplerCallback(Callback):
     ) -> SlimmingPlan:
         config, cache = self._config, None
         if fast_dev_run(trainer):
-            fewest, most = (min(tiles, FAST_DEV_RUN_TILES) for tiles in (config.min_tiles, config.max_tiles))
-            config = replace(config, min_tiles=fewest, max_tiles=most)
+            enough = FAST_DEV_RUN_TILES_OF_MAPS if config.recovery == "linear" else FAST_DEV_RUN_TILES
+            fewest, most = (min(tiles, enough) for tiles in (config.min_tiles, config.max_tiles))
+            steps = min(config.recovery_steps, FAST_DEV_RUN_STEPS)
+            config = replace(config, min_tiles=fewest, max_tiles=most, recovery_steps=steps)
         elif self.tiles is not None and self.tiles.index_cache is None and self.output_dir:
             output = folder_of(self.output_dir)
             self.tiles.index_cache = str(output / INDEX_FILE) if isinstance(output, Path) else None
@@ -314,8 +336,8 @@ class SimplerCallback(Callback):
             Console().print(plan_table(plan))
         if fast_dev_run(trainer):
             log.info(
-                f"fast_dev_run: nothing is written, and at most {FAST_DEV_RUN_TILES} tiles were compared; this model stays "
-                "pruned, so build it anew for a real fit."
+                "fast_dev_run: nothing is written, and few tiles were compared; this model stays pruned, so build it again "
+                "for a real fit."
             )
         else:
             output = self._output(trainer, log_dir)

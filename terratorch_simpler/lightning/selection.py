@@ -290,6 +290,8 @@ def _distill(
     if plan.kept_blocks == tuple(range(target)) and plan.width == 1:
         log.info(f"Nothing to distill: the pruned encoder already gives the output of block {target - 1}.")
         return replace(plan, weights={})
+    # Before the task is moved to the device: the copy of the intact encoder needs no room there.
+    student = processes.run_all(lambda: pruned_copy(backbone, plan.kept_blocks, plan.width))
     with (
         on_device(pl_module, trainer.strategy.root_device),
         evaluating(pl_module, config.seed),
@@ -298,7 +300,7 @@ def _distill(
         result = distill(
             task_forward(trainer, pl_module, backbone, source),
             backbone,
-            pruned_copy(backbone, plan.kept_blocks, plan.width),
+            student,
             source,
             target=target,
             steps=config.recovery_steps,

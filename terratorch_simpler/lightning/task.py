@@ -52,6 +52,9 @@ def task_forward(
             stacklevel=2,
         )
 
+    if not isinstance(source, GeoTiffTiles):
+        _warn_of_hooks(datamodule)
+
     def move(inputs: Batch) -> Batch:
         if datamodule is None:
             return move_data_to_device(inputs, device)  # type: ignore[no-any-return]
@@ -66,6 +69,18 @@ def task_forward(
             return pl_module(inputs.pop("image"), **inputs)
 
     return forward
+
+
+def _warn_of_hooks(datamodule: LightningDataModule | None) -> None:
+    """Those of Lightning and torchgeo are known; others may look at the state of a trainer that is not there yet."""
+    for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        hook = getattr(type(datamodule), name, None)
+        if hook is not None and hook.__module__.partition(".")[0] not in ("lightning", "torchgeo", "terratorch"):
+            msg = (
+                f"{type(datamodule).__name__}.{name} is not called while tiles are compared, so they may differ from those "
+                "of the training: put what it does into the attribute aug, or give SimplerCallback tiles, means and stds."
+            )
+            warnings.warn(msg, SimplerWarning, stacklevel=3)
 
 
 def batch_normalizer(trainer: Trainer, backbone: SimplerBackbone, source: TileSource) -> Callable[[Batch], Batch]:

@@ -55,6 +55,9 @@ class SimplerBackbone(nn.Module):
         pretrained: Whether the encoder holds pretrained weights; None if unknown.
         block_path: Path of the blocks of an encoder of no supported family, such as ``vit.blocks``.
 
+    Attributes:
+        blocks_given: Whether it was built with ``keep`` or ``plan``: nothing is selected then, even if they are all blocks.
+
     Raises:
         UnsupportedEncoderError: If the encoder is of no supported family, has no equal blocks at ``block_path``, or has
             layers that cannot be slimmed.
@@ -85,6 +88,7 @@ class SimplerBackbone(nn.Module):
         self.encoder = encoder
         self.name = name or type(encoder).__name__
         self.pretrained = pretrained
+        self.blocks_given = keep is not None or plan is not None
         for index in self._out_indices:
             feature_position(index, self.full_num_blocks, self.full_num_blocks)  # raises if there is no such block
         self.out_channels = [channels[i] for i in self._out_indices]

@@ -128,6 +128,7 @@ class SimplerSource:
         if not is_timm(*source) and kwargs.get("pretrained", True):
             check_files(kwargs)
         files = read_files(kwargs)
+        random_weights = kwargs.get("pretrained") is False
         weights = pop_pruned_weights(name, kwargs, files)
         file = pop_file(source[1], kwargs) if weights is None and is_timm(*source) else None
         fetched = bool(kwargs.get("pretrained")) and weights is None and file is None and not files
@@ -151,7 +152,7 @@ class SimplerSource:
             block_path=block_path,
         )
         if weights is not None:
-            load_pruned(backbone, weights, keep, plan, width)
+            load_pruned(backbone, weights, keep, plan, width, state_only=random_weights)
         return backbone
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from terratorch_simpler.errors import CheckpointError
+from terratorch_simpler.errors import CheckpointError, SimplerWarning
 from terratorch_simpler.indices import resolve_keep
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import SimplerBackbone
@@ -95,6 +96,8 @@ def load_pruned(
     keep: int | Sequence[int] | None = None,
     plan: str | Path | None = None,
     width: float = 1.0,
+    *,
+    state_only: bool = False,
 ) -> None:
     """Load the pruned state and the weights of a pruned backbone into an intact one, then prune it further if asked to.
 
@@ -104,6 +107,10 @@ def load_pruned(
         keep: Blocks to keep of those.
         plan: Plan to apply; no-op if the weights are pruned as it says.
         width: Width; 1 for that of the weights.
+        state_only: Take the pruned state only, and leave the weights as they are, since ``pretrained`` is false.
+
+    Warns:
+        SimplerWarning: If weights are left out.
 
     Raises:
         CheckpointError: If the weights are of another encoder.
@@ -111,20 +118,18 @@ def load_pruned(
         ConfigurationError: If they are narrower than the width.
     """
     state = state_in(weights, "of backbone_ckpt_path")
-    if state.trained_widths:
-        backbone.set_width(min(width, state.width))  # loads the slices of this width
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as err:
-        if isinstance(err, CheckpointError):
-            raise
+    if state_only:
         msg = (
-            f"The weights of backbone_ckpt_path do not fit '{backbone.name}' ({' '.join(str(err).split())[:200]}), expected "
-            "those of the same encoder: give the settings it was trained with."
+            "backbone_pretrained is false, so only blocks and width are taken from backbone_ckpt_path, and the weights stay "
+            "random: set backbone_pretrained: true to load them."
         )
-        raise CheckpointError(msg) from err
+        warnings.warn(msg, SimplerWarning, stacklevel=2)
+        backbone.match_checkpoint(state)
+    else:
+        _load(backbone, weights, min(width, state.width) if state.trained_widths else None)
+        backbone.pretrained = True
     backbone.mark_trained_widths(())  # what is trained from them is not trained at several widths
-    backbone.pretrained = True
+    backbone.blocks_given = keep is not None or plan is not None
     if keep is not None:
         backbone.prune_depth(resolve_keep(keep, backbone.full_num_blocks))
     if plan is not None:
@@ -139,6 +144,21 @@ def load_pruned(
             raise CheckpointError(msg)
     if width != 1:
         backbone.set_width(width)
+
+
+def _load(backbone: SimplerBackbone, weights: Weights, width: float | None) -> None:
+    if width is not None:
+        backbone.set_width(width)  # loads the slices of this width
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as err:
+        if isinstance(err, CheckpointError):
+            raise
+        msg = (
+            f"The weights of backbone_ckpt_path do not fit '{backbone.name}' ({' '.join(str(err).split())[:200]}), expected "
+            "those of the same encoder: give the settings it was trained with."
+        )
+        raise CheckpointError(msg) from err
 
 
 def check_loaded(encoder: nn.Module, name: str, arguments: Mapping[str, Any], files: Files) -> None:
