@@ -90,7 +90,7 @@ def select_depth(
             looked for.
         tokens: Rows that are compared: "patch" (16 patch tokens of every image), "cls" (the first token), "mean" (of the
             patch tokens) or "all".
-        prefix_tokens: Class and register tokens before the patches in a block's output. By default the model tells, or it is
+        prefix_tokens: Class and register tokens before the patches in a block's output. By default taken from the model, or
             what remains beside the patches.
         device: Where to run, for instance "cuda"; by default where the model is. The model returns from there.
         min_tiles: Images before the pass may stop early because 95 % of the bootstrap resamples choose one depth.
@@ -204,7 +204,7 @@ def prune(model: nn.Module, plan: SlimmingPlan | int | Sequence[int], *, blocks:
     earlier one holds the dropped parameters.
 
     A plain TerraTorch encoder returns the features after each of its kept blocks from then on; one that is built as
-    ``simpler_<name>`` answers the feature indices of the intact encoder, so that necks and decoders need no change.
+    ``simpler_<name>`` keeps the feature indices of the intact encoder, so that necks and decoders need no change.
 
     Args:
         model: The model, of any kind that :func:`terratorch_simpler.select_depth` takes.

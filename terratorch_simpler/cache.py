@@ -177,7 +177,7 @@ def _load(path: Path, backbone: SimplerBackbone) -> SlimmingPlan | None:
         plan = SlimmingPlan.load(path)
         plan.check_encoder(backbone.name, backbone.full_num_blocks)
     except PlanError as err:
-        warnings.warn(f"{err} It is made anew.", SimplerWarning, stacklevel=2)
+        warnings.warn(f"{err} It is made again.", SimplerWarning, stacklevel=2)
         return None
     return plan
 

@@ -57,7 +57,7 @@ def resolve_keep(keep: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
 
 
 def feature_position(index: int, num_kept: int, num_blocks: int) -> int:
-    """Which kept block answers feature ``index`` of the intact encoder: ceil((i + 1) k / L) - 1.
+    """The kept block that stands for feature ``index`` of the intact encoder: ceil((i + 1) k / L) - 1.
 
     Args:
         index: Block number in the intact encoder, 0-based; negative counts from the end.

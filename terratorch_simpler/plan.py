@@ -131,7 +131,7 @@ class CostOfDepth(TypedDict):
 
 @with_config(extra="forbid")
 class Probed(TypedDict):
-    """How well the labels are told at every depth, where the criterion is probe."""
+    """Scores of the probe at every depth, where the criterion is probe."""
 
     metric: Annotated[str, Field(max_length=100)]
     judged_on: Annotated[str, Field(max_length=100)]

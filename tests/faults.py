@@ -310,7 +310,7 @@ def cut_off(pattern: str):
                 shutil.rmtree(place / "checkpoints", ignore_errors=True)
         if pattern != "checkpoints/last.ckpt":
             lab.check_again(place, fresh=not has_checkpoint(place))
-            return "made anew"
+            return "made again"
         again = lab.start(place)
         if again.wait() == [0]:
             raise Lost("a damaged checkpoint was taken")
@@ -361,9 +361,9 @@ FAULTS = {
     "`kill -9` of one of two processes": (one_of_two_killed, 16),
     "SIGTERM to both of two processes": (both_of_two_told_to_end, 10),
     "`kill -9` of one of three runs that share a `plan_cache`": (one_of_three_that_share_killed, 10),
-    "plan in `plan_cache` cut off": (cut_off("cache/*.json"), 8),
-    "unfinished pass in `plan_cache` cut off": (cut_off("cache/*.unfinished.pt"), 8),
-    "checkpoint cut off": (cut_off("checkpoints/last.ckpt"), 8),
+    "plan in `plan_cache` truncated": (cut_off("cache/*.json"), 8),
+    "partial result in `plan_cache` truncated": (cut_off("cache/*.unfinished.pt"), 8),
+    "checkpoint truncated": (cut_off("checkpoints/last.ckpt"), 8),
     "no space left on the disk": (full_disk, 8),
     "`kill -9` while a file is written": (killed_writing, 12),
     "out of memory in a batch, a block or a group": (out_of_memory, 12),

@@ -232,7 +232,7 @@ def test_a_damaged_entry_is_made_anew(choose, streams, tmp_path, content):
     (kept,) = (tmp_path / "cache").iterdir()
     whole = kept.read_bytes()
     kept.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    with pytest.warns(SimplerWarning, match="It is made anew"):
+    with pytest.warns(SimplerWarning, match="It is made again"):
         again = choose()
     assert again == first
     assert len(streams) == 2
@@ -243,7 +243,7 @@ def test_a_plan_of_another_encoder_in_its_place_is_not_applied(choose, tmp_path)
     first = choose()
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_text(kept.read_text().replace('"prithvi_eo_v2_tiny_tl"', '"prithvi_eo_v1_100"'))
-    with pytest.warns(SimplerWarning, match="Found a plan for backbone 'prithvi_eo_v1_100'.*It is made anew"):
+    with pytest.warns(SimplerWarning, match="Found a plan for backbone 'prithvi_eo_v1_100'.*It is made again"):
         assert choose() == first
 
 

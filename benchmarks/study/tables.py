@@ -75,7 +75,7 @@ def depth_table(study: Mapping[str, Any], results: Results, setup: str, encoder:
         )
     best = max(means, key=lambda depth: means[depth])
     lines += ["", f"Best depth: {best} ({means[best]:.3f}). Regret is what a choice loses against it.", ""]
-    lines += head("rule", "kept blocks", "test mIoU", "regret", "gain on full depth", "gain on as many first blocks")
+    lines += head("criterion", "kept blocks", "test mIoU", "regret", "gain on full depth", "gain on as many first blocks")
     picked: dict[tuple[str, tuple[int, ...]], list[Mapping[str, Any]]] = defaultdict(list)
     for run, found in results.items():
         if run.setup == setup and run.encoder == encoder and run.variant == "rule":

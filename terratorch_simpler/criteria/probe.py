@@ -1,4 +1,4 @@
-"""`probe`: the smallest depth whose features tell the labels as well as those of the best depth."""
+"""`probe`: the smallest depth whose features predict the labels as well as those of the best depth."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ENOUGH_GROUPS = 8
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """How well a ridge probe tells the labels after every block.
+    """Scores a ridge probe of the labels after every block.
 
     Attributes:
         scores: Score after each block, (L,), float64.

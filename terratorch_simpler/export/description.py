@@ -99,11 +99,11 @@ def describe(
     Args:
         trained: The task, as a whole.
         datamodule: That of the fit; what only it knows is None without it.
-        plan: The plan that the encoder was slimmed by, if known.
+        plan: The plan that the encoder was pruned by, if known.
         size: Rows and columns of the images in pixels; by default those of the encoder.
 
     Raises:
-        ExportError: If the encoder does not tell the shape of its input.
+        ExportError: If the encoder does not know the shape of its input.
     """
     backbone, model_args = trained.backbone, trained.hparams["model_args"]
     arguments, _ = backbone_arguments(model_args)
@@ -163,7 +163,7 @@ def describe(
 
 
 def find_plan(trained: Trained, config: Mapping[str, Any], checkpoint: str | Path) -> SlimmingPlan | None:
-    """The plan that an encoder was slimmed by, where it lies in its usual places.
+    """The plan that an encoder was pruned by, where it lies in its usual places.
 
     These are ``backbone_plan``, the callback's ``plan`` and ``output_dir``, and the log folder of the checkpoint.
 

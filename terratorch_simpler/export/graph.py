@@ -52,7 +52,7 @@ def export_graph(
         size: Rows and columns of the images in pixels; by default those of the encoder. Other sizes cannot be run. Where it
             is no multiple of twice the patch TerraTorch pads, and the graph takes one image at a time.
         description: What the file says of itself: every field by name in the metadata of ONNX, ``description.json`` in the
-            extra files of pt2. By default what the task alone tells.
+            extra files of pt2. By default what is known from the task alone.
 
     Returns:
         The file, and the largest difference of an output, as a share of the largest value.

@@ -60,7 +60,7 @@ class Comparison:
             if distance < ROUNDING:
                 msg = (
                     f"Found outputs of freshly initialised weights that differ by {distance:.1g} of the largest value from "
-                    f"those of the trained ones, expected at least {ROUNDING:g}: the comparison can tell nothing, so "
+                    f"those of the trained ones, expected at least {ROUNDING:g}: the comparison would show nothing, so "
                     "nothing is written; give the checkpoint of a model that was trained."
                 )
                 raise ComparisonError(msg)
@@ -91,14 +91,14 @@ def find_comparison(model: Callable[[Any], Any], draw: Callable[[float], Any]) -
             break
     if best is None:
         msg = (
-            "Found NaN or infinity in the outputs of the trained model, expected finite values: the comparison can tell "
+            "Found NaN or infinity in the outputs of the trained model, expected finite values: the comparison would show "
             "nothing, so nothing is written; give an earlier checkpoint."
         )
         raise ComparisonError(msg)
     if best.spread < ROUNDING:
         msg = (
             f"Found outputs of the trained model for different images that differ by {best.spread:.1g} of the largest "
-            f"value, expected at least {ROUNDING:g}: the comparison can tell nothing, so nothing is written; give the "
+            f"value, expected at least {ROUNDING:g}: the comparison would show nothing, so nothing is written; give the "
             "checkpoint of a model whose outputs depend on the image."
         )
         raise ComparisonError(msg)

@@ -55,7 +55,7 @@ class Trained:
 
     @property
     def backbone(self) -> SimplerBackbone:
-        """The slimmed encoder inside the task."""
+        """The pruned encoder inside the task."""
         return next(part for part in self.task.modules() if isinstance(part, SimplerBackbone))
 
     def comparison(self) -> Comparison:
@@ -63,7 +63,7 @@ class Trained:
 
         Raises:
             ComparisonError: If none is found.
-            ExportError: If the encoder does not tell the shape of its input.
+            ExportError: If the encoder does not know the shape of its input.
         """
         return find_comparison(self.task, lambda scale: self.example(scale=scale))
 
@@ -78,7 +78,7 @@ class Trained:
             scale: Their standard deviation, about.
 
         Raises:
-            ExportError: If the encoder does not tell the shape of its input.
+            ExportError: If the encoder does not know the shape of its input.
         """
         shape = self.backbone.input_shape
         if shape is None:

@@ -35,7 +35,7 @@ class Ridge:
 
         Args:
             features: Rows X, (N, D).
-            targets: What they should tell, (N, K): one-hot classes or values.
+            targets: What is to be predicted, (N, K): one-hot classes or values.
         """
         features, targets = features.double(), targets.double()
         mean, intercept = features.mean(dim=0), targets.mean(dim=0)

@@ -137,7 +137,7 @@ def _meaning(plan: SlimmingPlan) -> str:
         if pair is not None and pair["after"] < pair["before"]
     ]
     left = f" What is left has {' and '.join(fewer)}." if fewer else ""
-    return f"{first}{left} Training and inference get cheaper; what that costs in accuracy, only fine-tuning tells."
+    return f"{first}{left} Training and inference get cheaper; what that costs in accuracy, only fine-tuning shows."
 
 
 def _count(number: int, name: str) -> str:
@@ -203,7 +203,7 @@ def _firmness(plan: SlimmingPlan) -> str | None:
             if few
             else "none were drawn"
         )
-        return f"There are no votes: {why}, so nothing tells how firm this choice is."
+        return f"There are no votes: {why}, so how firm this choice is remains unknown."
     won = plan.votes.get(kept, 0.0)
     rival = max((depth for depth in plan.votes if depth != kept), key=lambda depth: plan.votes[depth], default=None)  # type: ignore[index]
     if plan.verdict is not None:
@@ -338,7 +338,7 @@ def _reproduce(plan: SlimmingPlan) -> dict[str, Any]:
     name = summary.printable(plan.backbone)
     by_plan = f"backbone: simpler_{name}\nbackbone_plan: plan.json"
     by_hand = f"backbone: simpler_{name}\nbackbone_keep: {keep}{width}"
-    words = "In a TerraTorch config, either of these builds the same slimmed encoder again, with nothing streamed:"
+    words = "In a TerraTorch config, either of these builds the same encoder again, with nothing streamed:"
     if plan.recovery != "none":  # maps or weights lie beside the plan
         words = (
             "In a TerraTorch config, the first of these builds it again, with nothing streamed; the second without recovery:"

@@ -32,7 +32,7 @@ QUALITY = {
     "knn": "accuracy of nearest neighbours",
     "similarity": "CKA to the last block",
 }
-"""Quality of a slimmed encoder, the most informative measure first."""
+"""Quality of a pruned encoder, the most informative measure first."""
 MEANING = {
     "linear": "accuracy of a linear probe on frozen features, before fine-tuning",
     "knn": "accuracy of nearest neighbours among frozen features, before fine-tuning",
@@ -40,7 +40,7 @@ MEANING = {
 }
 """What a point of a trade-off says, for each measure."""
 SPREAD = 4
-"""Ratio of the largest cost to that of the dearest slimmed encoder above which the axis is logarithmic."""
+"""Ratio of the largest cost to that of the dearest pruned encoder above which the axis is logarithmic."""
 MOST_LINES = 5
 SIDES = np.array([(-1, 1), (1, -1), (1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)])
 """Where the depth of a point may stand, in order: at its corners, which intervals leave free, beside it, above and below."""
@@ -139,7 +139,7 @@ def draw_trade_off(
         for row in rows
         if (x := _value(row, cost)) is not None and (y := _value(row, quality)) is not None
     ]
-    slimmed = [entry for entry in known if entry[0].get("kind") != "control"]
+    pruned = [entry for entry in known if entry[0].get("kind") != "control"]
 
     def value(row: Row) -> str:
         amount = f"{_name(row)}\n{_cost(row, cost)}"
@@ -149,7 +149,7 @@ def draw_trade_off(
 
     fronts, others = [], []
     for number, width in enumerate(_all_widths(rows)):
-        entries = sorted((e for e in slimmed if (_value(e[0], "width") or 1.0) == width), key=lambda e: (e[1], -e[2]))
+        entries = sorted((e for e in pruned if (_value(e[0], "width") or 1.0) == width), key=lambda e: (e[1], -e[2]))
         color, marker = SERIES[number % len(SERIES)], list(WIDTH_MARKERS)[number % len(WIDTH_MARKERS)]
         axes.plot([], [], marker, color=color, ms=5, label=f"width {width:g}")
         for hollow in (False, True):
@@ -164,9 +164,9 @@ def draw_trade_off(
         if number == 0 or plan is None:  # a small chart has room for one width
             fronts += [(entry, color) for entry in front]
             others += [(entry, color) for entry in entries if entry not in front]
-    if any(None not in _ends(row, quality) for row, _, _ in slimmed):
+    if any(None not in _ends(row, quality) for row, _, _ in pruned):
         axes.plot([], [], color=SOFT, lw=1, label="95 % interval")
-    ringed = [e for e in slimmed if (_is_plan(plan, e[0]) if plan is not None else e[0].get("chosen_by"))]
+    ringed = [e for e in pruned if (_is_plan(plan, e[0]) if plan is not None else e[0].get("chosen_by"))]
     if ringed:
         style: dict[str, Any] = {"ls": "", "mfc": "none", "color": CHOSEN, "mew": 1.8, "ms": 11}
         style["label"] = "the plan" if plan is not None else "chosen by a criterion"
@@ -188,10 +188,10 @@ def draw_trade_off(
             }
             name = summary.printable(row.get("name", ""), 28)
             axes.annotate(name, (x, 0.98 if high else 0.02), (2, 0), ("data", "axes fraction"), "offset points", **style)
-    deepest = max((e for e in slimmed if _is_whole(e[0])), key=lambda e: len(_kept(e[0])), default=None)
+    deepest = max((e for e in pruned if _is_whole(e[0])), key=lambda e: len(_kept(e[0])), default=None)
     if deepest is not None:
         axes.axhline(deepest[2], color=SOFT, lw=1, ls=":", zorder=1, label=f"{len(_kept(deepest[0]))} blocks")
-    _scale_cost(axes, [x / unit for row in rows if (x := _value(row, cost)) is not None], [x for _, x, _ in slimmed])
+    _scale_cost(axes, [x / unit for row in rows if (x := _value(row, cost)) is not None], [x for _, x, _ in pruned])
     axes.set(xlabel=label, ylabel=QUALITY[quality])
     axes.margins(y=0.12)
     axes.grid(axis="y")
@@ -207,9 +207,9 @@ def _draw_control(axes: Axes, row: Row, x: float, y: float | None, number: int) 
     return axes.plot([x], [y], "D", color=CONTROL, ms=6, label=label)[0]
 
 
-def _scale_cost(axes: Axes, amounts: Sequence[float], slimmed: Sequence[float]) -> None:
+def _scale_cost(axes: Axes, amounts: Sequence[float], pruned: Sequence[float]) -> None:
     """From 0, or logarithmic: a control may be a hundred times as large, and would push all others together."""
-    if slimmed and min(amounts) > 0 and max(amounts) > SPREAD * max(slimmed):
+    if pruned and min(amounts) > 0 and max(amounts) > SPREAD * max(pruned):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -310,8 +310,8 @@ def _trade_offs(plan: SlimmingPlan, rows: Sequence[Row]) -> list[Card]:
     if quality is None:
         return []
     words = [("", trade_off_words(quality))]
-    slimmed = [row for row in rows if row.get("kind") != "control"]
-    if not all(summary.is_prefix(_kept(row)) for row in slimmed):
+    pruned = [row for row in rows if row.get("kind") != "control"]
+    if not all(summary.is_prefix(_kept(row)) for row in pruned):
         words.append(("", "Hollow: blocks dropped from inside."))
     if len(widths := _all_widths(rows)) > 1:
         shapes = zip(WIDTH_MARKERS.values(), widths, strict=False)

@@ -35,7 +35,7 @@ it is recovered without training."""
 
 
 class ProbeSamples(NamedTuple):
-    """Features of one encoder and the classes they should tell.
+    """Features of one encoder and the classes that they should predict.
 
     Attributes:
         features: (N, D).

@@ -55,11 +55,11 @@ def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def row_of_variant(plan: SlimmingPlan, variant: Variant, cost: Cost, probed: Mapping[str, float]) -> Row:
-    """A slimmed encoder.
+    """A pruned encoder.
 
     Args:
         plan: The plan of the intact encoder.
-        variant: How it was slimmed.
+        variant: How it was pruned.
         cost: What that costs.
         probed: Columns of the probes; empty if there were none.
     """
