@@ -85,10 +85,10 @@ class BlockPathSpec(EncoderSpec):
         return super().feature_blocks(encoder, out_indices)
 
     def return_all_features(self, encoder: Any) -> None:
-        """Nothing."""
+        """Nothing to do: what it returns is found by hooks."""
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Blocks."""
+        """Select blocks; nothing else belongs to single ones."""
         parent, _, name = self._path.rpartition(".")
         blocks = self.blocks(encoder)
         kept = select_modules(blocks, positions)

@@ -52,7 +52,7 @@ class ClaySpec(EncoderSpec):
         return encoder.clay_encoder.transformer.norm
 
     def out_channels(self, encoder: Any) -> list[int]:
-        """Width."""
+        """The width of a token, after every block."""
         return [int(encoder.clay_encoder.dim)] * len(self.blocks(encoder))
 
     def prefix_tokens(self, encoder: Any) -> int:

@@ -43,7 +43,7 @@ class DinoV3Spec(EncoderSpec):
         return encoder.dinov3.norm
 
     def out_channels(self, encoder: Any) -> list[int]:
-        """Width."""
+        """The width of a token, after every block."""
         return [int(encoder.dinov3.embed_dim)] * len(self.blocks(encoder))
 
     def prefix_tokens(self, encoder: Any) -> int:

@@ -35,13 +35,13 @@ class DofaSpec(EncoderSpec):
         return encoder.dofa_model.blocks
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Blocks."""
+        """Select blocks; nothing else belongs to single ones."""
         encoder.dofa_model.blocks = nn.ModuleList(select_modules(self.blocks(encoder), positions))
         encoder.out_channels = self.out_channels(encoder)
         self.return_all_features(encoder)
 
     def out_channels(self, encoder: Any) -> list[int]:
-        """Width."""
+        """The width of a token, after every block."""
         return [encoder.dofa_model.patch_embed.embed_dim] * len(self.blocks(encoder))
 
     def prefix_tokens(self, encoder: Any) -> int:  # noqa: ARG002

@@ -34,7 +34,7 @@ class TerraMindSpec(EncoderSpec):
         return encoder.encoder
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
-        """Blocks."""
+        """Select blocks; nothing else belongs to single ones."""
         encoder.encoder = nn.ModuleList(select_modules(encoder.encoder, positions))
         encoder.out_channels = encoder.out_channels[:1] * len(positions)
 

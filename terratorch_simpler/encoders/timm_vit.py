@@ -46,7 +46,7 @@ class _VisionTransformerSpec(EncoderSpec):
         return {name: 1 for name, parameter in encoder.named_parameters() if parameter is frequencies}
 
     def out_channels(self, encoder: Any) -> list[int]:
-        """Width."""
+        """The width of a token, after every block."""
         return [int(self.model(encoder).embed_dim)] * len(self.blocks(encoder))
 
     def prefix_tokens(self, encoder: Any) -> int:
