@@ -85,7 +85,7 @@ class BlockPathSpec(EncoderSpec):
         return super().feature_blocks(encoder, out_indices)
 
     def return_all_features(self, encoder: Any) -> None:
-        """Nothing to do: what it returns is found by hooks."""
+        """Nothing to do: it must return one feature for each block, or the last one, by itself."""
 
     def select_blocks(self, encoder: Any, positions: Sequence[int]) -> None:
         """Select blocks; nothing else belongs to single ones."""
