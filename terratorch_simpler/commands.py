@@ -21,7 +21,7 @@ from terratorch_simpler.errors import ConfigurationError, ExportError, SettingsE
 from terratorch_simpler.extraction import progress_bar
 from terratorch_simpler.files import atomic_folder, below, written_to
 from terratorch_simpler.lightning.callback import SimplerCallback
-from terratorch_simpler.lightning.internals import TunerExitException, fast_dev_run
+from terratorch_simpler.lightning.internals import TunerExitException
 from terratorch_simpler.logger import log
 from terratorch_simpler.models.backbone import find_backbone
 from terratorch_simpler.models.checkpoint import load_at_full_depth
@@ -116,16 +116,19 @@ def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> None:
     if sweep is not None:
         ours.compare(sweep.record)
         callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
+    backbone = find_backbone(cli.model)
+    given = backbone.blocks_given or backbone.num_blocks < backbone.full_num_blocks or backbone.width < 1
     if not is_overridden("training_step", cli.model):  # tasks that only predict can be pruned as well
         cli.model.training_step = lambda *_args: None
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    if fast_dev_run(cli.trainer) or not cli.trainer.is_global_zero:
-        return
-    if ours.written is None:
+    if given:
         msg = (
-            "The encoder is pruned already, expected an intact one: remove backbone_keep, backbone_plan and backbone_width."
+            "Blocks or width of the encoder are given, expected an intact one to choose from: remove backbone_keep, "
+            "backbone_plan, backbone_width and a pruned backbone_ckpt_path."
         )
         raise ConfigurationError(msg)
+    if ours.written is None or not cli.trainer.is_global_zero:  # fast_dev_run writes nothing
+        return
     for name in sorted(ours.written_files, key=lambda name: (name == PLAN_FILE, name)):
         print(below(ours.written, name))
 

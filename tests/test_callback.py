@@ -33,6 +33,7 @@ from terratorch_simpler.errors import (
     TilesError,
     UntrainedEncoderWarning,
 )
+from terratorch_simpler.pruning.recovery import RecoveryWeights
 from tests.extras import needs_peft
 
 # The encoders here are random and the tiles few; what is tested does not depend on it.
@@ -375,9 +376,19 @@ def test_a_plan_for_an_encoder_that_is_built_otherwise_is_refused(built, trainer
         assert module.model.encoder.num_blocks == 4
         return
     with pytest.raises(
-        ConfigurationError, match=r"Found both plan .*p\.json \(4 blocks at width 1\) and an encoder that is built"
+        ConfigurationError, match=r"Found both plan .*p\.json \(4 blocks at width 1, recovery none\) and an enc"
     ):
         run.fit(module, datamodule=datamodule())
+
+
+def test_a_plan_with_maps_is_refused_where_the_encoder_has_none(trainer, task, datamodule, tmp_path):
+    maps = {4: RecoveryWeights(torch.eye(192), torch.eye(192))}
+    kept, criterion = (0, 1, 2, 3), {"name": "fixed", "args": {}}
+    plan = SlimmingPlan("prithvi_eo_v2_tiny_tl", 12, kept, criterion, recovery="linear", maps=maps)
+    path = plan.save(tmp_path / "p.json")
+    run = trainer(SimplerCallback(plan=str(path)), fast_dev_run=True)
+    with pytest.raises(ConfigurationError, match=r"recovery linear\) and an encoder that is built with 4 of 12 blocks"):
+        run.fit(task(backbone_keep=list(plan.kept_blocks)), datamodule=datamodule())
 
 
 def test_a_quick_try_of_a_recovery_is_quick_and_sees_enough_tiles(trainer, task, datamodule, monkeypatch):

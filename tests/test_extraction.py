@@ -12,6 +12,7 @@ from terratorch.datamodules.generic_multimodal_data_module import MultimodalNorm
 from terratorch_simpler.criteria import Bounds, Simpler
 from terratorch_simpler.errors import DegenerateFeaturesError, SimplerWarning, TilesError
 from terratorch_simpler.extraction import ExtractionConfig, count_macs, measure
+from terratorch_simpler.extraction.input_statistics import InputStatistics
 from terratorch_simpler.functional.hsic import linear_cka
 from terratorch_simpler.lightning.task import batch_normalizer
 from tests.in_memory_tiles import Tiles, land
@@ -110,6 +111,30 @@ def test_error_while_computing_ends_the_stream(build):
         measure(lambda _: 1 / 0, build(), tiles, ExtractionConfig(Simpler()))
     assert tiles.closed
     del error
+
+
+@pytest.mark.filterwarnings("ignore:Found tiles without S1RTC")
+def test_modalities_that_some_tiles_lack(build, monkeypatch):
+    """TerraTorch's allow_missing_modalities: batches hold either both or one."""
+    optical, radar = land(64, bands=12), land(64, bands=2, seed=1)
+    backbone = build("simpler_terramind_v1_tiny", modalities=["S2L2A", "S1RTC"], img_size=64)
+
+    class Mixed(Tiles):
+        def batch(self, positions):
+            found = super().batch(positions)
+            if positions[0] >= 32:
+                del found["image"]["S1RTC"]
+            return found
+
+    pixels = {}
+
+    def warn_implausible(self, _processes):
+        pixels.update({name: int(sums[0, 0]) for name, sums in self.sums.items()})
+
+    monkeypatch.setattr(InputStatistics, "warn_implausible", warn_implausible)
+    found = run(backbone, Mixed({"S2L2A": optical, "S1RTC": radar}))
+    assert found.tiles_seen == 64
+    assert pixels == {"S2L2A": 64 * 64 * 64, "S1RTC": 32 * 64 * 64}
 
 
 def test_max_tiles_is_exact(build):

@@ -52,11 +52,19 @@ def test_not_pretrained_takes_the_pruned_state_and_no_weights(build, tmp_path):
     """For a run from random weights of the same blocks and width, as a control."""
     trained = build(keep=[0, 3, 4], width=0.5, **SMALL)
     path = saved(trained, tmp_path / "pruned.ckpt")
-    with pytest.warns(SimplerWarning, match="backbone_pretrained is false, so only blocks and width are taken from"):
+    with pytest.warns(SimplerWarning, match="backbone_pretrained is false: blocks and width are taken from"):
         control = build(seed=1, ckpt_path=path, pretrained=False, **SMALL)
     assert control.pruned_state == trained.pruned_state
     assert control.pretrained is False
     same(control, build(seed=1, keep=[0, 3, 4], width=0.5, **SMALL))
+
+
+@pytest.mark.parametrize("key", ["terramind", "clay", "dinov3"])
+def test_families_that_load_a_file_all_the_same_do_so_here(key, tmp_path):
+    family = next(family for family in FAMILIES if family.key == key)
+    trained = wrapped(family, keep=[0, 1])
+    path = saved(trained, tmp_path / "pruned.ckpt")
+    same(wrapped(family, seed=1, ckpt_path=path, pretrained=False), trained)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -193,5 +201,5 @@ def test_a_fit_from_a_pruned_checkpoint(scenes, tmp_path):
     second = yaml.safe_load(yaml.safe_dump(second))
     command = cli_runner.Command(tmp_path / "second", second, "--trainer.limit_train_batches", "0")
     command.wait()
-    assert "is pruned already to 5 of 12 blocks at width 0.5" in command.output(), command.output()
+    assert "is built with 5 of 12 blocks at width 0.5" in command.output(), command.output()
     assert json.loads((tmp_path / "first" / "trained.0.json").read_text())["kept"] == [0, 1, 2, 3, 4]

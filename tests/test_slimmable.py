@@ -2,9 +2,11 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
@@ -20,6 +22,7 @@ from terratorch_simpler.functional.hsic import full_float32
 from terratorch_simpler.lightning.callback import backbones_of
 from terratorch_simpler.models.backbone import find_backbone
 from terratorch_simpler.models.state import state_in
+from terratorch_simpler.terratorch.config_width import keep_config_width
 from tests.cli_runner import Command, config
 from tests.extras import needs_peft
 
@@ -243,6 +246,38 @@ def test_a_config_with_one_of_the_widths_predicts_at_it(trained, scenes, tmp_pat
     assert difference(outputs_of(served.model.eval(), images()), answer_at(module, 0.5)) < 1e-6
 
 
+@pytest.mark.parametrize("form", ["prefix", "kwargs"])
+@pytest.mark.parametrize(
+    ("command", "backbone", "width", "kept"),
+    [
+        ("test", "simpler_prithvi", 0.5, 0.5),
+        ("predict", "simpler_prithvi", 0.25, 0.25),
+        ("validate", "simpler_prithvi", None, 1.0),
+        ("fit", "simpler_prithvi", 0.5, 1.0),
+        ("test", "prithvi", 0.5, 1.0),
+    ],
+)
+def test_the_width_of_a_config_stays_when_the_checkpoint_replaces_the_rest(form, command, backbone, width, kept):
+    def arguments(**values):
+        if form == "kwargs":
+            return {"backbone": backbone, "backbone_kwargs": {"bands": 6, **values}}
+        return {"backbone": backbone, **{f"backbone_{key}": value for key, value in values.items()}}
+
+    class CommandLine:
+        def __init__(self, model_args):
+            model = Namespace(class_path="a.Task", init_args=Namespace(model_args=model_args))
+            self.config = Namespace({"subcommand": command, command: Namespace(model=model)})
+
+        def _parse_ckpt_path(self):
+            self.config[command].model.init_args.model_args = arguments(width=1.0, plan="plan.json", num_frames=2)
+
+    keep_config_width(SimpleNamespace(LightningCLI=CommandLine))
+    cli = CommandLine(arguments() if width is None else arguments(width=width))
+    cli._parse_ckpt_path()
+    replaced = {} if kept == width else {"plan": "plan.json"}
+    assert cli.config[command].model.init_args.model_args == arguments(width=kept, num_frames=2, **replaced)
+
+
 class TellsWidth(Callback):
     """Writes the width of the encoder that is used."""
 
@@ -278,8 +313,12 @@ def test_terratorch_evaluates_at_the_width_of_the_config(scenes, tmp_path):
         (asked, "test", []),
         (asked, "validate", on_command_line),
     ):
-        done = Command(tmp_path / command, run, "--ckpt_path", str(checkpoint), *arguments, command=command)
+        folder = tmp_path / f"{command} {len(list(tmp_path.iterdir()))}"
+        run["trainer"]["default_root_dir"] = str(folder)
+        done = Command(folder, run, "--ckpt_path", str(checkpoint), *arguments, command=command)
         assert done.wait() == [0], done.output()[-3000:]
+        deployed = (folder / "config_deploy.yaml").read_text()
+        assert ("backbone_width: 0.5" in deployed) == (run is asked and not arguments)
     assert (tmp_path / "widths.txt").read_text().split() == ["1", "0.5", "0.25"]
     asked["model"]["init_args"]["model_args"]["backbone_width"] = 0.3
     refused = Command(tmp_path / "refused", asked, "--ckpt_path", str(checkpoint), command="test")

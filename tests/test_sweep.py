@@ -337,7 +337,7 @@ def test_impossible_arguments_are_status_2(config, capsys, args, message):
 def test_an_encoder_that_is_cut_already_is_refused(config, tmp_path, capsys):
     keep = ["--model.init_args.model_args.backbone_keep", "3"]
     assert main(["sweep", "-c", str(config), "-o", str(tmp_path), *keep]) == 2
-    assert "The encoder is pruned already" in capsys.readouterr().err
+    assert "Blocks or width of the encoder are given" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

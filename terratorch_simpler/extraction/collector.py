@@ -217,8 +217,7 @@ class DistributedCollector:
                     shares = self.similarity.bootstrap(self.accepted, config.criterion, config.bounds, config.seed)
                     self.converged = shares is not None and max(shares.values()) >= CONVERGED_SHARE
             end = self._position_after[self.accepted]
-            for tiles in self._processes.all_gather(lambda: self._input_statistics.take(end)):
-                self._input_statistics.count(tiles)
+            self._input_statistics.count(self._processes.all_gather(lambda: self._input_statistics.take(end)))
             self._update_partial_result()
         if self.recovery is not None:
             self.recovery.accept(self.accepted)

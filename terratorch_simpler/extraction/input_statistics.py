@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import TypeAlias
 
@@ -59,23 +59,27 @@ class InputStatistics:
             for position, of_tile in zip(positions, sums, strict=True):
                 self._of_tiles.setdefault(position, {})[name] = of_tile
 
-    def take(self, end: float) -> list[tuple[int, Sums]]:
-        """Positions and sums, on the CPU, of the tiles before a position of the stream; they are no longer held here."""
+    def take(self, end: float) -> dict[str, tuple[list[int], Tensor]]:
+        """Sums of the tiles before a position of the stream, which are no longer held here.
+
+        Returns:
+            By modality the positions of the tiles that have it, ascending, and their sums, (N, 3, C), float64, on the CPU.
+        """
         positions = sorted(position for position in self._of_tiles if position < end)
-        taken: list[tuple[int, Sums]] = [(position, {}) for position in positions]
-        for name in dict.fromkeys(name for position in positions for name in self._of_tiles[position]):
-            sums = [self._of_tiles[position][name] for position in positions]
-            for (_, of_tile), one in zip(taken, torch.stack(sums).cpu().double(), strict=True):
-                of_tile[name] = one
-        for position in positions:
-            del self._of_tiles[position]
+        tiles = {position: self._of_tiles.pop(position) for position in positions}
+        taken = {}
+        for name in dict.fromkeys(name for sums in tiles.values() for name in sums):
+            having = [position for position in positions if name in tiles[position]]
+            taken[name] = having, torch.stack([tiles[position][name] for position in having]).cpu().double()
         return taken
 
-    def count(self, tiles: Iterable[tuple[int, Sums]]) -> None:
+    def count(self, of_ranks: Sequence[Mapping[str, tuple[list[int], Tensor]]]) -> None:
         """Add tiles that count, of all ranks, in the order of the stream."""
-        for _, of_tile in sorted(tiles, key=itemgetter(0)):
-            for name, one in of_tile.items():
-                self.sums[name] = self.sums[name] + one if name in self.sums else one
+        for name in dict.fromkeys(name for taken in of_ranks for name in taken):
+            parts = [taken[name] for taken in of_ranks if name in taken]
+            tiles = (tile for positions, sums in parts for tile in zip(positions, sums, strict=True))
+            for _, one in sorted(tiles, key=itemgetter(0)):
+                self.sums[name] = self.sums[name] + one if name in self.sums else one.clone()
 
     def warn_implausible(self, processes: Processes) -> str | None:
         """Warn, on rank 0, of bands whose mean or standard deviation no normalized image has.

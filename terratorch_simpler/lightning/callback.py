@@ -217,11 +217,16 @@ class SimplerCallback(Callback):
         with Processes.of_run() as processes:
             path = self.plan
             plan = processes.broadcast_from_zero(lambda: SlimmingPlan.load(path))
-        if (plan.kept_blocks, plan.width) != (backbone.kept, backbone.width):
+        as_planned = (plan.kept_blocks, plan.width) == (backbone.kept, backbone.width)
+        if plan.recovery == "linear":
+            as_planned &= set(plan.maps or {}) == {before for before, *_ in backbone.pruned_state.recovered}
+        elif plan.recovery == "distill":
+            as_planned &= backbone.plan is not None and backbone.plan.recovery == "distill"
+        if not as_planned:
             msg = (
-                f"Found both plan {self.plan} ({len(plan.kept_blocks)} blocks at width {plan.width:g}) and an encoder that "
-                f"is built with {_size(backbone)}, expected one of them: remove plan, or backbone_keep, backbone_plan, "
-                "backbone_width and the pruned backbone_ckpt_path."
+                f"Found both plan {self.plan} ({len(plan.kept_blocks)} blocks at width {plan.width:g}, recovery "
+                f"{plan.recovery}) and an encoder that is built with {_size(backbone)}, expected one of them: remove plan, "
+                "or backbone_keep, backbone_plan, backbone_width and the pruned backbone_ckpt_path."
             )
             raise ConfigurationError(msg)
 

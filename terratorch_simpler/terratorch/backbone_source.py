@@ -22,7 +22,6 @@ from terratorch_simpler.errors import ConfigurationError, SimplerWarning, Unsupp
 from terratorch_simpler.indices import resolve_width
 from terratorch_simpler.lightning.internals import asked_with_prefix
 from terratorch_simpler.models.backbone import SimplerBackbone
-from terratorch_simpler.terratorch.config_width import width_of_config
 from terratorch_simpler.terratorch.deployment import keep_import
 from terratorch_simpler.terratorch.hub import weights_at_hand
 from terratorch_simpler.terratorch.pretrained import check_files, check_loaded, load_pruned, pop_pruned_weights, read_files
@@ -32,6 +31,8 @@ from terratorch_simpler.terratorch.timm_weights import MODULES, is_timm, load_fi
 NOT_ENCODERS = ("tokenizer", "IdentityBackbone", "UNet")
 """Parts of names in TerraTorch's own source that are no encoders."""
 OUR_ARGUMENTS = ("block_path", "keep", "out_indices", "plan", "pretrained", "width")
+LOADS_ALWAYS = ("terramind", "clay", "dinov3")
+"""Encoders that TerraTorch loads from ``ckpt_path`` whatever ``pretrained`` says."""
 TIMM_MODULES = (*MODULES, "embedder")
 """Modules of timm with encoders of known families; ``embedder`` is TerraTorch's Clay."""
 parse_yaml: Callable[[str], Any] = get_loader("yaml")
@@ -120,15 +121,13 @@ class SimplerSource:
             _warn_of_bands(name, kwargs.get("bands") or kwargs.get("model_bands") or ())
         keep_import()
         keep, out_indices = _parsed(keep), _parsed(out_indices)
-        asked = width_of_config()  # rather than that of the fit whose checkpoint is evaluated
-        width = width if asked is None else asked
         width = 1.0 if width is None else resolve_width(_parsed(width))  # before weights are fetched
         if "pretrained" in kwargs:
             kwargs["pretrained"] = _parsed(kwargs["pretrained"])  # 'false' would be taken for true
         if not is_timm(*source) and kwargs.get("pretrained", True):
             check_files(kwargs)
         files = read_files(kwargs)
-        random_weights = kwargs.get("pretrained") is False
+        random_weights = kwargs.get("pretrained") is False and not source[1].startswith(LOADS_ALWAYS)
         weights = pop_pruned_weights(name, kwargs, files)
         file = pop_file(source[1], kwargs) if weights is None and is_timm(*source) else None
         fetched = bool(kwargs.get("pretrained")) and weights is None and file is None and not files

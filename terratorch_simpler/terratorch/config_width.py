@@ -1,43 +1,61 @@
-"""The width that a config asks for, which Lightning's command line takes from the checkpoint instead."""
+"""Keeps the ``backbone_width`` of a config where Lightning's command line takes a model's arguments from a checkpoint."""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Mapping
-from pathlib import Path
+import functools
+from types import ModuleType
 from typing import Any
 
-import yaml
-
-from terratorch_simpler.lightning.internals import running_cli
-
-ON_COMMAND_LINE = re.compile(r"--model(?:\.init_args)?\.model_args\.(?:backbone_|backbone_kwargs\.)width[= ](\S+)")
+COMMANDS = ("validate", "test", "predict")
 
 
-def width_of_config() -> Any:
-    """``backbone_width`` as the config or the arguments of a running ``validate``, ``test`` or ``predict`` give it, or None.
+def keep_config_width(lightning_cli: ModuleType) -> None:
+    """Let ``validate``, ``test`` and ``predict`` run at one of several widths that a checkpoint was trained at.
 
-    With ``--ckpt_path`` Lightning 2.6 replaces all arguments of the model by those of the fit, so the width to take out of a
-    checkpoint of several has to be read from where it was given.
+    Borrowed: ``LightningCLI._parse_ckpt_path``, by which Lightning 2.6 replaces all arguments of the model in the parsed
+    config by those of the fit. If it is gone, so is the reason for this.
+
+    Args:
+        lightning_cli: The module ``lightning.pytorch.cli``.
     """
-    cli = running_cli()
-    command = None if cli is None else cli.config.get("subcommand")
-    if command not in ("validate", "test", "predict") or not cli.config[command].get("ckpt_path"):
-        return None
-    found = None
-    for file in cli.config[command].get("config") or ():
-        content = yaml.safe_load(Path(str(file)).read_text(encoding="utf-8"))
-        asked = _width(content)
-        found = found if asked is None else asked
-    given = ON_COMMAND_LINE.findall(" ".join(sys.argv[1:]))
-    return yaml.safe_load(given[-1]) if given else found
+    cli_class = lightning_cli.LightningCLI
+    replace_arguments = getattr(cli_class, "_parse_ckpt_path", None)
+    if replace_arguments is None:
+        return
+
+    @functools.wraps(replace_arguments)
+    def keep_width(cli: Any) -> None:
+        width = _arguments(cli).get("width")
+        replace_arguments(cli)
+        if width is not None:
+            arguments = _arguments(cli)
+            arguments.set("width", width)
+            arguments.drop("plan")  # has a width of its own, and is in the checkpoint
+
+    cli_class._parse_ckpt_path = keep_width
 
 
-def _width(config: Any) -> Any:
+class _Arguments:
+    """Arguments of the encoder in a parsed config, in either of the forms that TerraTorch takes; none of other encoders."""
+
+    def __init__(self, model_args: Any) -> None:
+        inner = model_args.get("backbone_kwargs")
+        self._holder, self._prefix = (inner, "") if inner else (model_args, "backbone_")
+
+    def get(self, name: str) -> Any:
+        return self._holder.get(f"{self._prefix}{name}")
+
+    def set(self, name: str, value: Any) -> None:
+        self._holder[f"{self._prefix}{name}"] = value
+
+    def drop(self, name: str) -> None:
+        self._holder.pop(f"{self._prefix}{name}", None)
+
+
+def _arguments(cli: Any) -> _Arguments:
+    command = cli.config.get("subcommand")
+    found = cli.config.get(command) if command in COMMANDS else None
     for key in ("model", "init_args", "model_args"):
-        config = config.get(key) if isinstance(config, Mapping) else None
-    if not isinstance(config, Mapping):
-        return None
-    inner = config.get("backbone_kwargs")
-    return inner.get("width") if isinstance(inner, Mapping) and inner else config.get("backbone_width")
+        found = None if found is None else found.get(key)
+    is_ours = found is not None and str(found.get("backbone")).startswith("simpler_")
+    return _Arguments(found if is_ours else {})

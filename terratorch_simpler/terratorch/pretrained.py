@@ -120,8 +120,8 @@ def load_pruned(
     state = state_in(weights, "of backbone_ckpt_path")
     if state_only:
         msg = (
-            "backbone_pretrained is false, so only blocks and width are taken from backbone_ckpt_path, and the weights stay "
-            "random: set backbone_pretrained: true to load them."
+            "backbone_pretrained is false: blocks and width are taken from backbone_ckpt_path, its weights are not loaded; "
+            "set backbone_pretrained: true to load them."
         )
         warnings.warn(msg, SimplerWarning, stacklevel=2)
         backbone.match_checkpoint(state)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SOURCE = "simpler"
 TERRATORCH = "terratorch"
+COMMAND_LINE = "lightning.pytorch.cli"
 
 
 class LazySource:
@@ -45,8 +46,15 @@ def _source() -> SimplerSource:
 
 
 def register_source() -> None:
-    """Add the source to TerraTorch's backbones, once: now, or when TerraTorch has been imported."""
+    """Add the source to TerraTorch's backbones, now or when TerraTorch has been imported, and prepare the command line."""
     register_post_import_hook(_add_source, TERRATORCH)
+    register_post_import_hook(_keep_config_width, COMMAND_LINE)
+
+
+def _keep_config_width(lightning_cli: ModuleType) -> None:
+    from terratorch_simpler.terratorch.config_width import keep_config_width
+
+    keep_config_width(lightning_cli)
 
 
 def _add_source(_terratorch: ModuleType) -> None:
