@@ -339,7 +339,10 @@ def _check_paths(options: Namespace) -> None:
         folder = Path(options.output_dir)
         nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            msg = f"Could not write to --output_dir {folder}, expected a folder to write to: {nearest} is none."
+            msg = (
+                f"Could not write to --output_dir {folder} ({nearest} is none), expected a folder to write to: change "
+                "--output_dir."
+            )
             raise SettingsError(msg)
 
 

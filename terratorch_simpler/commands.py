@@ -30,6 +30,7 @@ from terratorch_simpler.sweep import Sweep, SweepSettings
 from terratorch_simpler.terratorch.command_line import build_run, read_settings
 
 LONGEST_SWEEP = timedelta(days=7)
+"""How long the other ranks wait for the one that measures."""
 
 
 class _Planned(TunerExitException):
@@ -116,8 +117,7 @@ def _choose(cli: Any, arguments: Namespace, sweep: Sweep | None = None) -> None:
     if sweep is not None:
         ours.compare(sweep.record)
         callbacks.insert(callbacks.index(ours), _InSetup(sweep.check))
-    backbone = find_backbone(cli.model)
-    given = backbone.blocks_given or backbone.num_blocks < backbone.full_num_blocks or backbone.width < 1
+    given = find_backbone(cli.model).is_given
     if not is_overridden("training_step", cli.model):  # tasks that only predict can be pruned as well
         cli.model.training_step = lambda *_args: None
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)

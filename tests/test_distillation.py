@@ -23,6 +23,7 @@ from terratorch_simpler.errors import (
     SimplerWarning,
 )
 from terratorch_simpler.functional.hsic import layer_normed
+from terratorch_simpler.lightning import selection
 from terratorch_simpler.models.backbone import SimplerBackbone
 from terratorch_simpler.plan import SlimmingPlan
 from tests.cli_runner import together
@@ -346,6 +347,16 @@ def test_nothing_to_distill_says_so(trainer, task, datamodule, tmp_path, caplog)
 
 
 @in_a_run
+@in_a_run
+def test_the_copy_is_made_before_the_task_needs_the_device(trainer, task, datamodule, monkeypatch):
+    """Copied on the device, the intact encoder would be there twice before memory is checked."""
+    done, on_device = [], selection.on_device
+    monkeypatch.setattr(selection, "pruned_copy", lambda *args: done.append("copy") or pruned_copy(*args))
+    monkeypatch.setattr(selection, "on_device", lambda *args: done.append("device") or on_device(*args))
+    trainer(SimplerCallback(**SETTINGS)).fit(task(), datamodule=datamodule())
+    assert done[-2:] == ["copy", "device"]
+
+
 @pytest.mark.parametrize("how", ["missing", "other plan", "cut off", "NaN"])
 def test_weights_that_are_not_those_of_the_plan_are_refused(build, tmp_path, how):
     backbone = small(build)

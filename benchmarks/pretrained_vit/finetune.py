@@ -178,16 +178,11 @@ def count(task: Task, found: dict[Variant, list[Result]], split: str) -> NDArray
     """Confusion matrices of every seed, variant and image of a split, (seeds, variants, images, classes, classes)."""
     truth = task.labels[split][:, 0]
     images = np.arange(len(truth))
-    by_seed = zip(*found.values(), strict=True)
-    return np.array(
-        [
-            [
-                statistics.confusion(truth, np.array(one.predicted[split]), images, len(truth), task.classes)
-                for one in results
-            ]
-            for results in by_seed
-        ]
-    )
+
+    def matrices(result: Result) -> NDArray[np.int64]:
+        return statistics.confusion(truth, np.array(result.predicted[split]), images, len(truth), task.classes)
+
+    return np.array([[matrices(one) for one in results] for results in zip(*found.values(), strict=True)])
 
 
 def rows(task: Task, found: dict[Variant, list[Result]]) -> list[dict[str, Any]]:

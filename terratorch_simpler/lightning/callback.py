@@ -199,7 +199,7 @@ class SimplerCallback(Callback):
                 )
             backbone.match_checkpoint(state)
             log.info(f"Resuming with {_size(backbone)} as in {checkpoint}; nothing is selected again.")
-        elif backbone.blocks_given or backbone.num_blocks < backbone.full_num_blocks or backbone.width < 1:
+        elif backbone.is_given:
             self._check_plan(backbone)
             backbone.set_width(min(self._config.width, backbone.width))
             log.info(f"{backbone.name} is built with {_size(backbone)}; nothing is selected.")

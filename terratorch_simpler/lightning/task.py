@@ -72,13 +72,14 @@ def task_forward(
 
 
 def _warn_of_hooks(datamodule: LightningDataModule | None) -> None:
-    """Those of Lightning and torchgeo are known; others may look at the state of a trainer that is not there yet."""
+    """Warn of batch hooks of a user's own: they may look at the state of a trainer that is not there yet."""
     for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
         hook = getattr(type(datamodule), name, None)
         if hook is not None and hook.__module__.partition(".")[0] not in ("lightning", "torchgeo", "terratorch"):
             msg = (
                 f"{type(datamodule).__name__}.{name} is not called while tiles are compared, so they may differ from those "
-                "of the training: put what it does into the attribute aug, or give SimplerCallback tiles, means and stds."
+                "of the training: put what it does into the attribute aug, or give SimplerCallback tiles with means and "
+                "stds."
             )
             warnings.warn(msg, SimplerWarning, stacklevel=3)
 

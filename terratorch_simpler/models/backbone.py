@@ -125,6 +125,11 @@ class SimplerBackbone(nn.Module):
         self._plan = replace(plan, weights=None)  # they are in the encoder, and as large as it
 
     @property
+    def is_given(self) -> bool:
+        """Whether blocks or width are given already, so that nothing is to be selected."""
+        return self.blocks_given or self.num_blocks < self.full_num_blocks or self.width < 1
+
+    @property
     def kept(self) -> tuple[int, ...]:
         """Kept blocks in the numbering of the intact encoder, 0-based."""
         return self._kept
